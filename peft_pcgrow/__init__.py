@@ -1,0 +1,28 @@
+"""Grow mixture-of-experts models with PEFT: measure where they err, and refine only those experts.
+
+Importing the package registers the method `PCGROW` with PEFT.
+"""
+
+from peft_pcgrow.config import PCGrowConfig
+from peft_pcgrow.error_map import Diagnosis, ErrorMap
+from peft_pcgrow.experts import find_experts
+from peft_pcgrow.locus import Locus
+from peft_pcgrow.measure import measure_errors
+from peft_pcgrow.model import PCGrowModel
+from peft_pcgrow.optimizer import Muon, create_pcgrow_optimizer
+from peft_pcgrow.register import register
+
+__version__ = "0.1.0"
+__all__ = [
+    "Diagnosis",
+    "ErrorMap",
+    "Locus",
+    "Muon",
+    "PCGrowConfig",
+    "PCGrowModel",
+    "create_pcgrow_optimizer",
+    "find_experts",
+    "measure_errors",
+]
+
+register(PCGrowConfig, PCGrowModel)

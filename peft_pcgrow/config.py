@@ -1,0 +1,109 @@
+"""PCGrowConfig: the only home of the method's settings."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.locus import Locus
+from peft_pcgrow.plan import SELECTIONS, check_budget
+from peft_pcgrow.register import extend_peft_type
+
+SETTLING = ("sweep", "backprop")
+
+
+@dataclass
+class PCGrowConfig(PeftConfig):
+    """Configuration of [`PCGrowModel`]: which experts grow, and how their error reaches them.
+
+    Args:
+        error_map (`str`, `os.PathLike` or [`ErrorMap`], *optional*):
+            The map that `budget` is spent by: a folder written by `ErrorMap.save`, or the map itself. Only read when
+            the adapter is created; the locus that it leads to is stored, so no map is needed to load the adapter.
+        budget (`float`, defaults to `0.12`):
+            Share of the expert parameters to grow, in (0, 1].
+        select (`str`, defaults to `"error"`):
+            What the map ranks nodes by: `"error"`, `"square"`, `"coherent"`, or the controls `"gate"`, `"frequency"`
+            (both need a map) and `"random"` (needs none).
+        seed (`int`, defaults to `0`):
+            Seed of `select="random"`.
+        locus (`dict[int, list[int]]`, *optional*):
+            The nodes to grow, decoder layer -> experts, instead of a map and a budget. Resolved when the adapter is
+            created and stored in adapter_config.json.
+        settle (`str`, defaults to `"sweep"`):
+            `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
+            through the model, with the same gradients (the control).
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train and save, as in LoRA.
+        init_weights (`bool`, defaults to `True`):
+            `True`: grown experts start as exact copies. `False`: perturbed copies, for tests.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern:
+            Restrict which experts modules may grow, as in LoRA; by default all of them.
+
+    Raises:
+        ValueError: a setting out of its range; the text names it.
+    """
+
+    error_map: Optional[Any] = field(default=None, metadata={"help": "Error map, or the folder it was saved in."})
+    budget: float = field(default=0.12, metadata={"help": "Share of the expert parameters to grow, in (0, 1]."})
+    select: str = field(default="error", metadata={"help": f"What nodes are ranked by: {', '.join(SELECTIONS)}."})
+    seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
+    locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
+    settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
+    modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
+    init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Experts modules that may grow; all of them by default."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Experts modules that must not grow."}
+    )
+    target_parameters: Optional[list[str]] = field(
+        default=None, metadata={"help": "Not used: an experts module grows as a whole."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Decoder layers that may grow; all of them by default."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
+    )
+    trainable_token_indices: Optional[Any] = field(default=None, metadata={"help": "As in LoRA."})
+    base: Optional[dict] = field(
+        default=None, metadata={"help": "Facts of the base the adapter grew on. Set on creation."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        extend_peft_type()
+        self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
+        check_budget(self.budget)
+        if self.select not in SELECTIONS:
+            raise ValueError(f"unknown select={self.select!r}; choose from {', '.join(SELECTIONS)}")
+        if self.settle not in SETTLING:
+            raise ValueError(f"unknown settle={self.settle!r}; choose from {', '.join(SETTLING)}")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters}: an experts module grows as a whole, name it in "
+                "target_modules (for example ['mlp.experts']) or choose nodes with locus="
+            )
+        if self.error_map is not None and not isinstance(self.error_map, (str, os.PathLike, ErrorMap)):
+            raise ValueError(f"error_map must be a path or an ErrorMap, got {type(self.error_map).__name__}")
+        if isinstance(self.error_map, os.PathLike):
+            self.error_map = os.fspath(self.error_map)
+        if self.locus is not None:
+            # string keys, as JSON gives them back: equal before and after saving
+            self.locus = Locus(self.locus).to_json()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+
+    def to_dict(self) -> dict[str, Any]:
+        # a map held in memory does not belong in a config file; what it led to is in `locus`
+        held, self.error_map = self.error_map, self.error_map if isinstance(self.error_map, str) else None
+        try:
+            return super().to_dict()
+        finally:
+            self.error_map = held

@@ -1,0 +1,83 @@
+"""The locus: the set of nodes chosen to change, as decoder layer -> experts."""
+
+from collections.abc import Iterator, Mapping
+
+
+class Locus(Mapping[int, tuple[int, ...]]):
+    """An immutable, sorted set of (layer, expert) nodes; `locus[layer]` gives the experts grown there.
+
+    Layers are positions in the model's list of decoder layers (not ordinals among its MoE layers), so they mean
+    the same for models whose first layers are dense.
+
+    Raises:
+        ValueError: empty, or a layer or expert that is not a whole number >= 0.
+    """
+
+    def __init__(self, nodes: Mapping):
+        if not isinstance(nodes, Mapping):
+            raise ValueError(f"locus must map layer -> [experts], got {nodes!r}; for example {{3: [0, 5], 4: [1]}}")
+        chosen = {}
+        for layer, experts in nodes.items():
+            listed = [experts] if isinstance(experts, int) else list(experts)
+            if listed:
+                chosen[self._whole(layer, "layer")] = tuple(sorted({self._whole(e, "expert") for e in listed}))
+        if not chosen:
+            raise ValueError(f"the locus is empty ({nodes!r}): name at least one expert, or raise the budget")
+        self._nodes = dict(sorted(chosen.items()))
+
+    @staticmethod
+    def _whole(value, what: str) -> int:
+        # JSON turns the keys of an object into strings
+        number = int(value) if isinstance(value, str) and value.isdigit() else value
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"{what} {value!r} in the locus is not a whole number >= 0")
+        return number
+
+    def __getitem__(self, layer: int) -> tuple[int, ...]:
+        return self._nodes[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __repr__(self) -> str:
+        return f"Locus({self._nodes})"
+
+    @property
+    def nodes(self) -> list[tuple[int, int]]:
+        """All (layer, expert) pairs, bottom layer first."""
+        return [(layer, expert) for layer, experts in self._nodes.items() for expert in experts]
+
+    def check(self, experts_at: Mapping[int, int]) -> None:
+        """Raise ValueError unless every node exists in a model with `experts_at[layer]` experts per MoE layer."""
+        for layer, experts in self._nodes.items():
+            if layer not in experts_at:
+                raise ValueError(
+                    f"the locus names layer {layer}, which has no experts in this model; "
+                    f"layers with experts: {_ranges(sorted(experts_at))}"
+                )
+            if experts[-1] >= experts_at[layer]:
+                raise ValueError(
+                    f"the locus names expert {experts[-1]} of layer {layer}, but this model has only "
+                    f"{experts_at[layer]} experts there (0 to {experts_at[layer] - 1})"
+                )
+
+    def to_json(self) -> dict[str, list[int]]:
+        return {str(layer): list(experts) for layer, experts in self._nodes.items()}
+
+    def describe(self) -> str:
+        """One short line: `layer 3: 0 5 | layer 4: 1`."""
+        return " | ".join(f"layer {layer}: {' '.join(map(str, experts))}" for layer, experts in self._nodes.items())
+
+
+def _ranges(values: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    spans: list[list[int]] = []
+    for value in values:
+        if spans and value == spans[-1][1] + 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"

@@ -1,0 +1,190 @@
+"""PCGrowModel: places grown banks on the experts of a model and settles their errors."""
+
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from peft_pcgrow import experts, plan
+from peft_pcgrow.checksum import seal, verify
+from peft_pcgrow.config import PCGrowConfig
+from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.guard import TrainingGuard
+from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.locus import Locus
+from peft_pcgrow.settle import LayerStack
+
+
+class PCGrowModel(BaseTuner):
+    """Grows the experts of a mixture-of-experts model.
+
+    Args:
+        model (`torch.nn.Module`): a transformers model with experts (see [`find_experts`]).
+        config ([`PCGrowConfig`]): which nodes grow and how they settle.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`): create the banks on the meta device, for loading.
+
+    Raises:
+        ValueError: no experts in the model, a locus or a map that does not fit it.
+    """
+
+    prefix: str = "pcgrow_"
+    tuner_layer_cls = PCGrowExperts
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
+        return peft_config  # targets follow from the locus, in _prepare_model
+
+    def _prepare_model(self, peft_config: PCGrowConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Resolve the locus, so that the config alone tells every shape of the adapter."""
+        tree = experts.find_experts(model)
+        base = experts.describe_base(model, tree)
+        allowed = [site for site in tree.sites if self._may_grow(peft_config, site.name)]
+        if not allowed:
+            raise ValueError(
+                f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
+                f"layers_to_transform={peft_config.layers_to_transform} leave no experts to grow; the model's experts "
+                f"are {', '.join(site.name for site in tree.sites[:3])}, ..."
+            )
+        experts_at = {site.layer: site.experts for site in allowed}
+        if peft_config.locus is None:
+            peft_config.locus = self._choose(peft_config, experts_at, base).to_json()
+            peft_config.base = base
+        elif peft_config.base is None:
+            peft_config.base = base
+        elif peft_config.base.get("routers") != base["routers"] and None not in (
+            base["routers"],
+            peft_config.base.get("routers"),
+        ):
+            warnings.warn(
+                "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2
+            )
+        locus = Locus(peft_config.locus)
+        locus.check(experts_at)
+        # the map has done its work; what remains of it is the locus
+        peft_config.error_map = None
+        peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
+        self._layer_of = {site.name: site.layer for site in allowed}
+        self._tree = tree
+
+    def _may_grow(self, config: PCGrowConfig, name: str) -> bool:
+        if config.target_modules is None:
+            everything = PCGrowConfig(
+                exclude_modules=config.exclude_modules,
+                layers_to_transform=config.layers_to_transform,
+                layers_pattern=config.layers_pattern,
+                modules_to_save=config.modules_to_save,
+                target_modules=[name.rpartition(".")[2]],
+            )
+            return bool(self._check_target_module_exists(everything, name))
+        return bool(self._check_target_module_exists(config, name))
+
+    @staticmethod
+    def _choose(config: PCGrowConfig, experts_at: dict[int, int], base: dict[str, Any]) -> Locus:
+        emap = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
+        if emap is None and config.select != "random":
+            raise ValueError(
+                "PCGrowConfig needs error_map= (from measure_errors) and budget=, or locus={layer: [experts]}, or "
+                "select='random'"
+            )
+        if emap is not None:
+            emap.check_base({key: base[key] for key in ("model_type", "layers", "experts", "shapes", "routers")})
+            emap = emap.restrict(tuple(experts_at))
+        return plan.choose(
+            tuple(experts_at), next(iter(experts_at.values())), config.budget, config.select, emap, config.seed
+        )
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: PCGrowConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer_index = self._layer_of[current_key]
+        chosen = Locus(peft_config.locus or {})[layer_index]
+        layer = target if isinstance(target, PCGrowExperts) else PCGrowExperts(target, layer_index)
+        layer.update_layer(adapter_name, chosen, peft_config.init_weights, peft_config.inference_mode)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own version copies `.weight`, which an experts module does not have
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._grown = {layer.layer_index: layer for layer in model.modules() if isinstance(layer, PCGrowExperts)}
+        if getattr(self, "_stack", None) is None:
+            self._stack = LayerStack(self._tree.layers, settling=self._settling, finished=self._check_called).attach()
+            self._guard = TrainingGuard(self.tuner_layers, self._summary)
+        self._guard.rearm()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in self.tuner_layers():
+            layer._check_disjoint(names)  # before any layer has changed
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if getattr(self, "_guard", None) is not None:
+            self._guard.rearm()
+
+    def tuner_layers(self) -> list[PCGrowExperts]:
+        """The layers that hold banks, bottom first."""
+        return list((getattr(self, "_grown", None) or {}).values())
+
+    def _settling(self) -> bool:
+        """Asked at the start of each forward with gradients: whether to settle rather than backpropagate through."""
+        if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
+            return False
+        self._guard.training_forward()
+        modes = {self.peft_config[name].settle for name in self.active_adapters if name in self.peft_config}
+        return "backprop" not in modes
+
+    def _check_called(self, index: int) -> None:
+        """A grown layer whose block went round the adapter would train nothing: refuse at once."""
+        layer = self._grown.get(index)
+        if layer is not None:
+            called, layer.called = layer.called, False
+            if not called:
+                raise RuntimeError(
+                    f"layer {index} ran without calling its grown experts: its MoE block was replaced, by a hub kernel "
+                    "for example; load the model with use_kernels=False"
+                )
+
+    def _summary(self) -> str:
+        lines = []
+        for name in self.active_adapters:
+            grown = {layer.layer_index: layer.grown[name] for layer in self.tuner_layers() if name in layer.grown}
+            weights = [p for layer in self.tuner_layers() if name in layer.grown for p in layer.bank(name).values()]
+            locus = Locus(grown)
+            lines.append(
+                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts in {len(locus)} layers, "
+                f"{sum(p.numel() for p in weights):,} parameters, settle={self.peft_config[name].settle!r}: "
+                f"{locus.describe()}"
+            )
+        return "\n".join(lines)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.tuner_layers():
+            layer.check_mergeable()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any):  # type: ignore[override]
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._stack.detach()
+        return unloaded
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        return seal(super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
+        verify(state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
