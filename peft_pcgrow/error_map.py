@@ -223,7 +223,7 @@ class ErrorMap:
             target.mkdir(exist_ok=True)
             # tensors first: an interruption leaves a checksum that does not fit, which load reports
             for name in ("error_map.safetensors", "error_map.json"):
-                os.replace(staging / name, target / name)
+                (staging / name).replace(target / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -244,10 +244,11 @@ class ErrorMap:
             facts = json.loads(files[0].read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(damaged % f"{files[0].name} is not JSON: {error}") from error
+        if not isinstance(facts, dict):
+            raise ValueError(damaged % f"{files[0].name} holds no object")
         if facts.get("format") != FORMAT:
-            raise ValueError(
-                f"the error map in {folder} has format {facts.get('format')!r}; this version reads {FORMAT}"
-            )
+            found = facts.get("format")
+            raise ValueError(f"the error map in {folder} has format {found!r}; this version reads {FORMAT}")
         if hashlib.sha256(blob).hexdigest() != facts.get("sha256"):
             raise ValueError(damaged % f"{files[1].name} does not have the checksum noted beside it")
         try:

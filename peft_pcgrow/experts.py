@@ -9,10 +9,12 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _grouped_linear
 
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
@@ -113,23 +115,73 @@ def write_experts(base: nn.Module, experts: Sequence[int], slices: Mapping[str, 
             stack[torch.tensor(experts, device=stack.device)] = slices[name].to(stack.device, stack.dtype)
 
 
-def run_experts(base: nn.Module, slices: Mapping[str, Tensor], hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """`base`'s own forward, with `slices` in place of its stacks: a bank of any size computes as its architecture does.
+def row_order(base: nn.Module, index: Tensor) -> Tensor:
+    """The order in which `base` hands its routed rows (row t * K + k of `index [T, K]`) to the experts, `[T * K]`."""
+    implementation = _implementation(base)
+    if implementation == "grouped_mm":
+        return torch.sort(index.reshape(-1)).indices
+    rows = torch.arange(index.numel(), device=index.device)
+    # the architectures' own loops take first choices first
+    return rows.view(index.shape).mT.reshape(-1) if implementation == "eager" else rows
+
+
+def run_rows(base: nn.Module, x: Tensor, chosen: Tensor, bank: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The experts' outputs for single rows, not yet weighted, computed as `base` computes.
 
     Args:
-        slices: replacement of every stack, `[G, ...]`; hidden `[R, H]`; index `[R, 1]` in 0..G-1; weight `[R, 1]`.
+        x: inputs `[R, H]`, in `row_order`. chosen: expert of each row, `[R]`; with `bank`, its place there.
+        bank: stacks to use instead of the base's, `[G, ...]`, by name; cast to the base's dtype.
+
+    Returns:
+        `[R, H]`.
     """
-    bank = copy.copy(base)
-    # a shallow copy shares its dicts with the base: give it its own before anything is put into them
-    bank.__dict__["_parameters"] = {**base._parameters, **slices}
-    bank.__dict__.pop("forward", None)
-    bank.num_experts = next(iter(slices.values())).shape[0]
-    return type(base).forward(bank, hidden, index, weight)
+    module = base
+    if bank is not None:
+        module = copy.copy(base)
+        # a shallow copy shares its dicts with the base: give it its own before anything is put into them
+        stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
+        module.__dict__["_parameters"] = {**base._parameters, **stacks}
+        module.__dict__.pop("forward", None)
+        module.num_experts = next(iter(stacks.values())).shape[0]
+    if _implementation(base) == "grouped_mm":
+        return _run_grouped(module, x, chosen)
+    ones = torch.ones_like(x[:, :1])
+    run = base if bank is None else partial(type(base).forward, module)
+    return run(x, chosen[:, None], ones)
 
 
-def runs_eagerly(base: nn.Module) -> bool:
-    """Whether the experts run as the architecture's own loop, which adds up a token's experts in ascending order."""
-    return getattr(base.config, "_experts_implementation", None) in (None, "eager")
+def _run_grouped(module: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
+    """transformers' grouped_mm path for rows that are sorted by expert already: sorting again would reorder equals."""
+    counts = torch.bincount(chosen, minlength=module.num_experts)
+    ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+    def linear(rows: Tensor, name: str) -> Tensor:
+        bias = getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
+        return _grouped_linear(rows, getattr(module, name), ends, bias=bias, is_transposed=module.is_transposed)
+
+    inner = module._apply_gate(linear(x, "gate_up_proj")) if module.has_gate else module.act_fn(linear(x, "up_proj"))
+    output = linear(inner, "down_proj")
+    return module.post_expert_norm(output) if module.has_post_expert_norm else output
+
+
+def sum_rows(base: nn.Module, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add up each token's weighted rows `[T, K, H]` as `base` does, `[T, H]` in `dtype`.
+
+    The architectures' loops add in ascending order of the experts and round after each; the fast paths add in one sum.
+    """
+    if _implementation(base) != "eager":
+        return weighted.sum(dim=1).to(dtype)
+    rows = weighted.to(dtype)
+    ascending = torch.argsort(index, dim=1, stable=True)
+    every = torch.arange(index.shape[0], device=index.device)
+    total = torch.zeros_like(rows[:, 0])
+    for choice in range(index.shape[1]):
+        total = total + rows[every, ascending[:, choice]]
+    return total
+
+
+def _implementation(base: nn.Module) -> str:
+    return getattr(base.config, "_experts_implementation", None) or "eager"
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -222,6 +274,6 @@ def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
             "transformers version that decorates it"
         )
     return (
-        f"{named} has no mixture-of-experts layers: peft_pcgrow grows the experts of an MoE (Qwen3-MoE, OLMoE, Mixtral, "
-        "DeepSeek-V3, gpt-oss, ...); use LoRA on a dense model"
+        f"{named} has no mixture-of-experts layers: peft_pcgrow grows the experts of an MoE (Qwen3-MoE, OLMoE, "
+        "Mixtral, DeepSeek-V3, gpt-oss, ...); use LoRA on a dense model"
     )

@@ -23,88 +23,73 @@ class TrainingGuard:
     """Watches one model's banks through the optimizer's own step hooks, whatever optimizer and loop the user has.
 
     Args:
+        model: whose parameters tell this model's optimizers from others.
         layers: gives the model's tuner layers.
         summary: gives the line said when training starts.
     """
 
-    def __init__(self, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
-        self.layers, self.summary = layers, summary
+    def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
+        self.model, self.layers, self.summary = model, layers, summary
+        self._watch()
+
+    def _watch(self) -> None:
         self.rearm()
         _guards.add(self)
         _hook_optimizers()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copied model has parameters of its own: its guard starts afresh
+        self.__dict__.update(state)
+        self._watch()
+
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
-        self.announced = self.checked = self.stepped = False
-        self.before: dict[int, Tensor] = {}
-        self.owned: set[int] = set()
+        self.announced = False
+        # by id of a bank's weight: its experts that an error reached, and its bits, before its first step
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.checked: set[int] = set()
+        # nodes that an error reached, by id of their weight, while an optimizer of this model stepped without them
+        self.left_out: dict[int, list[tuple[int, int]]] = {}
 
     def training_forward(self) -> None:
         """Called at the start of each forward that trains."""
         if not self.announced:
             self.announced = True
-            for layer in self.layers():
-                layer.watch, layer.seen = True, {}
             _say(self.summary())
-        elif self.stepped and not self.checked:
-            self._finish([weight for _, _, weight in self._banks() if id(weight) not in self.owned])
+        if self.left_out:
+            nodes = [node for left_out in self.left_out.values() for node in left_out]
+            self.left_out = {}
+            _raise_unmoved(nodes, "no optimizer holds its weights: create the optimizer after get_peft_model")
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return  # a GradScaler is at work, and a fused optimizer skips this step by itself
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        mine = [(layer, name, weight) for layer, name, weight in self._banks() if id(weight) in rates]
-        self._refuse_nonfinite(mine)
-        if not self.checked:
+        graded = [(*bank, bank[2].grad) for bank in self._banks() if bank[2].grad is not None]
+        mine = [entry for entry in graded if id(entry[2]) in rates]
+        _refuse_nonfinite(mine)
+        for _, _, weight, gradient in mine:
+            self.left_out.pop(id(weight), None)
             # a warm-up's first step may have a rate of zero: the check waits for one that moves something
-            moving = [weight for _, _, weight in mine if rates[id(weight)] > 0]
-            self.before |= {id(weight): _signature(weight) for weight in moving if weight.numel()}
+            if id(weight) not in self.checked and rates[id(weight)] > 0 and weight.numel():
+                self.before[id(weight)] = _reached(gradient), _bits(weight)
+        if len(mine) < len(graded) and any(id(p) in rates for p in self.model.parameters()):
+            for layer, adapter, weight, gradient in graded:
+                if id(weight) not in rates and id(weight) not in self.checked:
+                    places = _reached(gradient).nonzero().flatten().tolist()
+                    self.left_out[id(weight)] = [(layer.layer_index, layer.grown[adapter][place]) for place in places]
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.stepped = True
-        if self.checked or not self.before:
-            return
-        self.owned |= set(self.before)
-        self._finish([weight for _, _, weight in self._banks() if id(weight) in self.before])
-
-    def _finish(self, weights: list[nn.Parameter]) -> None:
-        """Raise if a node in `weights` that an error reached is where it was before the step."""
         still = []
-        known = {id(weight) for weight in weights}
-        for layer, adapter, weight in self._banks():
-            if id(weight) not in known or adapter not in layer.seen or not weight.numel():
-                continue
-            moved = _signature(weight) != self.before[id(weight)] if id(weight) in self.before else None
-            for place, expert in enumerate(layer.grown[adapter]):
-                if layer.seen[adapter][place] > 0 and (moved is None or not moved[place]):
-                    still.append((layer.layer_index, expert, id(weight) in self.owned))
-        self.before = {}
+        for layer, adapter, weight in self._banks() if self.before else ():
+            if id(weight) in self.before:
+                reached, bits = self.before.pop(id(weight))
+                self.checked.add(id(weight))
+                for place in (reached & (_bits(weight) == bits)).nonzero().flatten().tolist():
+                    still.append((layer.layer_index, layer.grown[adapter][place]))
         if still:
-            nodes = ", ".join(f"{layer}.{expert}" for layer, expert, _ in sorted(set(still)))
-            hint = (
-                "its learning rate may be too small for the dtype"
-                if all(owned for *_, owned in still)
-                else "no optimizer holds its weights: create the optimizer after get_peft_model"
-            )
-            raise RuntimeError(
-                f"after the first optimizer step, located node(s) {nodes} that received error have not moved; {hint}"
-            )
-        if self.owned >= {id(weight) for _, _, weight in self._banks()}:
-            self.checked = True
-            for layer in self.layers():
-                layer.watch, layer.seen = False, {}
-
-    def _refuse_nonfinite(self, banks: list[tuple[PCGrowExperts, str, nn.Parameter]]) -> None:
-        graded = [(layer, name, weight.grad) for layer, name, weight in banks if weight.grad is not None]
-        if not graded:
-            return
-        finite = torch.stack([torch.isfinite(grad).all().cpu() for *_, grad in graded])
-        if not bool(finite.all()):
-            layer, name, grad = next(entry for entry, good in zip(graded, finite, strict=True) if not good)
-            broken = (~torch.isfinite(grad.flatten(1)).all(dim=1)).nonzero().flatten().tolist()
-            experts = [layer.grown[name][place] for place in broken]
-            raise FloatingPointError(
-                f"the gradient of layer {layer.layer_index}, experts {experts} (adapter {name!r}) is NaN or infinite: "
-                "the step is refused and no weight has changed. Look at the loss of this batch, or lower the learning rate"
-            )
+            _raise_unmoved(still, "its learning rate may be too small for the dtype of the bank")
 
     def _banks(self) -> Iterator[tuple[PCGrowExperts, str, nn.Parameter]]:
         for layer in self.layers():
@@ -114,9 +99,39 @@ class TrainingGuard:
                         yield layer, adapter, weight
 
 
-def _signature(weight: Tensor) -> Tensor:
+def _refuse_nonfinite(graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]) -> None:
+    if not graded:
+        return
+    finite = torch.stack([torch.isfinite(gradient).all().cpu() for *_, gradient in graded])
+    if not bool(finite.all()):
+        layer, adapter, _, gradient = next(entry for entry, good in zip(graded, finite, strict=True) if not good)
+        broken = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"the gradient of layer {layer.layer_index}, experts {[layer.grown[adapter][place] for place in broken]} "
+            f"(adapter {adapter!r}) is NaN or infinite: the step is refused and no weight has changed. Look at the "
+            "loss of this batch, or lower the learning rate"
+        )
+
+
+def _rows(bank: Tensor) -> Tensor:
+    return bank.detach().reshape(bank.shape[0], -1)
+
+
+def _bits(weight: Tensor) -> Tensor:
     """One number per expert that changes when a weight does: the sum of the bit patterns, `[G]`, without a copy."""
-    return weight.detach().reshape(weight.shape[0], -1).view(_BITS[weight.element_size()]).sum(dim=1, dtype=torch.int64)
+    return _rows(weight).view(_BITS[weight.element_size()]).sum(dim=1, dtype=torch.int64)
+
+
+def _reached(gradient: Tensor) -> Tensor:
+    """Which experts of a bank an error came to, `[G]`."""
+    return _rows(gradient).any(dim=1)
+
+
+def _raise_unmoved(nodes: list[tuple[int, int]], why: str) -> None:
+    named = ", ".join(f"{layer}.{expert}" for layer, expert in sorted(set(nodes)))
+    raise RuntimeError(
+        f"after the first optimizer step, located node(s) {named} that received error have not moved; {why}"
+    )
 
 
 def _hook_optimizers() -> None:

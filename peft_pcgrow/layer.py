@@ -49,9 +49,6 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.pcgrow_checksum = BufferDict({}, persistent=True)
         # set by each forward; the model asks whether the layer's block went round it
         self.called = False
-        # rows per expert and adapter, and the rows among them that an error came back to, while `watch` is set
-        self.watch = False
-        self.seen: dict[str, Tensor] = {}
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
 
@@ -98,18 +95,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         branches = [deepen.Branch(self._slot(name, hidden_states.device), self.bank(name)) for name in active]
-        output = deepen.forward(self.base_layer, branches, hidden_states, top_k_index, top_k_weights)
-        if self.watch and torch.is_grad_enabled() and output.requires_grad:
-            output.register_hook(lambda delta: self._count(active, delta, top_k_index, top_k_weights))
-        return output
-
-    def _count(self, active: list[str], delta: Tensor, index: Tensor, weight: Tensor) -> None:
-        """Note how many rows of each grown expert an error came back to."""
-        reached = (delta != 0).any(dim=-1, keepdim=True) & (weight != 0)
-        for name in active:
-            slot = self._slot(name, index.device)[index][reached]
-            rows = torch.bincount(slot[slot >= 0], minlength=len(self.grown[name])).cpu()
-            self.seen[name] = self.seen.get(name, torch.zeros_like(rows)) + rows
+        return deepen.forward(self.base_layer, branches, hidden_states, top_k_index, top_k_weights)
 
     def _slot(self, adapter_name: str, device: torch.device) -> Tensor:
         key = (adapter_name, device)
@@ -119,10 +105,11 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._check_disjoint(names)
+        self.check_disjoint(names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def _check_disjoint(self, adapter_names: Sequence[str]) -> None:
+    def check_disjoint(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError if two of these adapters grow the same expert here."""
         owner: dict[int, str] = {}
         for name in adapter_names:
             for expert in self.grown.get(name, ()):
@@ -140,14 +127,10 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write grown experts over the base's; the slices that they replace are kept for `unmerge`."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.grown:
-                continue
-            self.check_mergeable()
-            self._check_disjoint([*self.merged_adapters, name])
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.grown]
+        self.check_merge(safe_merge, names)
+        for name in names:
             bank = {stack: weight.detach() for stack, weight in self.bank(name).items()}
-            if safe_merge and not all(bool(torch.isfinite(weight).all()) for weight in bank.values()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._originals[name] = experts.read_experts(self.base_layer, self.grown[name])
             experts.write_experts(self.base_layer, self.grown[name], bank)
             self.merged_adapters.append(name)
@@ -158,12 +141,18 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             experts.write_experts(self.base_layer, self.grown[name], self._originals.pop(name))
 
-    def check_mergeable(self) -> None:
-        if experts.is_quantized(self.base_layer):
+    def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError if merging these adapters here would fail; writes nothing."""
+        names = [name for name in adapter_names if name in self.grown and name not in self.merged_adapters]
+        if names and experts.is_quantized(self.base_layer):
             raise ValueError(
                 "the base is quantized, so merging would round the grown experts and could not be undone exactly: load "
                 "the base in bf16 or fp32, load the adapter onto it, and merge there"
             )
+        self.check_disjoint([*self.merged_adapters, *names])
+        for name in names if safe_merge else ():
+            if not all(bool(torch.isfinite(weight).all()) for weight in self.bank(name).values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         stack = next(iter(experts.expert_stacks(base_layer).values()))

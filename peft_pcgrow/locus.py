@@ -1,6 +1,7 @@
 """The locus: the set of nodes chosen to change, as decoder layer -> experts."""
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class Locus(Mapping[int, tuple[int, ...]]):
@@ -18,8 +19,9 @@ class Locus(Mapping[int, tuple[int, ...]]):
             raise ValueError(f"locus must map layer -> [experts], got {nodes!r}; for example {{3: [0, 5], 4: [1]}}")
         chosen = {}
         for layer, experts in nodes.items():
-            listed = [experts] if isinstance(experts, int) else list(experts)
-            if listed:
+            if isinstance(experts, (str, bytes)) or not isinstance(experts, Iterable):
+                raise ValueError(f"layer {layer!r} in the locus must list its experts, got {experts!r}")
+            if listed := list(experts):
                 chosen[self._whole(layer, "layer")] = tuple(sorted({self._whole(e, "expert") for e in listed}))
         if not chosen:
             raise ValueError(f"the locus is empty ({nodes!r}): name at least one expert, or raise the budget")
@@ -28,10 +30,11 @@ class Locus(Mapping[int, tuple[int, ...]]):
     @staticmethod
     def _whole(value, what: str) -> int:
         # JSON turns the keys of an object into strings
-        number = int(value) if isinstance(value, str) and value.isdigit() else value
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        if isinstance(value, str) and value.isdigit():
+            return int(value)
+        if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 0:
             raise ValueError(f"{what} {value!r} in the locus is not a whole number >= 0")
-        return number
+        return operator.index(value)
 
     def __getitem__(self, layer: int) -> tuple[int, ...]:
         return self._nodes[layer]

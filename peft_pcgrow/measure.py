@@ -98,7 +98,7 @@ def _settle(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
             ignore_index=IGNORED,
             reduction="sum",
         )
-    value = float(loss)
+    value = float(loss.detach())
     if not value < float("inf"):
         raise FloatingPointError(f"the loss of a batch is {value}: check the model's weights and the batch's tokens")
     loss.backward()
@@ -106,7 +106,7 @@ def _settle(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
 
 
 def _read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """Model inputs without labels, and labels `[B, S]` with -100 on padding."""
+    """Model inputs without labels, and labels `[B, S]` with -100 on padding and on what padding would predict."""
     given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
@@ -118,7 +118,10 @@ def _read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tenso
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     labels = inputs.pop("labels", None)
     target = inputs["input_ids"] if labels is None else labels
-    return inputs, target.masked_fill(inputs["attention_mask"] == 0, IGNORED)
+    real = inputs["attention_mask"].bool()
+    predicted = real.clone()
+    predicted[:, 1:] &= real[:, :-1]
+    return inputs, target.masked_fill(~predicted, IGNORED)
 
 
 @contextmanager
@@ -182,7 +185,7 @@ class _ErrorProbe(Probe):
         delta = delta.reshape(-1, delta.shape[-1])
         sums = expert_error(delta, routed[0], routed[1], site.experts, self.keep.to(delta.device))
         self.sums[index] += torch.stack(sums).cpu()
-        for (name, stack, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
+        for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
             if gradient is None or self.sketch is None:
                 continue
             image = self.sketch(gradient).cpu()

@@ -1,13 +1,14 @@
 """PCGrowModel: places grown banks on the experts of a model and settles their errors."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_pcgrow import experts, plan
-from peft_pcgrow.checksum import seal, verify
+from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.guard import TrainingGuard
@@ -31,7 +32,7 @@ class PCGrowModel(BaseTuner):
 
     prefix: str = "pcgrow_"
     tuner_layer_cls = PCGrowExperts
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
         return peft_config  # targets follow from the locus, in _prepare_model
@@ -122,14 +123,14 @@ class PCGrowModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._grown = {layer.layer_index: layer for layer in model.modules() if isinstance(layer, PCGrowExperts)}
         if getattr(self, "_stack", None) is None:
-            self._stack = LayerStack(self._tree.layers, settling=self._settling, finished=self._check_called).attach()
-            self._guard = TrainingGuard(self.tuner_layers, self._summary)
+            self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()
+            self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
         self._guard.rearm()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in self.tuner_layers():
-            layer._check_disjoint(names)  # before any layer has changed
+            layer.check_disjoint(names)  # before any layer has changed
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         if getattr(self, "_guard", None) is not None:
             self._guard.rearm()
@@ -138,8 +139,10 @@ class PCGrowModel(BaseTuner):
         """The layers that hold banks, bottom first."""
         return list((getattr(self, "_grown", None) or {}).values())
 
-    def _settling(self) -> bool:
-        """Asked at the start of each forward with gradients: whether to settle rather than backpropagate through."""
+    def _begin(self) -> bool:
+        """At the start of each forward: whether to settle, rather than let autograd go through the layers."""
+        if not (torch.is_grad_enabled() and self.model.training):
+            return False
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
             return False
         self._guard.training_forward()
@@ -170,15 +173,27 @@ class PCGrowModel(BaseTuner):
             )
         return "\n".join(lines)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for layer in self.tuner_layers():
-            layer.check_mergeable()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any):  # type: ignore[override]
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ):
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._stack.detach()
         return unloaded
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Refuse before any layer has been written."""
+        for layer in self.tuner_layers():
+            layer.check_merge(safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -187,4 +202,5 @@ class PCGrowModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
         verify(state_dict)
+        state_dict = {key: torch.zeros_like(t) if key.endswith(f".{MARK}") else t for key, t in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

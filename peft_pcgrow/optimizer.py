@@ -134,14 +134,14 @@ def create_pcgrow_optimizer(
         An optimizer for `Trainer(optimizers=(optimizer, None))`; its state resumes from a checkpoint exactly.
 
     Raises:
-        ValueError: nothing in the model trains.
+        ValueError: the model has no grown expert that trains.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError(
-            "no parameter of this model trains: pass it through get_peft_model(model, PCGrowConfig(...)) first"
-        )
     banks = [p for name, p in trainable if ".pcgrow_" in name and p.dim() == 3]
+    if not banks:
+        raise ValueError(
+            "no grown expert of this model trains: pass it through get_peft_model(model, PCGrowConfig(...)) first"
+        )
     chosen = {id(p) for p in banks}
     others = [p for _, p in trainable if id(p) not in chosen]
     groups = [

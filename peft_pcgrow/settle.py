@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
+# layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
+_recomputed: set[int] = set()
 
 
 class Probe:
     """Looks into a layer while it is settled (the error map does). Subclasses override both methods."""
 
     def watch(self, index: int) -> AbstractContextManager[Callable[[], list[Tensor]]]:
-        """Entered around layer `index`'s recomputation and its VJP; its value lists, once the layer has run, the tensors
-        whose gradient is wanted."""
+        """Entered around layer `index`'s recomputation and VJP; its value lists, once the layer has run, the tensors
+        whose gradients are wanted."""
         raise NotImplementedError
 
     def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
@@ -69,9 +71,11 @@ class LayerRun:
             checkpointing = getattr(self.layer, "gradient_checkpointing", False)
             if checkpointing:
                 self.layer.gradient_checkpointing = False
+            _recomputed.add(id(self.layer))
             try:
                 return _hidden(self.layer(x, *self.args, **self.kwargs), self.layer)
             finally:
+                _recomputed.discard(id(self.layer))
                 if checkpointing:
                     self.layer.gradient_checkpointing = True
 
@@ -108,12 +112,12 @@ class Boundary(torch.autograd.Function):
 
 
 class LayerStack:
-    """The decoder layers of one model, settled instead of backpropagated through while `settling()` is true.
+    """The decoder layers of one model, settled instead of backpropagated through where `begin()` says so.
 
     Args:
         layers: decoder layers in the order they run; each takes the residual stream `[..., H]` first and returns it
             (alone, or first in a tuple whose other members carry no gradient).
-        settling: asked at the bottom layer of each forward that has gradients enabled.
+        begin: called at the bottom layer of every forward; whether to settle this one (if gradients are enabled).
         probe: watches each layer while it is settled, down to the bottom.
         finished: called with (layer index) after every forward of a layer, settled or not.
     """
@@ -121,15 +125,14 @@ class LayerStack:
     def __init__(
         self,
         layers: Iterable[nn.Module],
-        settling: Callable[[], bool] = lambda: True,
+        begin: Callable[[], bool] = lambda: True,
         probe: Probe | None = None,
         finished: Callable[[int], None] | None = None,
     ):
         self.layers = list(layers)
-        self.settling, self.probe, self.finished = settling, probe, finished
+        self.begin, self.probe, self.finished = begin, probe, finished
         self._tape: Tape | None = None
         self._grad_was_enabled: list[bool] = []
-        self._recomputing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> "LayerStack":
@@ -154,29 +157,29 @@ class LayerStack:
 
     @torch.compiler.disable
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        if self._recomputing:
+        if id(layer) in _recomputed:
             return None
         if index == 0:
             self._grad_was_enabled.clear()
-            self._tape = Tape() if torch.is_grad_enabled() and self.settling() else None
+            self._tape = Tape() if self.begin() and torch.is_grad_enabled() else None
         if self._tape is None:
             return None
-        kwargs = _without_cache(kwargs)
         if args:
             x, args = args[0], args[1:]
         else:
             x, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        if index == 0 and x.grad_fn is not None:
+        if index == 0:
+            _refuse_filled_cache(kwargs)
             # a leaf here is only enable_input_require_grads: no parameter below needs the error
-            self._tape.bottom = x
-        self._tape.runs.append(_record(layer, index, x.detach(), args, kwargs))
+            self._tape.bottom = x if x.grad_fn is not None else None
+        self._tape.runs.append(_record(layer, index, x.detach(), args, _without_cache(kwargs)))
         self._grad_was_enabled.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
         return (x.detach(), *args), kwargs
 
     @torch.compiler.disable
     def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
-        if self._recomputing:
+        if id(layer) in _recomputed:
             return None
         if self._grad_was_enabled:
             torch.set_grad_enabled(self._grad_was_enabled.pop())
@@ -218,16 +221,12 @@ class LayerStack:
         """
         found: dict[int, Tensor] = {}
         carried: Tensor | None = delta
-        self._recomputing = True
-        try:
-            for position in range(len(runs) - 1, -1, -1):
-                run, stored = runs[position]
-                # `_bound` cut the runs at the lowest layer that trains
-                wants_below = position > 0 or wants_bottom
-                assert carried is not None
+        for position in range(len(runs) - 1, -1, -1):
+            run, stored = runs[position]
+            # `_bound` cut the runs at the lowest layer that trains
+            wants_below = position > 0 or wants_bottom
+            if carried is not None:
                 carried = self._settle_layer(run, stored, carried, trainable, wants_below, found)
-        finally:
-            self._recomputing = False
         return found, carried if wants_bottom else None
 
     def _settle_layer(
@@ -273,19 +272,22 @@ def _record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[s
     return LayerRun(layer, index, x, args, kwargs, device_type, autocast, torch.get_rng_state(), device_rng)
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Run without a KV cache: a recomputed layer would append its keys a second time and attend to both."""
+def _refuse_filled_cache(kwargs: dict[str, Any]) -> None:
     for name in CACHES:
         cache = kwargs.get(name)
-        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
+        if hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
             raise ValueError(
                 f"settle='sweep' cannot train behind a filled KV cache ({name} holds {cache.get_seq_length()} "
                 "positions): pass the whole sequence, or use PCGrowConfig(settle='backprop')"
             )
-    changed = {name: None for name in CACHES if kwargs.get(name) is not None}
+
+
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """For the recomputation: with the KV cache, a layer would append its keys a second time and attend to both."""
+    changed: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
     if kwargs.get("use_cache"):
         changed["use_cache"] = False
-    return {**kwargs, **changed} if changed else kwargs
+    return {**kwargs, **changed}
 
 
 def _hidden(output: Any, layer: nn.Module) -> Tensor:

@@ -1,0 +1,35 @@
+"""One tolerance table and one comparison for all tests."""
+
+import torch
+from torch import Tensor
+
+# relative root-mean-square error allowed against the oracle
+TOLERANCE = {
+    # the same sums in another order, in fp64
+    "fp64": 1e-12,
+    # gradients through several layers in fp64; what is promised to users is 1e-10
+    "fp64 gradient": 1e-11,
+    # the same tokens in another batch, or experts in another order: routers compute in fp32 even in an fp64 model, and
+    # their matrix products round differently with another shape
+    "fp64 across batches": 1e-6,
+    # the same sums in another order, in fp32
+    "fp32": 1e-5,
+    # torch's own Muon runs Newton-Schulz in bf16, ours in fp32 on a CPU: five iterations of 8-bit mantissas
+    "bf16 orthogonalization": 0.05,
+    # a sketch of 64 x 64 random directions, averaged over all nodes of a model
+    "sketch": 0.2,
+}
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, kind: str) -> None:
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    got, want = got.double(), want.double()
+    scale = want.square().mean().sqrt()
+    error = float((got - want).square().mean().sqrt() / scale) if scale > 0 else float(got.abs().max())
+    assert error <= TOLERANCE[kind], f"{name}: relative error {error:.3g}, allowed {TOLERANCE[kind]} ({kind})"
+
+
+def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor], kind: str) -> None:
+    assert got.keys() == want.keys()
+    for name in got:
+        assert_close(name, got[name], want[name], kind)

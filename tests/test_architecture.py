@@ -1,0 +1,130 @@
+"""The rules of the code base: floors of imports, public names, file sizes, what the wheel holds."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import peft_pcgrow
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
+# imports go strictly down; within the list of one floor, only to the left
+FLOORS = [
+    ["pcgrow_kernels"],
+    ["locus", "energy", "heatmap", "checksum"],
+    ["error_map"],
+    ["settle", "plan"],
+    ["experts"],
+    ["deepen", "measure"],
+    ["register", "config", "layer", "guard", "model"],
+    ["optimizer", "__init__"],
+]
+# what a floor may know of the world outside, by the lowest floor that may
+OUTSIDE = {"transformers": 4, "peft": 6, "accelerate": 7, "bitsandbytes": 6}
+ORDERED = 6
+LINES = 400
+TOTAL = 4000
+
+
+def floor_of(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages, and modules of ours, that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            module = node.module or ""
+            names = [f"{module}.{a.name}" for a in node.names] if module == "peft_pcgrow" else [module]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            found.add(rest.partition(".")[0] if top == "peft_pcgrow" and rest else top)
+    return found
+
+
+def test_imports_go_down():
+    names = {path.stem for path in PACKAGE.glob("*.py")} | {"pcgrow_kernels"}
+    assert names == {name for floor in FLOORS for name in floor}, "a module has no floor, or a floor no module"
+    wrong = []
+    for path in PACKAGE.glob("*.py"):
+        mine = floor_of(path.stem)
+        for name in imported(path) & names:
+            theirs = floor_of(name)
+            row = FLOORS[mine]
+            to_the_left = theirs == mine and mine >= ORDERED and row.index(name) < row.index(path.stem)
+            if not (theirs < mine or to_the_left):
+                wrong.append(f"{path.stem} (floor {mine}) imports {name} (floor {theirs})")
+        for name, lowest in OUTSIDE.items():
+            if name in imported(path) and mine < lowest:
+                wrong.append(f"{path.stem} (floor {mine}) imports {name}, which only floor {lowest} and up may know")
+    for path in KERNELS.glob("*.py"):
+        extra = imported(path) - {"torch", "triton", "pcgrow_kernels"} - set(sys.stdlib_module_names)
+        if extra:
+            wrong.append(f"kernel file {path.name} imports {extra}")
+    assert not wrong, wrong
+
+
+def test_folder_kernels_shadows_nothing():
+    """Hugging Face publishes a package `kernels` that transformers imports."""
+    roots = [ROOT / "kernels", ROOT / "tests" / "kernels", ROOT / "tests" / "peft", ROOT / "tests"]
+    assert not [root for root in roots if (root / "__init__.py").exists()]
+
+
+def test_public_names():
+    assert len(peft_pcgrow.__all__) <= 12
+    assert all(getattr(peft_pcgrow, name).__doc__ for name in peft_pcgrow.__all__)
+
+
+def test_files_stay_short():
+    sources = [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]
+    lines = {path: len(path.read_text().splitlines()) for path in sources}
+    others = [*(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    assert not [path for path in [*sources, *others] if len(path.read_text().splitlines()) > LINES]
+    assert sum(lines.values()) <= TOTAL
+
+
+def test_no_vague_names():
+    vague = re.compile(r"util|helper|common|misc|manager|_v\d")
+    assert not [path.name for path in ROOT.glob("*/**/*.py") if vague.search(path.stem) and ".venv" not in str(path)]
+
+
+def test_importing_registers_and_costs_little():
+    """`import peft_pcgrow` makes PEFT know the method, twice is harmless, and no heavy optional package comes along."""
+    code = (
+        "import sys, peft_pcgrow, importlib, peft;"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m;"
+        "from peft_pcgrow.register import register;"
+        "register(peft_pcgrow.PCGrowConfig, peft_pcgrow.PCGrowModel);"
+        "assert m[peft.PeftType('PCGROW')] is peft_pcgrow.PCGrowModel;"
+        "assert list(peft.PeftType).count('PCGROW') == 1;"
+        "print(sorted({'matplotlib', 'bitsandbytes', 'triton', 'datasets'} & set(sys.modules)))"
+    )
+    plain = "import sys, peft; print(sorted({'matplotlib', 'bitsandbytes', 'triton', 'datasets'} & set(sys.modules)))"
+    loaded = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout.strip()
+        for c in (plain, code)
+    ]
+    assert loaded[0] == loaded[1]
+
+
+def test_wheel_holds_both_packages(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in KERNELS.rglob("*.py")}
+    assert expected <= held
+    outside = {name.split("/")[0] for name in held} - {"peft_pcgrow", "pcgrow_kernels"}
+    assert all(name.endswith(".dist-info") for name in outside)
+    assert any(name.endswith("licenses/LICENSE") for name in held)

@@ -1,0 +1,105 @@
+"""What must not change keeps its bits."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import ARCHITECTURES, build, snapshot, tokens
+
+from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+
+CASES = [
+    *[(name, torch.float32, implementation) for name in ARCHITECTURES for implementation in ("eager", "grouped_mm")],
+    *[("qwen3_moe", dtype, "batched_mm") for dtype in (torch.float32, torch.bfloat16)],
+    *[(name, torch.bfloat16, implementation) for name in ("deepseek_v3", "gpt_oss") for implementation in ("eager", "grouped_mm")],
+]
+
+
+def trained(model, locus, ids, **config):
+    model = get_peft_model(model, PCGrowConfig(locus=locus, **config)).train()
+    optimizer = create_pcgrow_optimizer(model, lr=0.1)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "dtype", "implementation"), CASES)
+def test_tokens_that_meet_no_located_node_keep_their_bits(name, dtype, implementation):
+    """At the first grown layer, the experts' output of each token is the base's unless one of its experts is grown."""
+    base, ids = build(name, dtype, implementation), tokens(8, 24)
+    site = find_experts(base).sites[0]
+    reference = copy.deepcopy(base)
+    seen = {}
+
+    def look(key):
+        def hook(module, args, output):
+            seen[key] = args[1], output.detach()
+
+        return hook
+
+    find_experts(reference).sites[0].base.register_forward_hook(look("base"))
+    model = trained(base, {site.layer: [2]}, ids)
+    find_experts(model).sites[0].module.register_forward_hook(look("grown"))
+    with torch.no_grad():
+        reference(input_ids=ids)
+        model(input_ids=ids)
+    index, before = seen["base"]
+    after = seen["grown"][1]
+    meets = (index == 2).any(dim=1)
+    assert meets.any()
+    assert not meets.all()
+    assert torch.equal(before[~meets], after[~meets])
+    assert (before[meets] != after[meets]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_untrained_adapter_changes_nothing(name, implementation):
+    base, ids = build(name, implementation=implementation), tokens()
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        locus = {site.layer: [0, 3, 7] for site in find_experts(base).sites}
+        after = get_peft_model(base, PCGrowConfig(locus=locus)).eval()(input_ids=ids).logits
+    assert torch.equal(before, after)
+
+
+def test_training_writes_no_base_parameter():
+    base, ids = build("gpt_oss"), tokens()
+    before = snapshot(base)
+    model = trained(base, {1: [0, 3], 2: [5]}, ids)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in snapshot(model.get_base_model()).items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_unrouted_located_expert_keeps_its_bits():
+    """A located expert that no row reached has no error, and momentum must not move it."""
+    base, ids = build("mixtral"), tokens(1, 8)
+    routed = set()
+    site = find_experts(base).sites[0]
+    site.base.register_forward_pre_hook(lambda module, args: routed.update(args[1].unique().tolist()))
+    with torch.no_grad():
+        base(input_ids=ids)
+    idle = next(expert for expert in range(8) if expert not in routed)
+    busy = next(iter(routed))
+    model = trained(base, {site.layer: [busy, idle]}, ids)
+    layer = model.base_model.tuner_layers()[0]
+    for name, bank in layer.bank("default").items():
+        stack = dict(site.base.named_parameters())[name]
+        place = layer.grown["default"].index(idle)
+        assert torch.equal(bank[place], stack[idle])
+        assert not torch.equal(bank[1 - place], stack[busy])
+
+
+def test_measuring_changes_nothing():
+    model = build("qwen2_moe").train()
+    before = snapshot(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    measure_errors(model, [tokens()], progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(model).items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.layers.modules())
