@@ -55,10 +55,10 @@ class PCGrowConfig(PeftConfig):
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
     init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None, metadata={"help": "Experts modules that may grow; all of them by default."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None, metadata={"help": "Experts modules that must not grow."}
     )
     target_parameters: Optional[list[str]] = field(

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from transformers.integrations.moe import _grouped_linear
 
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
+# an nn.Module that follows the contract above: no class of transformers' says so, type checkers cannot either
+ExpertsModule: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ExpertsSite:
     layer: int
     name: str
     module: nn.Module
-    base: nn.Module
+    base: ExpertsModule
     decoder_layer: nn.Module
     router: nn.Module | None
 
@@ -92,7 +94,7 @@ def find_experts(model: nn.Module) -> Tree:
     return Tree(tuple(layers), tuple(sites))
 
 
-def expert_stacks(base: nn.Module) -> dict[str, nn.Parameter]:
+def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
     """The weights that have one slice per expert, by name (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, ...)."""
     return {
         name: parameter
@@ -101,21 +103,21 @@ def expert_stacks(base: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def read_experts(base: nn.Module, experts: Sequence[int]) -> dict[str, Tensor]:
+def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tensor]:
     """Copies of the slices of `experts`, `[len(experts), ...]` each."""
     return {
         name: stack.detach()[torch.tensor(experts, device=stack.device)] for name, stack in expert_stacks(base).items()
     }
 
 
-def write_experts(base: nn.Module, experts: Sequence[int], slices: Mapping[str, Tensor]) -> None:
+def write_experts(base: ExpertsModule, experts: Sequence[int], slices: Mapping[str, Tensor]) -> None:
     """Overwrite the slices of `experts` in place, cast to the base's dtype."""
     with torch.no_grad():
         for name, stack in expert_stacks(base).items():
             stack[torch.tensor(experts, device=stack.device)] = slices[name].to(stack.device, stack.dtype)
 
 
-def row_order(base: nn.Module, index: Tensor) -> Tensor:
+def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
     """The order in which `base` hands its routed rows (row t * K + k of `index [T, K]`) to the experts, `[T * K]`."""
     implementation = _implementation(base)
     if implementation == "grouped_mm":
@@ -125,7 +127,7 @@ def row_order(base: nn.Module, index: Tensor) -> Tensor:
     return rows.view(index.shape).mT.reshape(-1) if implementation == "eager" else rows
 
 
-def run_rows(base: nn.Module, x: Tensor, chosen: Tensor, bank: Mapping[str, Tensor] | None = None) -> Tensor:
+def run_rows(base: ExpertsModule, x: Tensor, chosen: Tensor, bank: Mapping[str, Tensor] | None = None) -> Tensor:
     """The experts' outputs for single rows, not yet weighted, computed as `base` computes.
 
     Args:
@@ -150,7 +152,7 @@ def run_rows(base: nn.Module, x: Tensor, chosen: Tensor, bank: Mapping[str, Tens
     return run(x, chosen[:, None], ones)
 
 
-def _run_grouped(module: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
+def _run_grouped(module: ExpertsModule, x: Tensor, chosen: Tensor) -> Tensor:
     """transformers' grouped_mm path for rows that are sorted by expert already: sorting again would reorder equals."""
     counts = torch.bincount(chosen, minlength=module.num_experts)
     ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
@@ -164,7 +166,7 @@ def _run_grouped(module: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
     return module.post_expert_norm(output) if module.has_post_expert_norm else output
 
 
-def sum_rows(base: nn.Module, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Add up each token's weighted rows `[T, K, H]` as `base` does, `[T, H]` in `dtype`.
 
     The architectures' loops add in ascending order of the experts and round after each; the fast paths add in one sum.
@@ -180,11 +182,11 @@ def sum_rows(base: nn.Module, weighted: Tensor, index: Tensor, dtype: torch.dtyp
     return total
 
 
-def _implementation(base: nn.Module) -> str:
+def _implementation(base: ExpertsModule) -> str:
     return getattr(base.config, "_experts_implementation", None) or "eager"
 
 
-def is_quantized(base: nn.Module) -> bool:
+def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized afterwards."""
     if getattr(base.config, "quantization_config", None) is not None or hasattr(base, "parametrizations"):
         return True
@@ -193,7 +195,7 @@ def is_quantized(base: nn.Module) -> bool:
 
 def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
     """What tells one base from another: model type, shapes and a fingerprint of the routers (None on meta)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     site = tree.sites[0]
     shapes = {name: list(stack.shape[1:]) for name, stack in expert_stacks(site.base).items()}
@@ -235,7 +237,7 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:length])
 
 
-def _router(block: nn.Module, base: nn.Module) -> nn.Module | None:
+def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
     """The sibling with one weight row per expert."""
     for child in block.children():
         if any(p.dim() == 2 and p.shape[0] >= base.num_experts for p in child.parameters()) and (
@@ -248,7 +250,7 @@ def _router(block: nn.Module, base: nn.Module) -> nn.Module | None:
     return None
 
 
-def _check_base(name: str, base: nn.Module) -> None:
+def _check_base(name: str, base: ExpertsModule) -> None:
     if base._is_expert_parallel:
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     if not expert_stacks(base):

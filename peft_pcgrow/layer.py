@@ -32,9 +32,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     other_param_names = ("pcgrow_checksum",)
 
-    def __init__(self, base_layer: nn.Module, layer_index: int):
+    def __init__(self, base_layer: experts.ExpertsModule, layer_index: int):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: experts.ExpertsModule = base_layer
         self.layer_index = layer_index
         stacks = experts.expert_stacks(base_layer)
         for name in stacks:
@@ -63,7 +63,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _banks(self, stack: str) -> nn.ModuleDict:
+    def _banks(self, stack: str) -> Any:
         return getattr(self, f"pcgrow_{stack}")
 
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 class Locus(Mapping[int, tuple[int, ...]]):
@@ -28,13 +29,15 @@ class Locus(Mapping[int, tuple[int, ...]]):
         self._nodes = dict(sorted(chosen.items()))
 
     @staticmethod
-    def _whole(value, what: str) -> int:
+    def _whole(value: Any, what: str) -> int:
         # JSON turns the keys of an object into strings
-        if isinstance(value, str) and value.isdigit():
-            return int(value)
-        if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 0:
+        if isinstance(value, str):
+            number = int(value) if value.isdigit() else -1
+        else:
+            number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
+        if number < 0:
             raise ValueError(f"{what} {value!r} in the locus is not a whole number >= 0")
-        return operator.index(value)
+        return number
 
     def __getitem__(self, layer: int) -> tuple[int, ...]:
         return self._nodes[layer]

@@ -31,6 +31,7 @@ class PCGrowModel(BaseTuner):
     """
 
     prefix: str = "pcgrow_"
+    peft_config: dict[str, PCGrowConfig]  # type: ignore[assignment]
     tuner_layer_cls = PCGrowExperts
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 

@@ -47,7 +47,7 @@ class Probe:
 class LayerRun:
     """How one decoder layer was called: enough to run it again with the same result."""
 
-    layer: nn.Module
+    layer: Any  # an nn.Module
     index: int
     x: Tensor
     args: tuple
@@ -138,7 +138,9 @@ class LayerStack:
     def attach(self) -> "LayerStack":
         if not self._handles:
             for index, layer in enumerate(self.layers):
-                before, after = partial(self._before, index), partial(self._after, index)
+                # compiled code breaks its graph here: what settles is not for a compiler
+                before = partial(torch.compiler.disable(LayerStack._before), self, index)
+                after = partial(torch.compiler.disable(LayerStack._after), self, index)
                 self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(layer.register_forward_hook(after, with_kwargs=True, always_call=True))
         return self
@@ -155,7 +157,6 @@ class LayerStack:
     def __exit__(self, *error) -> None:
         self.detach()
 
-    @torch.compiler.disable
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if id(layer) in _recomputed:
             return None
@@ -177,7 +178,6 @@ class LayerStack:
         torch.set_grad_enabled(False)
         return (x.detach(), *args), kwargs
 
-    @torch.compiler.disable
     def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
         if id(layer) in _recomputed:
             return None
@@ -274,7 +274,7 @@ def _record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[s
 
 def _refuse_filled_cache(kwargs: dict[str, Any]) -> None:
     for name in CACHES:
-        cache = kwargs.get(name)
+        cache: Any = kwargs.get(name)
         if hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
             raise ValueError(
                 f"settle='sweep' cannot train behind a filled KV cache ({name} holds {cache.get_seq_length()} "

@@ -1,0 +1,106 @@
+"""Run by test_distributed.py under torchrun, with accelerate, and imported by it for the same steps in one process."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
+from tiny import build, tokens
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from peft_pcgrow import PCGrowConfig
+
+LOCUS = {0: list(range(8)), 2: [1, 6]}
+STEPS, ROWS = 4, 4
+
+
+def grow() -> PeftModel:
+    return get_peft_model(build(num_experts_per_tok=1), PCGrowConfig(locus=LOCUS)).train()
+
+
+def banks(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): p.detach().clone().contiguous()
+        for name, p in model.named_parameters()
+        if "pcgrow_" in name
+    }
+
+
+def batch(step: int) -> Tensor:
+    """The whole batch of a step: few words, so that some experts get rows on one process only."""
+    return tokens(ROWS, 5, seed=step)
+
+
+def loop(accelerator: Accelerator | None) -> dict:
+    """Plain SGD steps on this process's share of each batch."""
+    model = grow()
+    counts = []
+    experts = model.base_model.tuner_layers()[0]
+    experts.register_forward_pre_hook(lambda _, args: counts.append(torch.bincount(args[1].flatten(), minlength=8)))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    rank, world = 0, 1
+    if accelerator is not None:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(STEPS):
+        ids = batch(step)[rank::world]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward() if accelerator is None else accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"banks": banks(model), "rows": counts[0]}
+
+
+def poisoned(accelerator: Accelerator) -> str:
+    """What is raised here when the loss of process 1 alone is NaN."""
+    model = grow()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = banks(model)
+    ids = batch(0)[accelerator.process_index :: 2]
+    loss = model(input_ids=ids, labels=ids).loss
+    accelerator.backward(loss * float("nan") if accelerator.process_index == 1 else loss)
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        after = banks(model)
+        return str(error) if all(torch.equal(before[name], after[name]) for name in before) else "a weight changed"
+    return "nothing"
+
+
+def train(folder: Path, each: int) -> dict:
+    """The same with transformers' Trainer, `each` rows per process and batch."""
+    model = grow()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=each,
+        gradient_accumulation_steps=2,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row, "labels": row} for step in range(2 * STEPS) for row in batch(step)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"banks": banks(model), "losses": losses}
+
+
+def main(folder: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    found = {"loop": loop(accelerator), "poisoned": poisoned(accelerator), "trainer": train(folder, ROWS // 2)}
+    torch.save(found, folder / f"rank{accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

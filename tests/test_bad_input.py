@@ -1,0 +1,335 @@
+"""What cannot work is refused with a text that says why, and nothing is left changed or written."""
+
+import json
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import assert_same, build, dense, logits, snapshot, tokens, train
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Llama4ForCausalLM, Llama4TextConfig
+
+from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+
+LOCUS = {1: [1, 4], 2: [0, 3, 7]}
+
+
+def facts(model: nn.Module) -> tuple:
+    """Everything about a model that a failed call could leave behind, but its weights."""
+    return (
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        hasattr(model, "peft_config"),
+        torch.is_grad_enabled(),
+    )
+
+
+@contextmanager
+def refused(model: nn.Module, error: type[Exception], text: str):
+    """The block raises `error` with `text`, and the model is as before."""
+    before, weights = facts(model), snapshot(model)
+    with pytest.raises(error, match=text):
+        yield
+    assert facts(model) == before
+    assert_same(weights, snapshot(model))
+
+
+def grow(model: nn.Module, **settings) -> PeftModel:
+    return get_peft_model(model, PCGrowConfig(**settings))
+
+
+def emap(model: nn.Module, **settings) -> ErrorMap:
+    return measure_errors(model, [tokens()], progress=False, **settings)
+
+
+# ---- models
+
+
+def test_dense_model():
+    model = dense()
+    with refused(model, ValueError, "LlamaForCausalLM has no mixture-of-experts layers.*use LoRA on a dense model"):
+        grow(model, locus={0: [0]})
+    with refused(model, ValueError, "no mixture-of-experts layers"):
+        emap(model)
+
+
+def test_undecorated_experts():
+    """Llama4's experts do not follow the contract of transformers' experts modules."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = Llama4ForCausalLM(Llama4TextConfig(vocab_size=128, num_hidden_layers=2, **sizes, **heads))
+    text = r"has experts \(Llama4TextExperts\) that do not follow transformers' experts contract"
+    with refused(model, ValueError, text):
+        grow(model, locus={0: [0]})
+    with refused(model, ValueError, text):
+        emap(model)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"num_experts": 4}, {"num_hidden_layers": 2}, {"name": "olmoe"}])
+def test_map_of_another_model(changes):
+    model = build()
+    with refused(model, ValueError, "this error map was measured on another model"):
+        grow(model, error_map=emap(build(**changes)))
+
+
+def test_no_experts_left():
+    model = build()
+    with refused(model, ValueError, "leave no experts to grow; the model's experts are model.layers.0.mlp.experts"):
+        grow(model, locus={0: [0]}, target_modules=["mlp.expert"])
+    with refused(model, ValueError, "the locus names layer 0, which has no experts.*layers with experts: 1-2"):
+        grow(model, locus={0: [0]}, layers_to_transform=[1, 2])
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "x", float("nan"), None])
+def test_budget(budget):
+    with pytest.raises(ValueError, match=r"budget must be a share of the expert parameters in \(0, 1\], got"):
+        PCGrowConfig(budget=budget, locus=LOCUS)
+
+
+@pytest.mark.parametrize(
+    ("locus", "text"),
+    [
+        ({}, "the locus is empty"),
+        ({0: []}, "the locus is empty"),
+        ({0: [-1]}, "expert -1 in the locus is not a whole number"),
+        ({-1: [0]}, "layer -1 in the locus is not a whole number"),
+        ({0: [1.5]}, "expert 1.5 in the locus is not a whole number"),
+        ({0: [True]}, "expert True in the locus is not a whole number"),
+        ({"first": [0]}, "layer 'first' in the locus is not a whole number"),
+        ({0: "12"}, "in the locus"),
+        ({0: None}, "in the locus"),
+        ([0, 1], r"locus must map layer -> \[experts\]"),
+    ],
+)
+def test_locus_that_is_none(locus, text):
+    with pytest.raises(ValueError, match=text):
+        PCGrowConfig(locus=locus)
+
+
+@pytest.mark.parametrize(
+    ("name", "locus", "text"),
+    [
+        ("qwen3_moe", {0: [3, 8]}, r"names expert 8 of layer 0, but this model has only 8 experts there \(0 to 7\)"),
+        ("qwen3_moe", {3: [0]}, "names layer 3, which has no experts in this model; layers with experts: 0-2"),
+        ("deepseek_v3", {0: [0]}, "names layer 0, which has no experts in this model; layers with experts: 1-3"),
+    ],
+)
+def test_locus_outside_the_model(name, locus, text):
+    model = build(name)
+    with refused(model, ValueError, text):
+        grow(model, locus=locus)
+
+
+def test_unknown_words():
+    with pytest.raises(ValueError, match="unknown select='loss'; choose from error, square, coherent, gate, frequency"):
+        PCGrowConfig(locus=LOCUS, select="loss")
+    with pytest.raises(ValueError, match="unknown settle='relax'; choose from sweep, backprop"):
+        PCGrowConfig(locus=LOCUS, settle="relax")
+    with pytest.raises(ValueError, match="unknown statistic 'loss'; a map can rank by error"):
+        emap(build()).score("loss")
+    with pytest.raises(ValueError, match=r"target_parameters=\['down_proj'\]: an experts module grows as a whole"):
+        PCGrowConfig(locus=LOCUS, target_parameters=["down_proj"])
+    with pytest.raises(ValueError, match="error_map must be a path or an ErrorMap, got int"):
+        PCGrowConfig(error_map=3)
+
+
+def test_nothing_to_choose_by():
+    model = build()
+    with refused(model, ValueError, "PCGrowConfig needs error_map=.*or locus=.*or select='random'"):
+        grow(model)
+    with refused(model, ValueError, "has no coherent anywhere"):
+        grow(model, error_map=emap(model, coherent=False), select="coherent")
+
+
+def test_optimizer_without_an_adapter():
+    with pytest.raises(ValueError, match="get_peft_model"):
+        create_pcgrow_optimizer(build())
+
+
+# ---- measuring
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_corpus_without_labels(training):
+    model = build().train(training)
+    ids = tokens()
+    empty = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    padded = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    for batches in ([], [empty], [ids[:, :1]], [padded]):
+        with refused(model, ValueError, "the corpus has no label token"):
+            measure_errors(model, batches, progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite(value):
+    model = build()
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    text = r"the loss of a batch is (nan|inf): check the model's weights and the batch's tokens"
+    with pytest.raises(FloatingPointError, match=text):
+        emap(model)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch", [tokens()[0], tokens().float(), {"input_ids": tokens()[None]}])
+def test_batch_of_another_shape(batch):
+    model = build()
+    with refused(model, ValueError, r"a batch needs input_ids of shape \[B, S\], integers"):
+        measure_errors(model, [batch], progress=False)
+
+
+# ---- map files
+
+
+def test_maps_that_do_not_add():
+    first = emap(build())
+    with pytest.raises(ValueError, match=r"these maps cannot be added: they were measured on.*routers"):
+        first + emap(build(seed=1))
+    with pytest.raises(ValueError, match="different sketches"):
+        first + emap(build(), sketch_dim=4)
+    with pytest.raises(ValueError, match="these maps cannot be added"):
+        first + emap(build(), coherent=False)
+    with pytest.raises(TypeError):
+        first + 1
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path) -> None:
+    blob = bytearray(path.read_bytes())
+    blob[-9] ^= 1
+    path.write_bytes(bytes(blob))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "text"),
+    [
+        (lambda folder: cut(folder / "error_map.json"), ValueError, "is damaged.*error_map.json is not JSON"),
+        (lambda folder: (folder / "error_map.json").write_text("[]"), ValueError, "damaged|format"),
+        (lambda folder: (folder / "error_map.json").write_bytes(b"\xff\xfe"), ValueError, "is not JSON"),
+        (lambda folder: cut(folder / "error_map.safetensors"), ValueError, "does not have the checksum"),
+        (lambda folder: flip(folder / "error_map.safetensors"), ValueError, "does not have the checksum"),
+        (lambda folder: (folder / "error_map.safetensors").unlink(), FileNotFoundError, "no error map in .*expected"),
+        (lambda folder: (folder / "error_map.json").unlink(), FileNotFoundError, "no error map in .*expected"),
+    ],
+)
+def test_damaged_map(damage, error, text, tmp_path):
+    model = build()
+    emap(model).save(tmp_path / "map")
+    damage(tmp_path / "map")
+    with pytest.raises(error, match=text):
+        ErrorMap.load(tmp_path / "map")
+    with refused(model, error, text):
+        grow(model, error_map=tmp_path / "map")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [("format", 99, "has format 99; this version reads 1"), ("layers", None, "damaged"), ("base", None, "damaged")],
+)
+def test_map_with_other_facts(key, value, text, tmp_path):
+    """A later format, or a fact that is gone."""
+    emap(build()).save(tmp_path)
+    written = json.loads((tmp_path / "error_map.json").read_text())
+    written[key] = value
+    if value is None:
+        del written[key]
+    (tmp_path / "error_map.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=text):
+        ErrorMap.load(tmp_path)
+
+
+def test_map_onto_a_file(tmp_path):
+    (tmp_path / "map").write_text("notes")
+    with pytest.raises(FileExistsError, match="is a file; an error map is saved as a folder, give another name"):
+        emap(build()).save(tmp_path / "map")
+    assert [path.name for path in tmp_path.iterdir()] == ["map"]
+    assert (tmp_path / "map").read_text() == "notes"
+
+
+# ---- adapter files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base and a trained adapter, in folders."""
+    build().save_pretrained(tmp_path / "base")
+    model = grow(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), locus=LOCUS)
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def load_parts(folder) -> PeftModel:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+
+
+def load_native(folder) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(folder / "adapter")
+    logits(model)
+    return model
+
+
+@pytest.mark.parametrize("load", [load_parts, load_native])
+def test_truncated_adapter(saved, load):
+    cut(saved / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(SafetensorError, match="incomplete"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "load", [load_parts, load_native, lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")]
+)
+def test_altered_adapter(saved, load):
+    """One value of a bank changed in an otherwise valid file."""
+    path = saved / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layers.2.mlp.experts.pcgrow_down_proj.weight"))
+    tensors[name][1, 2, 3] += 1e-3
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.experts do not have the checksum saved beside them"):
+        load(saved)
+
+
+def test_adapter_on_fewer_experts(saved):
+    model = build(num_experts=4)
+    with refused(model, ValueError, "names expert 4 of layer 1, but this model has only 4 experts there"):
+        PeftModel.from_pretrained(model, saved / "adapter")
+
+
+def test_adapter_on_another_base(saved):
+    """It may be meant, so it is a warning."""
+    with pytest.warns(UserWarning, match="this adapter was grown on a base with other router weights"):
+        PeftModel.from_pretrained(build(seed=1), saved / "adapter")
+
+
+def test_merging_into_a_quantized_base(saved):
+    pytest.importorskip("bitsandbytes")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    model = grow(AutoModelForCausalLM.from_pretrained(saved / "base", quantization_config=four_bit), locus=LOCUS)
+    losses = train(model, steps=2)
+    assert all(loss < 20 for loss in losses)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with refused(model, ValueError, "the base is quantized, so merging would round the grown experts"):
+            merge()
+    assert not any(layer.merged for layer in model.base_model.tuner_layers())
+    plain = model.unload()
+    assert find_experts(plain).experts_at == {0: 8, 1: 8, 2: 8}
+
+
+def test_texts_are_whole_sentences():
+    """An error text names what was given: no empty list, no 'None' where a name should be."""
+    with pytest.raises(ValueError, match="has no experts") as caught:
+        grow(build(), locus={9: [0]})
+    assert not re.search(r"None|\[\]|: $", str(caught.value))
