@@ -146,7 +146,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         names = [name for name in adapter_names if name in self.grown and name not in self.merged_adapters]
         if names and experts.is_quantized(self.base_layer):
             raise ValueError(
-                "the base is quantized, so merging would round the grown experts and could not be undone exactly: load "
+                "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "
                 "the base in bf16 or fp32, load the adapter onto it, and merge there"
             )
         self.check_disjoint([*self.merged_adapters, *names])

@@ -14,7 +14,7 @@ from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.guard import TrainingGuard
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
-from peft_pcgrow.settle import LayerStack
+from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
 
 
 class PCGrowModel(BaseTuner):
@@ -67,6 +67,8 @@ class PCGrowModel(BaseTuner):
         # the map has done its work; what remains of it is the locus
         peft_config.error_map = None
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
+        # layers that another tuner on this model wrapped are that tuner's to watch
+        self._created: set[int] = getattr(self, "_created", None) or set()
         self._layer_of = {site.name: site.layer for site in allowed}
         self._tree = tree
 
@@ -109,7 +111,11 @@ class PCGrowModel(BaseTuner):
     ) -> None:
         layer_index = self._layer_of[current_key]
         chosen = Locus(peft_config.locus or {})[layer_index]
-        layer = target if isinstance(target, PCGrowExperts) else PCGrowExperts(target, layer_index)
+        if isinstance(target, PCGrowExperts):
+            layer = target
+        else:
+            layer = PCGrowExperts(target, layer_index)
+            self._created.add(layer_index)
         layer.update_layer(adapter_name, chosen, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -146,14 +152,19 @@ class PCGrowModel(BaseTuner):
             return False
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
             return False
+        if any(layer.merged for layer in self.tuner_layers()):
+            raise RuntimeError("the adapter is merged, so its banks are not used: call unmerge_adapter() before training")
         self._guard.training_forward()
-        modes = {self.peft_config[name].settle for name in self.active_adapters if name in self.peft_config}
-        return "backprop" not in modes
+        if "backprop" in {self.peft_config[name].settle for name in self.active_adapters if name in self.peft_config}:
+            return False
+        if self.get_model_config(self.model).get("output_router_logits"):
+            raise ValueError(ROUTER_LOSS)
+        return True
 
     def _check_called(self, index: int) -> None:
         """A grown layer whose block went round the adapter would train nothing: refuse at once."""
         layer = self._grown.get(index)
-        if layer is not None:
+        if layer is not None and index in self._created:
             called, layer.called = layer.called, False
             if not called:
                 raise RuntimeError(

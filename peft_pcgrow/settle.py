@@ -26,6 +26,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
+ROUTER_LOSS = (
+    "settle='sweep' carries the error of the top layer's output only, so the load-balancing loss of "
+    "output_router_logits=True would get no gradient: switch it off, or use PCGrowConfig(settle='backprop')"
+)
 # layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
 _recomputed: set[int] = set()
 
@@ -111,6 +115,21 @@ class Boundary(torch.autograd.Function):
         return None, None, None, below, *gradients
 
 
+class Refusal(torch.autograd.Function):
+    """Marks a layer's output below the top: a loss on it would get no gradient, so its backward says so."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, anchor: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, delta: Tensor):
+        raise RuntimeError(
+            "settle='sweep' carries the error of the top layer's output only, and this loss also reads hidden states of "
+            "lower layers: use PCGrowConfig(settle='backprop')"
+        )
+
+
 class LayerStack:
     """The decoder layers of one model, settled instead of backpropagated through where `begin()` says so.
 
@@ -138,9 +157,7 @@ class LayerStack:
     def attach(self) -> "LayerStack":
         if not self._handles:
             for index, layer in enumerate(self.layers):
-                # compiled code breaks its graph here: what settles is not for a compiler
-                before = partial(torch.compiler.disable(LayerStack._before), self, index)
-                after = partial(torch.compiler.disable(LayerStack._after), self, index)
+                before, after = partial(_before_layer, self, index), partial(_after_layer, self, index)
                 self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(layer.register_forward_hook(after, with_kwargs=True, always_call=True))
         return self
@@ -157,7 +174,7 @@ class LayerStack:
     def __exit__(self, *error) -> None:
         self.detach()
 
-    def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if id(layer) in _recomputed:
             return None
         if index == 0:
@@ -171,6 +188,8 @@ class LayerStack:
             x, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
         if index == 0:
             _refuse_filled_cache(kwargs)
+            if kwargs.get("output_router_logits"):
+                raise ValueError(ROUTER_LOSS)
             # a leaf here is only enable_input_require_grads: no parameter below needs the error
             self._tape.bottom = x if x.grad_fn is not None else None
         self._tape.runs.append(_record(layer, index, x.detach(), args, _without_cache(kwargs)))
@@ -178,7 +197,7 @@ class LayerStack:
         torch.set_grad_enabled(False)
         return (x.detach(), *args), kwargs
 
-    def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
+    def after(self, index: int, layer: nn.Module, output: Any):
         if id(layer) in _recomputed:
             return None
         if self._grad_was_enabled:
@@ -188,11 +207,16 @@ class LayerStack:
             return None
         if self.finished is not None:
             self.finished(index)
-        if self._tape is None or index != len(self.layers) - 1:
+        if self._tape is None:
             return None
-        tape, self._tape = self._tape, None
-        top = self._bound(tape, _hidden(output, layer))
-        return (top, *output[1:]) if isinstance(output, tuple) else top
+        hidden = _hidden(output, layer)
+        if index < len(self.layers) - 1:
+            # the next layer detaches it again; only a loss that reads captured states meets it
+            hidden = Refusal.apply(hidden, torch.zeros((), device=hidden.device, requires_grad=True))
+        else:
+            tape, self._tape = self._tape, None
+            hidden = self._bound(tape, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _bound(self, tape: Tape, top: Tensor) -> Tensor:
         parameters = list({id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}.values())
@@ -256,6 +280,18 @@ class LayerStack:
         if self.probe is not None:
             self.probe.receive(run.index, errors[len(parameters) :])
         return below
+
+
+# Compiled code breaks its graph at these hooks: what settles is not for a compiler. They are functions of the module
+# so that a model that holds them can be pickled.
+@torch.compiler.disable
+def _before_layer(stack: LayerStack, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    return stack.before(index, layer, args, kwargs)
+
+
+@torch.compiler.disable
+def _after_layer(stack: LayerStack, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
+    return stack.after(index, layer, output)
 
 
 def _record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> LayerRun:

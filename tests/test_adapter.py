@@ -1,27 +1,16 @@
-"""The contract of a PEFT method: create, train, merge, switch, combine."""
+"""The contract of a PEFT method: create, train, switch off, merge, leave."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
-from tiny import ARCHITECTURES, assert_same, build, logits, snapshot, tokens, train
-from torch import Tensor, nn
+from close import assert_all_close
+from peft import get_layer_status, get_model_status, get_peft_model
+from tiny import ARCHITECTURES, LOCUS, assert_same, backward, build, grown, logits, snapshot, tokens, train, trainable
 
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-
-LOCUS = {1: [1, 4], 2: [0, 3, 7]}
-OTHER = {1: [0, 2], 2: [5]}
-
-
-def grown(**changes) -> nn.Module:
-    """A tiny Qwen3-MoE with an adapter on LOCUS; model settings by `build`'s names, the rest goes to the config."""
-    build_names = {"name", "dtype", "implementation", "seed"}
-    model = build(**{key: changes.pop(key) for key in list(changes) if key in build_names})
-    autocast = changes.pop("autocast_adapter_dtype", True)
-    return get_peft_model(model, PCGrowConfig(**{"locus": LOCUS, **changes}), autocast_adapter_dtype=autocast)
-
 
 # ---- creating
 
@@ -112,6 +101,15 @@ def test_config_pickles():
         assert other.peft_type is config.peft_type
     assert config.to_dict()["locus"] == {"1": [1, 4], "2": [0, 3, 7]}
     assert PCGrowConfig(locus=config.to_dict()["locus"]) == PCGrowConfig(locus=LOCUS)
+
+
+def test_config_with_a_map_in_memory():
+    """A map held in memory stays out of the config's dict, and in the config."""
+    emap = measure_errors(build(), [tokens()], progress=False)
+    config = PCGrowConfig(error_map=emap, budget=0.2)
+    assert json.loads(json.dumps(config.to_dict(), default=list))["error_map"] is None
+    assert config.error_map is emap
+    assert PCGrowConfig(error_map="maps/first").to_dict()["error_map"] == "maps/first"
 
 
 # ---- training
@@ -247,7 +245,7 @@ def test_leaving(merge):
         assert not layer._forward_hooks
         assert not layer._forward_pre_hooks
     torch.testing.assert_close(logits(plain), trained if merge else before, rtol=1e-5, atol=1e-5)
-    regrown = get_peft_model(plain, PCGrowConfig(locus=OTHER))
+    regrown = get_peft_model(plain, PCGrowConfig(locus={1: [0, 2], 2: [5]}))
     assert len(backward(regrown)) == 4
 
 

@@ -9,13 +9,11 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import assert_same, build, dense, logits, snapshot, tokens, train
+from tiny import LOCUS, assert_same, build, dense, logits, snapshot, tokens, train
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Llama4ForCausalLM, Llama4TextConfig
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
-
-LOCUS = {1: [1, 4], 2: [0, 3, 7]}
 
 
 def facts(model: nn.Module) -> tuple:
@@ -289,10 +287,10 @@ def test_truncated_adapter(saved, load):
 
 
 @pytest.mark.parametrize(
-    "load", [load_parts, load_native, lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")]
+    "load", [load_parts, lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")]
 )
 def test_altered_adapter(saved, load):
-    """One value of a bank changed in an otherwise valid file."""
+    """One value of a bank changed in an otherwise valid file. (transformers' own loader asks no tuner, so cannot tell.)"""
     path = saved / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("layers.2.mlp.experts.pcgrow_down_proj.weight"))
@@ -321,7 +319,7 @@ def test_merging_into_a_quantized_base(saved):
     losses = train(model, steps=2)
     assert all(loss < 20 for loss in losses)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with refused(model, ValueError, "the base is quantized, so merging would round the grown experts"):
+        with refused(model, ValueError, "the base was loaded quantized, and what merges into it cannot be saved"):
             merge()
     assert not any(layer.merged for layer in model.base_model.tuner_layers())
     plain = model.unload()

@@ -5,12 +5,11 @@ import types
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import PAD, assert_same, build, logits, snapshot, tokens, train
+from tiny import LOCUS, PAD, assert_same, build, logits, snapshot, tokens, train
 from torch import Tensor, nn
 
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer
 
-LOCUS = {1: [1, 4], 2: [0, 3, 7]}
 POISONS = {
     "nan": lambda loss: loss * float("nan"),
     "inf": lambda loss: loss / loss.new_zeros(()),
@@ -273,7 +272,7 @@ def test_router_loss_is_refused(how):
     """A load-balancing loss reads routers inside the layers: refused, for a sweep carries the top's error only."""
     arguments = {"output_router_logits": True} if how == "argument" else {}
     model = grow(build(output_router_logits=how == "config"))
-    with pytest.raises(ValueError, match="router.*settle='backprop'"):
+    with pytest.raises(ValueError, match=r"router.*settle='backprop'"):
         model(input_ids=tokens(), labels=tokens(), **arguments)
     control = grow(build(output_router_logits=how == "config"), settle="backprop")
     assert control(input_ids=tokens(), labels=tokens(), **arguments).aux_loss.requires_grad

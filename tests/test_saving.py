@@ -7,13 +7,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import assert_same, build, logits, snapshot, tokens, train
+from tiny import LOCUS, assert_same, build, logits, snapshot, tokens, train
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_pcgrow import PCGrowConfig, measure_errors
-
-LOCUS = {1: [1, 4], 2: [0, 3, 7]}
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss", "deepseek_v3"])

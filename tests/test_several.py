@@ -1,8 +1,14 @@
 """Several adapters on one model, PCGROW or not."""
 
+import pytest
+import torch
+from close import assert_all_close
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny import LOCUS, assert_same, backward, build, grown, logits, snapshot, train, trainable
 
-def adapters(model: nn.Module) -> list[str]:
-    return list(model.peft_config)
+from peft_pcgrow import PCGrowConfig
+
+OTHER = {1: [0, 2], 2: [5]}
 
 
 def test_two_adapters_switch():
@@ -21,7 +27,7 @@ def test_two_adapters_switch():
     assert torch.equal(logits(model), first)
     assert all(".default." in name for name in trainable(model))
     model.delete_adapter("default")
-    assert adapters(model) == ["second"]
+    assert list(model.peft_config) == ["second"]
     model.set_adapter("second")
     assert torch.equal(logits(model), second)
     assert not [name for name in model.state_dict() if "default" in name]
@@ -113,4 +119,6 @@ def test_two_native_adapters():
         model.set_adapter(name)
         control = grown(dtype=torch.float64, locus=locus, settle="backprop")
         expected = {k.removeprefix("base_model.model."): g for k, g in backward(control).items()}
-        assert_all_close({k.replace(f".{name}.", ".default."): g for k, g in backward(model).items()}, expected, "fp64 gradient")
+        assert_all_close(
+            {k.replace(f".{name}.", ".default."): g for k, g in backward(model).items()}, expected, "fp64 gradient"
+        )

@@ -5,6 +5,7 @@ are larger than a fresh initialisation's and no router bias is left at zero, so 
 """
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     DeepseekV3Config,
@@ -24,6 +25,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from peft_pcgrow import PCGrowConfig
+
+# nodes to grow in any of the models
+LOCUS = {1: [1, 4], 2: [0, 3, 7]}
 VOCABULARY, HIDDEN, EXPERTS, PAD = 128, 32, 8, 0
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -164,6 +169,14 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert not changed, changed
+
+
+def grown(**changes) -> PeftModel:
+    """A tiny model with an adapter on LOCUS; changes by `build`'s names go there, the rest to the config."""
+    build_names = {"name", "dtype", "implementation", "seed"}
+    model = build(**{key: changes.pop(key) for key in list(changes) if key in build_names})
+    autocast = changes.pop("autocast_adapter_dtype", True)
+    return get_peft_model(model, PCGrowConfig(**{"locus": LOCUS, **changes}), autocast_adapter_dtype=autocast)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,0 +1,75 @@
+"""Two processes (gloo) train as one process does on the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ddp_script
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # accelerate's own launcher starts several processes on CPUs through MPI only
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = Path(ddp_script.__file__)
+    done = subprocess.run(
+        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    found[0]["stderr"] = done.stderr
+    return found
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("way", ["loop", "trainer"])
+def test_processes_agree(ranks, way):
+    """After the last step both processes hold the same bits, which are not those of the start."""
+    start = ddp_script.banks(ddp_script.grow())
+    one, two = (found[way]["banks"] for found in ranks)
+    assert one.keys() == two.keys() == start.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+        assert not torch.equal(one[name], start[name]), name
+
+
+def test_experts_with_rows_on_one_process(ranks):
+    """The case is there: some located experts have rows on one process only."""
+    one, two = (found["loop"]["rows"] for found in ranks)
+    assert int(((one > 0) != (two > 0)).sum()) > 0
+
+
+def test_loop_equals_one_process(ranks):
+    """SGD on halves of each batch, gradients averaged, is SGD on the whole batch."""
+    assert_close(ranks[0]["loop"]["banks"], ddp_script.loop(None)["banks"])
+
+
+def test_trainer_equals_one_process(ranks, tmp_path):
+    """So it is in the Trainer, accumulation included."""
+    single = ddp_script.train(tmp_path, ddp_script.ROWS)
+    assert_close(ranks[0]["trainer"]["banks"], single["banks"])
+    assert ranks[0]["trainer"]["losses"] == pytest.approx(single["losses"], rel=1e-3)
+
+
+def test_poison_on_one_process(ranks):
+    """A NaN loss on one process refuses the step on both."""
+    for found in ranks:
+        assert "the step is refused and no weight has changed" in found["poisoned"]
+
+
+def test_announced_once(ranks):
+    """One line per training run, from the first process: three runs, three lines."""
+    lines = [line for line in ranks[0]["stderr"].splitlines() if line.startswith("pcgrow: adapter 'default' grows 10 ")]
+    assert len(lines) == 3
