@@ -14,13 +14,13 @@ import statistics
 import time
 from collections.abc import Callable
 
-import corpora
 import torch
-from compare import adamw, expert_paths
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
+import corpora
+from compare import adamw, expert_paths
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
 
 SHAPES = {
@@ -132,7 +132,7 @@ def main() -> None:
                 model.train()
                 step(model, optimizer, ids)  # optimizer state is made here, outside the measurement
 
-                def run(model=model, optimizer=optimizer) -> None:
+                def run(model=model, optimizer=optimizer, ids=ids) -> None:
                     step(model, optimizer, ids)
 
                 if turn == 0:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import corpora
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import corpora
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

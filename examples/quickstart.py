@@ -10,11 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import corpora
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+import corpora
 from peft_pcgrow import Locus, PCGrowConfig, create_pcgrow_optimizer, measure_errors
 
 MAP_WINDOWS = 64

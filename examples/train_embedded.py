@@ -15,11 +15,12 @@ import math
 import time
 from pathlib import Path
 
-import corpora
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import corpora
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -13,8 +13,9 @@ Rows that pull in different directions add to the energy but cancel in G.
 """
 
 import torch
-from pcgrow_kernels import expert_error
 from torch import Tensor
+
+from pcgrow_kernels import expert_error
 
 __all__ = ["GradientSketch", "expert_error"]
 

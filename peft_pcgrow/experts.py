@@ -195,8 +195,7 @@ def is_quantized(base: ExpertsModule) -> bool:
 
 def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
     """What tells one base from another: model type, shapes and a fingerprint of the routers (None on meta)."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = _text_config(getattr(model, "config", None))
     site = tree.sites[0]
     shapes = {name: list(stack.shape[1:]) for name, stack in expert_stacks(site.base).items()}
     return {
@@ -207,6 +206,18 @@ def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
         "vocabulary": getattr(config, "vocab_size", None),
         "routers": fingerprint(tree),
     }
+
+
+def other_routers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are known to be of bases with different router weights."""
+    known = {description.get("routers") for description in (one, other)} - {None}
+    return len(known) > 1
+
+
+def adds_router_loss(model: nn.Module) -> bool:
+    """Whether the model adds a load-balancing loss to the language model's."""
+    config: Any = getattr(model, "config", None)
+    return bool(getattr(_text_config(config), "output_router_logits", False))
 
 
 def fingerprint(tree: Tree) -> str | None:
@@ -221,6 +232,10 @@ def fingerprint(tree: Tree) -> str | None:
                     parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
                 )
     return digest.hexdigest()[:32]
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _layer_list(name: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -46,7 +46,7 @@ def draw(
     column_step = max(1, experts // 16)
     cells.set_xticks(range(0, experts, column_step))
     sums.barh(range(layers), 100 * values.sum(axis=1), color="#b5367a")
-    sums.set_xlabel("% of layer")
+    sums.set_xlabel("% in the layer")
     for side in ("top", "right"):
         sums.spines[side].set_visible(False)
     figure.colorbar(image, ax=sums, label="% of the whole model", fraction=0.4)

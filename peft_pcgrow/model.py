@@ -1,6 +1,9 @@
 """PCGrowModel: places grown banks on the experts of a model and settles their errors."""
 
+import copy
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +37,11 @@ class PCGrowModel(BaseTuner):
     peft_config: dict[str, PCGrowConfig]  # type: ignore[assignment]
     tuner_layer_cls = PCGrowExperts
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # BaseTuner injects the first adapter before a subclass can set anything up
+    _stack: LayerStack | None = None
+    _guard: TrainingGuard | None = None
+    _grown: Mapping[int, PCGrowExperts] = MappingProxyType({})
+    _created: frozenset[int] = frozenset()
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
         return peft_config  # targets follow from the locus, in _prepare_model
@@ -55,10 +63,7 @@ class PCGrowModel(BaseTuner):
             peft_config.base = base
         elif peft_config.base is None:
             peft_config.base = base
-        elif peft_config.base.get("routers") != base["routers"] and None not in (
-            base["routers"],
-            peft_config.base.get("routers"),
-        ):
+        elif experts.other_routers(base, peft_config.base):
             warnings.warn(
                 "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2
             )
@@ -67,21 +72,13 @@ class PCGrowModel(BaseTuner):
         # the map has done its work; what remains of it is the locus
         peft_config.error_map = None
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
-        # layers that another tuner on this model wrapped are that tuner's to watch
-        self._created: set[int] = getattr(self, "_created", None) or set()
         self._layer_of = {site.name: site.layer for site in allowed}
         self._tree = tree
 
     def _may_grow(self, config: PCGrowConfig, name: str) -> bool:
         if config.target_modules is None:
-            everything = PCGrowConfig(
-                exclude_modules=config.exclude_modules,
-                layers_to_transform=config.layers_to_transform,
-                layers_pattern=config.layers_pattern,
-                modules_to_save=config.modules_to_save,
-                target_modules=[name.rpartition(".")[2]],
-            )
-            return bool(self._check_target_module_exists(everything, name))
+            config = copy.copy(config)
+            config.target_modules = {name.rpartition(".")[2]}
         return bool(self._check_target_module_exists(config, name))
 
     @staticmethod
@@ -115,7 +112,8 @@ class PCGrowModel(BaseTuner):
             layer = target
         else:
             layer = PCGrowExperts(target, layer_index)
-            self._created.add(layer_index)
+            # layers that another tuner on this model wrapped are that tuner's to watch
+            self._created |= {layer_index}
         layer.update_layer(adapter_name, chosen, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -129,9 +127,10 @@ class PCGrowModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._grown = {layer.layer_index: layer for layer in model.modules() if isinstance(layer, PCGrowExperts)}
-        if getattr(self, "_stack", None) is None:
+        if self._stack is None:
             self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
+        assert self._guard is not None
         self._guard.rearm()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -139,12 +138,12 @@ class PCGrowModel(BaseTuner):
         for layer in self.tuner_layers():
             layer.check_disjoint(names)  # before any layer has changed
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if getattr(self, "_guard", None) is not None:
+        if self._guard is not None:
             self._guard.rearm()
 
     def tuner_layers(self) -> list[PCGrowExperts]:
         """The layers that hold banks, bottom first."""
-        return list((getattr(self, "_grown", None) or {}).values())
+        return list(self._grown.values())
 
     def _begin(self) -> bool:
         """At the start of each forward: whether to settle, rather than let autograd go through the layers."""
@@ -153,11 +152,14 @@ class PCGrowModel(BaseTuner):
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
             return False
         if any(layer.merged for layer in self.tuner_layers()):
-            raise RuntimeError("the adapter is merged, so its banks are not used: call unmerge_adapter() before training")
-        self._guard.training_forward()
+            raise RuntimeError(
+                "the adapter is merged, so its banks are not used: call unmerge_adapter() before training"
+            )
+        if self._guard is not None:
+            self._guard.training_forward()
         if "backprop" in {self.peft_config[name].settle for name in self.active_adapters if name in self.peft_config}:
             return False
-        if self.get_model_config(self.model).get("output_router_logits"):
+        if experts.adds_router_loss(self.model):
             raise ValueError(ROUTER_LOSS)
         return True
 
@@ -175,13 +177,14 @@ class PCGrowModel(BaseTuner):
     def _summary(self) -> str:
         lines = []
         for name in self.active_adapters:
-            grown = {layer.layer_index: layer.grown[name] for layer in self.tuner_layers() if name in layer.grown}
-            weights = [p for layer in self.tuner_layers() if name in layer.grown for p in layer.bank(name).values()]
-            locus = Locus(grown)
+            layers = [layer for layer in self.tuner_layers() if name in layer.grown]
+            if not layers:
+                continue
+            locus = Locus({layer.layer_index: layer.grown[name] for layer in layers})
+            parameters = sum(p.numel() for layer in layers for p in layer.bank(name).values())
             lines.append(
-                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts in {len(locus)} layers, "
-                f"{sum(p.numel() for p in weights):,} parameters, settle={self.peft_config[name].settle!r}: "
-                f"{locus.describe()}"
+                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts in {len(locus)} layers, {parameters:,} "
+                f"parameters, settle={self.peft_config[name].settle!r}: {locus.describe()}"
             )
         return "\n".join(lines)
 
@@ -199,7 +202,8 @@ class PCGrowModel(BaseTuner):
         if merge:
             self._check_merge(safe_merge, adapter_names)
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self._stack.detach()
+        if self._stack is not None:
+            self._stack.detach()
         return unloaded
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:

@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
+# what may stand between two layers: the mark of the lower one's output, or its move to another device or dtype
+HANDED_ON = ("RefusalBackward", "ToCopyBackward0")
 ROUTER_LOSS = (
     "settle='sweep' carries the error of the top layer's output only, so the load-balancing loss of "
     "output_router_logits=True would get no gradient: switch it off, or use PCGrowConfig(settle='backprop')"
@@ -105,6 +108,7 @@ class Boundary(torch.autograd.Function):
         return top.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, delta: Tensor):
         runs = list(zip(ctx.tape.runs, ctx.saved_tensors, strict=True))
         wants_bottom = ctx.tape.bottom is not None and ctx.needs_input_grad[3]
@@ -125,8 +129,8 @@ class Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta: Tensor):
         raise RuntimeError(
-            "settle='sweep' carries the error of the top layer's output only, and this loss also reads hidden states of "
-            "lower layers: use PCGrowConfig(settle='backprop')"
+            "settle='sweep' carries the error of the top layer's output only, and this loss also reads hidden states "
+            "of lower layers: use PCGrowConfig(settle='backprop')"
         )
 
 
@@ -192,6 +196,11 @@ class LayerStack:
                 raise ValueError(ROUTER_LOSS)
             # a leaf here is only enable_input_require_grads: no parameter below needs the error
             self._tape.bottom = x if x.grad_fn is not None else None
+        elif type(x.grad_fn).__name__ not in HANDED_ON:
+            raise TypeError(
+                f"{type(layer).__name__} {index} does not take the output of the layer before it as it is: errors "
+                "cannot be handed down between them; use PCGrowConfig(settle='backprop')"
+            )
         self._tape.runs.append(_record(layer, index, x.detach(), args, _without_cache(kwargs)))
         self._grad_was_enabled.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
@@ -271,7 +280,7 @@ class LayerStack:
             wanted = ([x] if x.requires_grad else []) + parameters + watched
             if not wanted or not output.requires_grad:
                 return None
-            errors = list(torch.autograd.grad(output, wanted, delta.to(output.dtype), allow_unused=True))
+            errors = list(torch.autograd.grad(output, wanted, delta.to(output.device, output.dtype), allow_unused=True))
         below = errors.pop(0) if x.requires_grad else None
         for parameter, gradient in zip(parameters, errors, strict=False):
             if gradient is not None:

@@ -1,6 +1,5 @@
 """One tolerance table and one comparison for all tests."""
 
-import torch
 from torch import Tensor
 
 # relative root-mean-square error allowed against the oracle

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
-from tiny import build, tokens
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from peft_pcgrow import PCGrowConfig
+from tiny import build, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
 STEPS, ROWS = 4, 4

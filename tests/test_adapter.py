@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from close import assert_all_close
 from peft import get_layer_status, get_model_status, get_peft_model
-from tiny import ARCHITECTURES, LOCUS, assert_same, backward, build, grown, logits, snapshot, tokens, train, trainable
 
+from close import assert_all_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
+from tiny import ARCHITECTURES, LOCUS, assert_same, backward, build, grown, logits, snapshot, tokens, train, trainable
 
 # ---- creating
 

@@ -9,11 +9,11 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import LOCUS, assert_same, build, dense, logits, snapshot, tokens, train
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Llama4ForCausalLM, Llama4TextConfig
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+from tiny import LOCUS, assert_same, build, dense, logits, snapshot, tokens, train
 
 
 def facts(model: nn.Module) -> tuple:
@@ -290,7 +290,7 @@ def test_truncated_adapter(saved, load):
     "load", [load_parts, lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")]
 )
 def test_altered_adapter(saved, load):
-    """One value of a bank changed in an otherwise valid file. (transformers' own loader asks no tuner, so cannot tell.)"""
+    """One value of a bank changed in an otherwise valid file. (transformers' own loader asks no tuner: it cannot tell.)"""
     path = saved / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("layers.2.mlp.experts.pcgrow_down_proj.weight"))

@@ -5,14 +5,18 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import ARCHITECTURES, build, snapshot, tokens
 
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+from tiny import ARCHITECTURES, build, snapshot, tokens
 
 CASES = [
     *[(name, torch.float32, implementation) for name in ARCHITECTURES for implementation in ("eager", "grouped_mm")],
     *[("qwen3_moe", dtype, "batched_mm") for dtype in (torch.float32, torch.bfloat16)],
-    *[(name, torch.bfloat16, implementation) for name in ("deepseek_v3", "gpt_oss") for implementation in ("eager", "grouped_mm")],
+    *[
+        (name, torch.bfloat16, implementation)
+        for name in ("deepseek_v3", "gpt_oss")
+        for implementation in ("eager", "grouped_mm")
+    ],
 ]
 
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ddp_script
 import pytest
 import torch
 from torch import Tensor
+
+import ddp_script
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from close import assert_close
 from peft import get_peft_model
-from tiny import ARCHITECTURES, PAD, build, tokens
 from torch.nn.functional import cross_entropy
 
+from close import assert_close
 from peft_pcgrow import ErrorMap, Locus, PCGrowConfig, find_experts, measure_errors
 from peft_pcgrow.error_map import SUMS
 from peft_pcgrow.experts import expert_stacks
+from tiny import ARCHITECTURES, PAD, build, tokens
 
 
 def measured(model, batches, **options):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from close import assert_all_close, assert_close
 from peft import get_peft_model
-from tiny import ARCHITECTURES, PAD, build, tokens
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
 from peft_pcgrow.experts import expert_stacks
+from tiny import ARCHITECTURES, PAD, build, tokens
 
 
 def grown(model, settle="sweep", locus=None, **config):
@@ -72,8 +72,10 @@ def test_two_forwards_before_one_backward(name):
     base, better, worse = build(name, torch.float64), tokens(seed=1), tokens(seed=2)
 
     def preference(model):
-        scores = [-cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-                  for ids in (better, worse)]
+        scores = [
+            -cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            for ids in (better, worse)
+        ]
         return -logsigmoid(scores[0] - 0.5 * scores[1])
 
     locus = {site.layer: (1, 4, 6) for site in find_experts(base).sites}
@@ -201,11 +203,13 @@ def test_under_autocast():
 
 def test_gradient_of_inputs_embeds():
     """Errors reach inputs that the user differentiates (prompt search, attribution)."""
-    base, ids = build("qwen3_moe", torch.float64), tokens()
+    base = build("qwen3_moe", torch.float64)
     model = grown(base)
     soft = torch.randn(4, 8, 32, dtype=torch.float64, requires_grad=True)
-    want, = torch.autograd.grad(copy.deepcopy(base).requires_grad_(False)(inputs_embeds=2 * soft).logits.square().sum(), soft)
-    got, = torch.autograd.grad(model(inputs_embeds=2 * soft).logits.square().sum(), soft)
+    (want,) = torch.autograd.grad(
+        copy.deepcopy(base).requires_grad_(False)(inputs_embeds=2 * soft).logits.square().sum(), soft
+    )
+    (got,) = torch.autograd.grad(model(inputs_embeds=2 * soft).logits.square().sum(), soft)
     assert_close("inputs_embeds", got, want, "fp64 gradient")
 
 
@@ -231,3 +235,12 @@ def test_only_layer_inputs_are_held():
     growth = (held_bytes(12, "sweep") - held_bytes(4, "sweep")) / 8
     assert growth == 4 * 16 * 32 * 4
     assert (held_bytes(12, "backprop") - held_bytes(4, "backprop")) / 8 > 10 * growth
+
+
+def test_a_stream_changed_between_layers_is_refused():
+    """A model that adds to the residual stream between two layers would break the chain without an error."""
+    model = grown(build("qwen3_moe"))
+    layer = model.base_model._stack.layers[1]
+    layer.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]), prepend=True)
+    with pytest.raises(TypeError, match=r"Qwen3MoeDecoderLayer 1 does not take the output.*settle='backprop'"):
+        language_loss(tokens())(model)

@@ -5,10 +5,10 @@ import types
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import LOCUS, PAD, assert_same, build, logits, snapshot, tokens, train
 from torch import Tensor, nn
 
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer
+from tiny import LOCUS, PAD, assert_same, build, logits, snapshot, tokens, train
 
 POISONS = {
     "nan": lambda loss: loss * float("nan"),

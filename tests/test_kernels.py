@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from close import assert_close
 
+from close import assert_close
 from pcgrow_kernels import expert_error
 
 

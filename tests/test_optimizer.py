@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from close import assert_close
 from peft import get_peft_model
-from tiny import build, tokens
 
+from close import assert_close
 from peft_pcgrow import Muon, PCGrowConfig, create_pcgrow_optimizer
 from peft_pcgrow.optimizer import orthogonalize
+from tiny import build, tokens
 
 
 @pytest.mark.parametrize("shape", [(5, 24, 16), (3, 16, 40), (2, 32, 32)])
@@ -73,7 +73,9 @@ def test_state_resumes_exactly():
             optimizer.step()
             optimizer.zero_grad()
 
-    model = get_peft_model(build("gpt_oss"), PCGrowConfig(locus={0: [1], 2: [0, 5]}, modules_to_save=["lm_head"])).train()
+    model = get_peft_model(
+        build("gpt_oss"), PCGrowConfig(locus={0: [1], 2: [0, 5]}, modules_to_save=["lm_head"])
+    ).train()
     optimizer = create_pcgrow_optimizer(model, lr=0.05)
     train(model, optimizer, [0, 1])
     stopped, saved = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())

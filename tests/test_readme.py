@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tiny import build, tokens
 
 ROOT = Path(__file__).parent.parent

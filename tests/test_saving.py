@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import LOCUS, assert_same, build, logits, snapshot, tokens, train
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_pcgrow import PCGrowConfig, measure_errors
+from tiny import LOCUS, assert_same, build, logits, snapshot, tokens, train
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss", "deepseek_v3"])

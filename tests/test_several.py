@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from close import assert_all_close
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from tiny import LOCUS, assert_same, backward, build, grown, logits, snapshot, train, trainable
 
+from close import assert_all_close
 from peft_pcgrow import PCGrowConfig
+from tiny import LOCUS, assert_same, backward, build, grown, logits, snapshot, train, trainable
 
 OTHER = {1: [0, 2], 2: [5]}
 

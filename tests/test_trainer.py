@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import PAD, VOCABULARY, assert_same, build, snapshot, tokens
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer
+from tiny import PAD, VOCABULARY, assert_same, build, snapshot, tokens
 
 LOCUS = {0: [2, 5], 1: [1, 4], 2: [0, 3, 7]}
 
