@@ -5,7 +5,9 @@ language reference and must keep held-out source code.
 """
 
 import argparse
+import contextlib
 import copy
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +25,9 @@ MAP_WINDOWS = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
-    parser.add_argument("--budget", type=float, default=0.25, help="share of the experts to grow (default: 0.25)")
-    parser.add_argument("--lr", type=float, default=0.03, help="learning rate of Muon on the banks (default: 0.03)")
+    parser.set_defaults(steps=160)
+    parser.add_argument("--budget", type=float, default=0.5, help="share of the experts to grow (default: 0.5)")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Muon on the banks (default: 0.01)")
     parser.add_argument("--out", type=Path, default=Path("pcgrow-quickstart"), help="where map and adapter go")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -80,7 +83,8 @@ def main() -> None:
 
 def train(model: torch.nn.Module, task: corpora.Task, args: argparse.Namespace) -> None:
     """An ordinary Trainer: nothing in it knows of growing."""
-    with tempfile.TemporaryDirectory() as scratch:
+    # the Trainer prints its log: standard output is for the result
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         settings = TrainingArguments(
             output_dir=scratch,
             max_steps=args.steps,
@@ -89,7 +93,7 @@ def train(model: torch.nn.Module, task: corpora.Task, args: argparse.Namespace) 
             save_strategy="no",
             logging_steps=max(1, args.steps // 8),
             report_to="none",
-            disable_tqdm=args.json,
+            disable_tqdm=True,
         )
         Trainer(
             model=model,

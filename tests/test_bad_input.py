@@ -290,7 +290,7 @@ def test_truncated_adapter(saved, load):
     "load", [load_parts, lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")]
 )
 def test_altered_adapter(saved, load):
-    """One value of a bank changed in an otherwise valid file. (transformers' own loader asks no tuner: it cannot tell.)"""
+    """One value of a bank changed in an otherwise valid file. (transformers' own loader asks no tuner.)"""
     path = saved / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("layers.2.mlp.experts.pcgrow_down_proj.weight"))
