@@ -154,8 +154,8 @@ def run_rows(base: ExpertsModule, x: Tensor, chosen: Tensor, bank: Mapping[str, 
 
 def _run_grouped(module: ExpertsModule, x: Tensor, chosen: Tensor) -> Tensor:
     """transformers' grouped_mm path for rows that are sorted by expert already: sorting again would reorder equals."""
-    counts = torch.bincount(chosen, minlength=module.num_experts)
-    ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
+    every = torch.arange(module.num_experts, device=chosen.device)
+    ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
 
     def linear(rows: Tensor, name: str) -> Tensor:
         bias = getattr(module, f"{name}_bias")[chosen] if module.has_bias else None

@@ -102,7 +102,8 @@ class TrainingGuard:
 def _refuse_nonfinite(graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]) -> None:
     if not graded:
         return
-    finite = torch.stack([torch.isfinite(gradient).all().cpu() for *_, gradient in graded])
+    device = graded[0][-1].device
+    finite = torch.stack([torch.isfinite(gradient).all().to(device) for *_, gradient in graded])
     if not bool(finite.all()):
         layer, adapter, _, gradient = next(entry for entry, good in zip(graded, finite, strict=True) if not good)
         broken = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()

@@ -140,6 +140,18 @@ def test_sketched_maps_add_up_and_estimate_the_norm():
     assert_close("summed energy", sketched.coherent.square().sum(), exact, "sketch")
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_bf16_map_is_close(implementation):
+    """A map needs no precision: in bf16 nodes rank nearly as in fp32."""
+    ids = tokens(8, 24)
+    exact = measured(build("gpt_oss"), [ids])
+    rounded = measured(build("gpt_oss", torch.bfloat16, implementation), [ids])
+    for field in ("mass", "coherent"):
+        pair = torch.stack([getattr(exact, field).flatten(), getattr(rounded, field).flatten()])
+        ranks = pair.argsort(dim=1).argsort(dim=1).double()
+        assert torch.corrcoef(ranks)[0, 1] > 0.95
+
+
 def test_max_tokens_stops_reading():
     read = []
 
