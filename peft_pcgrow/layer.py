@@ -75,7 +75,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         """Active adapters that grow experts here."""
         return [name for name in self.active_adapters if name in self.grown]
 
-    def expert_gradients(self) -> dict[str, list[tuple[nn.Parameter, tuple[int, ...] | None]]]:
+    def weights_in_use(self) -> dict[str, list[tuple[nn.Parameter, tuple[int, ...] | None]]]:
         """Which tensors hold the weights in use: per stack, (tensor, experts in its slices; None for all)."""
         in_use: dict[str, list[tuple[nn.Parameter, tuple[int, ...] | None]]] = {
             name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()

@@ -205,7 +205,7 @@ class _ErrorProbe(Probe):
 
 def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
     """The tensors whose gradients are the experts' (name, tensor, experts of its slices; None for all of them)."""
-    in_use = getattr(site.module, "expert_gradients", None)
+    in_use = getattr(site.module, "weights_in_use", None)
     if in_use is None:
         for name, stack in experts.expert_stacks(site.base).items():
             yield name, stack, None
