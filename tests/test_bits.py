@@ -60,6 +60,27 @@ def test_tokens_that_meet_no_located_node_keep_their_bits(name, dtype, implement
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_of_untouched_tokens_keep_their_bits(name):
+    """With a node of the top layer grown, every token that is not routed there has the base's logits."""
+    base, ids = build(name, implementation="grouped_mm"), tokens(8, 24)
+    site = find_experts(base).sites[-1]
+    assert site.layer == len(base.model.layers) - 1
+    routed = []
+    handle = site.base.register_forward_pre_hook(lambda module, args: routed.append(args[1]))
+    with torch.no_grad():
+        before = base(input_ids=ids).logits.flatten(0, 1)
+    handle.remove()
+    model = trained(base, {site.layer: [5]}, ids)
+    with torch.no_grad():
+        after = model(input_ids=ids).logits.flatten(0, 1)
+    meets = (routed[0] == 5).any(dim=1)
+    assert meets.any()
+    assert not meets.all()
+    assert torch.equal(before[~meets], after[~meets])
+    assert (before[meets] != after[meets]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_untrained_adapter_changes_nothing(name, implementation):
     base, ids = build(name, implementation=implementation), tokens()
