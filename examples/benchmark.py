@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 import corpora
-from compare import adamw, expert_paths
+from compare import lora
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
 
 SHAPES = {
@@ -47,12 +47,8 @@ def grown(settle: str, budget: float, top_half: bool = False) -> Callable:
     return build
 
 
-def lora(model: nn.Module):
-    stacks = sorted({path for site in find_experts(model).sites for path in expert_paths(site)})
-    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=stacks)
-    model = get_peft_model(model, config)
-    return model, adamw(model, 1e-4)
+def peft_lora(model: nn.Module):
+    return lora(rank=8, lr=1e-4, experts=True)(model, 0)
 
 
 def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
@@ -62,8 +58,8 @@ def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
         "sweep, top half": (grown("sweep", budget, top_half=True), False),
         "backprop": (grown("backprop", budget), False),
         "backprop, checkpointed": (grown("backprop", budget), True),
-        "LoRA": (lora, False),
-        "LoRA, checkpointed": (lora, True),
+        "LoRA": (peft_lora, False),
+        "LoRA, checkpointed": (peft_lora, True),
     }
 
 
