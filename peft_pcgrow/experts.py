@@ -193,6 +193,11 @@ def is_quantized(base: ExpertsModule) -> bool:
     return not all(stack.is_floating_point() for stack in expert_stacks(base).values())
 
 
+def was_cast_up(base: ExpertsModule) -> bool:
+    """Whether a model loaded quantized holds these stacks in fp32 (transformers loads them in 16 bit)."""
+    return is_quantized(base) and all(stack.dtype == torch.float32 for stack in expert_stacks(base).values())
+
+
 def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
     """What tells one base from another: model type, shapes and a fingerprint of the routers (None on meta)."""
     config = _text_config(getattr(model, "config", None))

@@ -67,6 +67,12 @@ class PCGrowModel(BaseTuner):
             warnings.warn(
                 "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2
             )
+        if experts.was_cast_up(tree.sites[0].base):
+            warnings.warn(
+                "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them up "
+                "and doubles their memory; cast them back, or leave that call out",
+                stacklevel=2,
+            )
         locus = Locus(peft_config.locus)
         locus.check(experts_at)
         # the map has done its work; what remains of it is the locus

@@ -1,12 +1,14 @@
 """What cannot work is refused with a text that says why, and nothing is left changed or written."""
 
+import copy
 import json
 import re
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -324,6 +326,18 @@ def test_merging_into_a_quantized_base(saved):
     assert not any(layer.merged for layer in model.base_model.tuner_layers())
     plain = model.unload()
     assert find_experts(plain).experts_at == {0: 8, 1: 8, 2: 8}
+
+
+def test_experts_of_a_quantized_base_cast_up(saved):
+    """prepare_model_for_kbit_training doubles the experts' memory without a word."""
+    pytest.importorskip("bitsandbytes")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(saved / "base", quantization_config=four_bit, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        grow(copy.deepcopy(model), locus=LOCUS)
+    with pytest.warns(UserWarning, match="experts are in fp32: prepare_model_for_kbit_training casts them up"):
+        grow(prepare_model_for_kbit_training(model), locus=LOCUS)
 
 
 def test_texts_are_whole_sentences():
