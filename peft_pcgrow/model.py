@@ -69,8 +69,8 @@ class PCGrowModel(BaseTuner):
             )
         if experts.was_cast_up(tree.sites[0].base):
             warnings.warn(
-                "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them up "
-                "and doubles their memory; cast them back, or leave that call out",
+                "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "
+                "up and doubles their memory; cast them back, or leave that call out",
                 stacklevel=2,
             )
         locus = Locus(peft_config.locus)
