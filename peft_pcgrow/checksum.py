@@ -40,8 +40,8 @@ def _layers(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, T
     for key in state_dict:
         layer, found, adapter = key.rpartition(f".{MARK}")
         if found:
-            # the adapter's name, if the keys have it, stands after the stack's name
+            # the adapter's name, if the keys have it, stands after the stack's or buffer's name
             names = {
                 k: k.removeprefix(f"{layer}.") for k in state_dict if k.startswith(f"{layer}.pcgrow_") and k != key
             }
-            yield key, {name.replace(f"{adapter}.", ".", 1): state_dict[k] for k, name in names.items()}
+            yield key, {f"{name}.".replace(f"{adapter}.", ".", 1): state_dict[k] for k, name in names.items()}

@@ -11,8 +11,10 @@ from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
+from peft_pcgrow.spawn import GROWTHS
 
 SETTLING = ("sweep", "backprop")
+ROUTERS = ("branch", "flat")
 
 
 @dataclass
@@ -27,7 +29,21 @@ class PCGrowConfig(PeftConfig):
             Share of the expert parameters to grow, in (0, 1].
         select (`str`, defaults to `"error"`):
             What the map ranks nodes by: `"error"`, `"square"`, `"coherent"`, or the controls `"gate"`, `"frequency"`
-            (both need a map) and `"random"` (needs none).
+            (both need a map) and `"random"` (needs none). For spawning, also the donor rules `"lowest"` (least error),
+            `"contested"` (used by domain and retain text alike) and `"separable"` (error that its gate lets through).
+        grow (`str`, defaults to `"deepen"`):
+            `"deepen"`: located experts are refined for all of their rows. `"spawn"`: each gets a newborn, a clone that
+            takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
+            `"auto"`: decides for each node, and says what and why.
+        gate_fpr (`float`, defaults to `0.01`):
+            Share of retain tokens that a newborn may take, in (0, 1): the threshold of the branch gates, set on text
+            that they were not fitted on.
+        protect (`float`, defaults to `0.0`):
+            Keeps updates off the main input directions of the retain text at each node, down to this share of their
+            energy, in [0, 1). Costs memory for the directions and two thin matrix products a step; a map with `retain=`.
+        router (`str`, defaults to `"branch"`):
+            `"flat"` restricts what spawns so that [`export_flat`] can write a plain checkpoint: the same number of
+            newborns in each layer, unless the architecture's router has a selection bias.
         seed (`int`, defaults to `0`):
             Seed of `select="random"`.
         locus (`dict[int, list[int]]`, *optional*):
@@ -50,6 +66,10 @@ class PCGrowConfig(PeftConfig):
     error_map: Optional[Any] = field(default=None, metadata={"help": "Error map, or the folder it was saved in."})
     budget: float = field(default=0.12, metadata={"help": "Share of the expert parameters to grow, in (0, 1]."})
     select: str = field(default="error", metadata={"help": f"What nodes are ranked by: {', '.join(SELECTIONS)}."})
+    grow: str = field(default="deepen", metadata={"help": f"What growing does: {', '.join(GROWTHS)}."})
+    gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
+    protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy kept off, in [0, 1)."})
+    router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
@@ -71,6 +91,13 @@ class PCGrowConfig(PeftConfig):
         default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
     )
     trainable_token_indices: Optional[Any] = field(default=None, metadata={"help": "As in LoRA."})
+    spawned: Optional[dict] = field(
+        default=None, metadata={"help": "Nodes of the locus that are newborns, layer -> donors. Set on creation."}
+    )
+    gate_window: int = field(default=0, metadata={"help": "Tokens of context the gates look at. Set on creation."})
+    protected: Optional[dict] = field(
+        default=None, metadata={"help": "Directions kept off, layer -> stack -> number. Set on creation."}
+    )
     base: Optional[dict] = field(
         default=None, metadata={"help": "Facts of the base the adapter grew on. Set on creation."}
     )
@@ -84,6 +111,17 @@ class PCGrowConfig(PeftConfig):
             raise ValueError(f"unknown select={self.select!r}; choose from {', '.join(SELECTIONS)}")
         if self.settle not in SETTLING:
             raise ValueError(f"unknown settle={self.settle!r}; choose from {', '.join(SETTLING)}")
+        if self.grow not in GROWTHS:
+            raise ValueError(f"unknown grow={self.grow!r}; choose from {', '.join(GROWTHS)}")
+        if self.router not in ROUTERS:
+            raise ValueError(f"unknown router={self.router!r}; choose from {', '.join(ROUTERS)}")
+        if self.router == "flat" and self.grow == "deepen":
+            raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
+        for name, interval in (("gate_fpr", "(0, 1)"), ("protect", "[0, 1)")):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < 1 or (value == 0 and interval.startswith("(")):
+                raise ValueError(f"{name} must be a share in {interval}, got {value!r}")
         if self.target_parameters:
             raise ValueError(
                 f"target_parameters={self.target_parameters}: an experts module grows as a whole, name it in "
@@ -96,6 +134,10 @@ class PCGrowConfig(PeftConfig):
         if self.locus is not None:
             # string keys, as JSON gives them back: equal before and after saving
             self.locus = Locus(self.locus).to_json()
+        if self.spawned is not None:
+            self.spawned = Locus(self.spawned).to_json() if self.spawned else {}
+        # the map that was used, for adapters made of this config later; not part of what is saved
+        self._measured: Optional[ErrorMap] = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)

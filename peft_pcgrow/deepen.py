@@ -2,7 +2,7 @@
 
 The located experts live in a grown bank, in the base's layout. Rows routed to them are taken from the base's call and
 computed by the bank with the base's own code; all other rows run the base's path, and a token that meets no located
-expert keeps its bits. Shapes: T tokens, K experts per token, R = T * K routed rows, G experts in a bank, H hidden.
+expert keeps its bits. A spawned expert (see `spawn`) takes those of its donor's rows that its gate lets pass. Shapes: T tokens, K experts per token, R = T * K routed rows, G experts in a bank, H hidden.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,13 @@ class Branch:
     Attributes:
         slot: place in the bank of each of the base's experts, -1 where it has none, `[E]` integer.
         bank: the bank's stacks by name, `[G, ...]`.
+        margin: how far above its threshold each grown node's gate finds each token, `[T, G]`; a row at 0 or below stays
+            with its donor. None: these nodes take all rows.
     """
 
     slot: Tensor
     bank: Mapping[str, Tensor]
+    margin: Tensor | None = None
 
 
 def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu") -> Tensor:
@@ -42,7 +45,7 @@ def forward(base: nn.Module, branches: Sequence[Branch], hidden: Tensor, index: 
 
     Args:
         base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with.
-        branches: with disjoint experts.
+        branches: a row that several gates let pass goes to the first of them; without a gate, experts are disjoint.
 
     Returns:
         `[T, H]` in `hidden`'s dtype, equal bit for bit to `base(...)` for tokens that no branch takes a row of.
@@ -52,14 +55,18 @@ def forward(base: nn.Module, branches: Sequence[Branch], hidden: Tensor, index: 
     chosen = index.reshape(-1)[order]
     taken = torch.zeros_like(chosen, dtype=torch.bool)
     outputs, places = [], []
-    for branch in branches:
+    # newborns come before what was deepened under them
+    for branch in sorted(branches, key=lambda branch: branch.margin is None):
         slot = branch.slot[chosen]
-        rows = (slot >= 0).nonzero().squeeze(1)
+        mine = (slot >= 0) & ~taken
+        if branch.margin is not None:
+            mine &= branch.margin[order // choices, slot] > 0
+        rows = mine.nonzero().squeeze(1)
         if rows.numel():
             x = hidden[order[rows] // choices]
             outputs.append(experts.run_rows(base, x, slot[rows], branch.bank))
             places.append(rows)
-            taken[rows] = True
+            taken |= mine
     if not outputs:
         return base(hidden, index, weight)
     rest = (~taken).nonzero().squeeze(1)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from peft_pcgrow import heatmap
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.separation import Separation
 
 FORMAT = 1
 SUMS = ("count", "weight", "mass", "square")
@@ -83,6 +84,7 @@ class ErrorMap:
         gradient: per expert tensor, the summed weight gradient or its sketch, `[L, E, a, b]`.
         loss: summed token loss, nats; labels: label tokens; tokens: tokens that were not padding.
         base: what the map was measured on (model type, shapes, fingerprint of the routers, sketch).
+        separation: what tells the corpus from the retain text, if one was given.
     """
 
     layers: tuple[int, ...]
@@ -95,6 +97,7 @@ class ErrorMap:
     labels: int = 0
     tokens: int = 0
     base: dict[str, Any] = field(default_factory=dict)
+    separation: Separation | None = None
 
     @property
     def coherent(self) -> Tensor:
@@ -168,6 +171,11 @@ class ErrorMap:
             )
         if self.gradient.keys() != other.gradient.keys():
             raise ValueError("these maps cannot be added: only one of them holds coherent errors")
+        if self.separation is not None or other.separation is not None:
+            raise ValueError(
+                "maps measured with retain= cannot be added: a gate is fitted to its texts as a whole; measure all of "
+                "the text in one call"
+            )
         return ErrorMap(
             layers=self.layers,
             **{name: getattr(self, name) + getattr(other, name) for name in SUMS},
@@ -186,6 +194,7 @@ class ErrorMap:
             layers=tuple(layers),
             **{name: getattr(self, name)[rows] for name in SUMS},
             gradient={name: gradient[rows] for name, gradient in self.gradient.items()},
+            separation=self.separation.restrict(rows) if self.separation else None,
         )
 
     def check_base(self, base: dict[str, Any]) -> None:
@@ -205,6 +214,8 @@ class ErrorMap:
             raise FileExistsError(f"{target} is a file; an error map is saved as a folder, give another name")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in SUMS}
         tensors |= {f"gradient.{name}": g.cpu().contiguous() for name, g in self.gradient.items()}
+        if self.separation is not None:
+            tensors |= self.separation.to_tensors()
         blob = save(tensors)
         facts = {
             "format": FORMAT,
@@ -213,6 +224,7 @@ class ErrorMap:
             "labels": self.labels,
             "tokens": self.tokens,
             "base": self.base,
+            "separation": self.separation.facts if self.separation else None,
             "sha256": hashlib.sha256(blob).hexdigest(),
         }
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -253,13 +265,16 @@ class ErrorMap:
             raise ValueError(damaged % f"{files[1].name} does not have the checksum noted beside it")
         try:
             tensors = load(blob)
+            separated = facts.get("separation")
+            separation = Separation.from_tensors(tensors, separated) if separated else None
             return cls(
                 layers=tuple(facts["layers"]),
                 **{name: tensors.pop(name) for name in SUMS},
                 gradient={name.removeprefix("gradient."): tensor for name, tensor in tensors.items()},
                 **{name: facts[name] for name in ("loss", "labels", "tokens", "base")},
+                separation=separation,
             )
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(damaged % f"missing or unreadable entry: {error}") from error
 
     def plot(self, path: str | os.PathLike | None = None, by: str = "error", locus: Locus | None = None):

@@ -117,6 +117,22 @@ def write_experts(base: ExpertsModule, experts: Sequence[int], slices: Mapping[s
             stack[torch.tensor(experts, device=stack.device)] = slices[name].to(stack.device, stack.dtype)
 
 
+def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
+    """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
+    first = "gate_up_proj" if base.has_gate else "up_proj"
+    weight = getattr(base, first)[expert].to(x.dtype)
+    projected = x @ weight if base.is_transposed else x @ weight.mT
+    if base.has_bias:
+        projected = projected + getattr(base, f"{first}_bias")[expert].to(x.dtype)
+    inner = base._apply_gate(projected) if base.has_gate else base.act_fn(projected)
+    return {first: x, "down_proj": inner}
+
+
+def input_width(base: ExpertsModule, stack: str) -> int:
+    """Width of what enters a stack's matrices."""
+    return expert_stacks(base)[stack].shape[1 if base.is_transposed else 2]
+
+
 def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
     """The order in which `base` hands its routed rows (row t * K + k of `index [T, K]`) to the experts, `[T * K]`."""
     implementation = _implementation(base)

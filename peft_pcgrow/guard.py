@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.protect import keep_off
 
 logger = logging.getLogger("peft_pcgrow")
 _guards: "weakref.WeakSet[TrainingGuard]" = weakref.WeakSet()
@@ -50,12 +51,14 @@ class TrainingGuard:
         self.checked: set[int] = set()
         # nodes that an error reached, by id of their weight, while an optimizer of this model stepped without them
         self.left_out: dict[int, list[tuple[int, int]]] = {}
+        # by id of a bank's weight: its part along the directions that updates are kept off
+        self.fixed: dict[int, Tensor] = {}
 
     def training_forward(self) -> None:
         """Called at the start of each forward that trains."""
         if not self.announced:
             self.announced = True
-            _say(self.summary())
+            say(self.summary())
         if self.left_out:
             nodes = [node for left_out in self.left_out.values() for node in left_out]
             self.left_out = {}
@@ -69,7 +72,8 @@ class TrainingGuard:
         graded = [(*bank, bank[2].grad) for bank in self._banks() if bank[2].grad is not None]
         mine = [entry for entry in graded if id(entry[2]) in rates]
         _refuse_nonfinite(mine)
-        for _, _, weight, gradient in mine:
+        for layer, adapter, weight, gradient in mine:
+            self._protect(layer, adapter, weight, gradient)
             self.left_out.pop(id(weight), None)
             # a warm-up's first step may have a rate of zero: the check waits for one that moves something
             if id(weight) not in self.checked and rates[id(weight)] > 0 and weight.numel():
@@ -80,9 +84,27 @@ class TrainingGuard:
                     places = _reached(gradient).nonzero().flatten().tolist()
                     self.left_out[id(weight)] = [(layer.layer_index, layer.grown[adapter][place]) for place in places]
 
+    @torch.no_grad()
+    def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
+        """Before a step: take the kept-off directions out of the gradient, and note what they weigh now."""
+        directions = layer.directions(adapter, layer.stack_of(adapter, weight))
+        if directions is None:
+            return
+        transposed = layer.base_layer.is_transposed
+        if id(weight) not in self.fixed:
+            view = weight.mT if transposed else weight
+            self.fixed[id(weight)] = view @ directions.to(weight.device, weight.dtype)
+        keep_off(gradient, directions, None, transposed)
+
+    @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         still = []
-        for layer, adapter, weight in self._banks() if self.before else ():
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for layer, adapter, weight in self._banks() if self.fixed or self.before else ():
+            # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
+            directions = layer.directions(adapter, layer.stack_of(adapter, weight)) if id(weight) in self.fixed else None
+            if directions is not None and id(weight) in stepped:
+                keep_off(weight, directions, self.fixed[id(weight)], layer.base_layer.is_transposed)
             if id(weight) in self.before:
                 reached, bits = self.before.pop(id(weight))
                 self.checked.add(id(weight))
@@ -152,7 +174,7 @@ def _hook_optimizers() -> None:
         register_optimizer_step_post_hook(after)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return
     if not logger.handlers and not logging.getLogger().handlers and logger.level == logging.NOTSET:

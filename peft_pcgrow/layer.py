@@ -1,6 +1,7 @@
 """PCGrowExperts: a PEFT tuner layer around an experts module, owner of the grown banks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts
+from peft_pcgrow.gate import Gate
+from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
 PERTURBATION = 0.5
@@ -22,6 +25,24 @@ class Bank(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
+@dataclass(frozen=True)
+class Birth:
+    """What an adapter's nodes at one layer are, beside their weights.
+
+    Attributes:
+        grown: the experts chosen, G of them. spawned: those of them that are newborns' donors.
+        window: tokens of context that the gate looks at (see `gate.Gate`).
+        gate: the gate and each node's threshold `[G]`; None: unknown until an adapter file is loaded.
+        directions: per stack, what updates are kept off, `[G, I, K]`.
+    """
+
+    grown: tuple[int, ...]
+    spawned: tuple[int, ...] = ()
+    window: int = 0
+    gate: tuple[Gate, Tensor] | None = None
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class PCGrowExperts(nn.Module, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
@@ -30,7 +51,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         layer_index: index of its decoder layer.
     """
 
-    other_param_names = ("pcgrow_checksum",)
+    other_param_names = ("pcgrow_checksum", "pcgrow_gate_direction", "pcgrow_gate_law", "pcgrow_gate_threshold")
 
     def __init__(self, base_layer: experts.ExpertsModule, layer_index: int):
         super().__init__()
@@ -42,26 +63,63 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(f"pcgrow_{name}" for name in stacks)
         self.merged_adapters = []
         self._disable_adapters = False
-        self.grown: dict[str, tuple[int, ...]] = {}
+        self.births: dict[str, Birth] = {}
         self._originals: dict[str, dict[str, Tensor]] = {}
-        self._slots: dict[tuple[str, torch.device], Tensor] = {}
+        self._slots: dict[tuple[str, torch.device], list[Tensor]] = {}
         # sha256 of an adapter's bank here, filled in when it is saved and compared when it is loaded
         self.pcgrow_checksum = BufferDict({}, persistent=True)
+        # of each adapter that spawned here: see `gate.Gate`
+        for name in ("direction", "law", "threshold"):
+            setattr(self, f"pcgrow_gate_{name}", BufferDict({}, persistent=True))
+        # per stack, what an adapter's updates are kept off
+        for name in stacks:
+            setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
+        self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
+        # how the tokens of the call at hand stand in their texts; the model keeps it up to date
+        self.sequence: TokenSequence | None = None
         # set by each forward; the model asks whether the layer's block went round it
         self.called = False
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
 
-    def update_layer(self, adapter_name: str, chosen: Sequence[int], init_weights: bool, inference_mode: bool) -> None:
-        """Give `adapter_name` a bank with copies of the experts `chosen` (perturbed unless `init_weights`)."""
-        self.grown[adapter_name] = tuple(chosen)
-        for name, weights in experts.read_experts(self.base_layer, chosen).items():
+    def update_layer(self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool) -> None:
+        """Give `adapter_name` a bank with copies of the experts as they are in use (perturbed unless `init_weights`)."""
+        self.births[adapter_name] = birth
+        for name, weights in self._donors(birth).items():
             if not init_weights:
                 weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
             self._banks(name)[adapter_name] = Bank(weights)
         self.pcgrow_checksum[adapter_name] = torch.zeros(32, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
+        if birth.spawned:
+            # a gate that is not known yet lets nothing pass
+            gate, threshold = birth.gate or (
+                Gate(torch.zeros(self.in_features), torch.zeros(4), birth.window),
+                torch.full((len(birth.grown),), float("inf")),
+            )
+            # after the move, which casts to the base's dtype: gates stay in fp32
+            for name, tensor in (("direction", gate.direction), ("law", gate.law), ("threshold", threshold)):
+                getattr(self, f"pcgrow_gate_{name}")[adapter_name] = tensor.to(device, copy=True)
+        for name, directions in birth.directions.items():
+            getattr(self, f"pcgrow_protect_{name}")[adapter_name] = directions.to(device, copy=True)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _donors(self, birth: Birth) -> dict[str, Tensor]:
+        """Copies of the chosen experts; of a newborn's donor, as an active adapter deepened it."""
+        weights = experts.read_experts(self.base_layer, birth.grown)
+        for other in self.active_banks():
+            theirs = self.births[other]
+            for expert in set(birth.spawned) & (set(theirs.grown) - set(theirs.spawned)):
+                for name, weight in self.bank(other).items():
+                    copied = weight.detach()[theirs.grown.index(expert)]
+                    weights[name][birth.grown.index(expert)] = copied.to(weights[name].device, weights[name].dtype)
+        return weights
+
+    @property
+    def grown(self) -> dict[str, tuple[int, ...]]:
+        """Experts that each adapter grows here, in the order of its bank."""
+        return {name: birth.grown for name, birth in self.births.items()}
 
     def _banks(self, stack: str) -> Any:
         return getattr(self, f"pcgrow_{stack}")
@@ -71,9 +129,18 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         names = (name.removeprefix("pcgrow_") for name in self.adapter_layer_names)
         return {name: self._banks(name)[adapter_name].weight for name in names}
 
+    def stack_of(self, adapter_name: str, weight: nn.Parameter) -> str:
+        """Name of the stack that one of an adapter's bank parameters is."""
+        return next(name for name, held in self.bank(adapter_name).items() if held is weight)
+
+    def directions(self, adapter_name: str, stack: str) -> Tensor | None:
+        """What updates of a bank are kept off, `[G, I, K]`."""
+        kept = getattr(self, f"pcgrow_protect_{stack}")
+        return kept[adapter_name] if adapter_name in kept and kept[adapter_name].shape[2] else None
+
     def active_banks(self) -> list[str]:
         """Active adapters that grow experts here."""
-        return [name for name in self.active_adapters if name in self.grown]
+        return [name for name in self.active_adapters if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[nn.Parameter, tuple[int, ...] | None]]]:
         """Which tensors hold the weights in use: per stack, (tensor, experts in its slices; None for all)."""
@@ -94,14 +161,45 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         active = [] if self.merged else self.active_banks()
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        branches = [deepen.Branch(self._slot(name, hidden_states.device), self.bank(name)) for name in active]
+        branches = [branch for name in active for branch in self._branches(name, hidden_states)]
         return deepen.forward(self.base_layer, branches, hidden_states, top_k_index, top_k_weights)
 
-    def _slot(self, adapter_name: str, device: torch.device) -> Tensor:
-        key = (adapter_name, device)
+    def _branches(self, adapter_name: str, hidden: Tensor) -> Iterator[deepen.Branch]:
+        birth, bank = self.births[adapter_name], self.bank(adapter_name)
+        key = (adapter_name, hidden.device)
         if key not in self._slots:
-            self._slots[key] = deepen.slots(self.grown[adapter_name], self.base_layer.num_experts, device)
-        return self._slots[key]
+            every = deepen.slots(birth.grown, self.base_layer.num_experts)
+            newborn = torch.zeros_like(every, dtype=torch.bool)
+            newborn[list(birth.spawned)] = True
+            parts = torch.where(newborn, every, -1), torch.where(newborn, -1, every)
+            self._slots[key] = [part.to(hidden.device) for part in parts]
+        spawned, deepened = self._slots[key]
+        if birth.spawned:
+            yield deepen.Branch(spawned, bank, self._margin(adapter_name, hidden))
+        if len(birth.spawned) < len(birth.grown):
+            yield deepen.Branch(deepened, bank)
+
+    def gate(self, adapter_name: str) -> Gate:
+        """The branch gate of an adapter that spawned here."""
+        return Gate(
+            self.pcgrow_gate_direction[adapter_name],
+            self.pcgrow_gate_law[adapter_name],
+            self.births[adapter_name].window,
+        )
+
+    def _margin(self, adapter_name: str, hidden: Tensor) -> Tensor:
+        """How far above each node's threshold each token's evidence is, `[T, G]`."""
+        call = self.sequence
+        if call is None or call.shape[0] * call.shape[1] != len(hidden):
+            raise RuntimeError(
+                f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
+                "run the whole decoder layer, not its experts alone"
+            )
+        gate = self.gate(adapter_name)
+        scores = gate.scores(hidden).view(call.shape)
+        evidence, running = gate.evidence(scores, call.rows(adapter_name, hidden.device))
+        call.remember(adapter_name, running)
+        return evidence.reshape(-1, 1) - self.pcgrow_gate_threshold[adapter_name].float()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -109,10 +207,11 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def check_disjoint(self, adapter_names: Sequence[str]) -> None:
-        """Raise ValueError if two of these adapters grow the same expert here."""
+        """Raise ValueError if two of these adapters deepen the same expert here."""
         owner: dict[int, str] = {}
         for name in adapter_names:
-            for expert in self.grown.get(name, ()):
+            birth = self.births.get(name, Birth(()))
+            for expert in sorted(set(birth.grown) - set(birth.spawned)):
                 if expert in owner:
                     raise ValueError(
                         f"adapters {owner[expert]!r} and {name!r} both grow expert {expert} of layer "
@@ -122,12 +221,12 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.grown.pop(adapter_name, None)
+        self.births.pop(adapter_name, None)
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write grown experts over the base's; the slices that they replace are kept for `unmerge`."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.grown]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.births]
         self.check_merge(safe_merge, names)
         for name in names:
             bank = {stack: weight.detach() for stack, weight in self.bank(name).items()}
@@ -143,7 +242,14 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if merging these adapters here would fail; writes nothing."""
-        names = [name for name in adapter_names if name in self.grown and name not in self.merged_adapters]
+        names = [name for name in adapter_names if name in self.births and name not in self.merged_adapters]
+        for name in names:
+            if self.births[name].spawned:
+                raise ValueError(
+                    f"adapter {name!r} has newborns (layer {self.layer_index}: {list(self.births[name].spawned)}): they "
+                    "take only part of their donors' rows, so no expert of the base can hold them. Keep the adapter, or "
+                    "write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
+                )
         if names and experts.is_quantized(self.base_layer):
             raise ValueError(
                 "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "
@@ -159,7 +265,11 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return stack.device, stack.dtype
 
     def extra_repr(self) -> str:
-        return f"layer={self.layer_index}, grown={ {name: list(chosen) for name, chosen in self.grown.items()} }"
+        nodes = {
+            name: [f"{expert} (newborn)" if expert in birth.spawned else expert for expert in birth.grown]
+            for name, birth in self.births.items()
+        }
+        return f"layer={self.layer_index}, grown={nodes}"
 
     def __repr__(self) -> str:
         return "pcgrow." + super().__repr__()

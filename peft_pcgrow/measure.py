@@ -10,8 +10,11 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
+from peft_pcgrow.contrast import compare
 from peft_pcgrow.energy import GradientSketch, expert_error
 from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.sample import sample_text
+from peft_pcgrow.separation import Separation
 from peft_pcgrow.settle import LayerStack, Probe
 
 IGNORED = -100
@@ -27,6 +30,8 @@ def measure_errors(
     max_tokens: int | None = None,
     coherent: bool = True,
     sketch_dim: int | None = None,
+    retain: Any = None,
+    window: int = 64,
     progress: bool = True,
 ) -> ErrorMap:
     """The error map of a corpus: one sweep over it, nothing is trained.
@@ -42,11 +47,16 @@ def measure_errors(
         max_tokens: stop after the batch that reaches this many tokens, padding not counted.
         coherent: also sum the weight gradients. Costs the experts' weight gradients and the memory to hold them:
             whole up to 2^28 expert parameters, beyond that sketched.
-        sketch_dim: longest side of a gradient that is kept whole (see `GradientSketch`); None decides by size.
+        sketch_dim: longest side of a gradient that is kept whole (see `GradientSketch`); None decides by size. Second
+            moments of the retain text are kept alike.
+        retain: text whose behaviour must not change, as batches like the corpus's, at most `max_tokens` of it; or
+            "self": the model writes as many texts itself (see `sample_text`). Then the map also holds branch gates and
+            what retain text looks like at every node (`ErrorMap.separation`), for two more forward passes over all.
+        window: tokens of context that a gate looks at, the token itself included; 0: all of the text so far.
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: no experts in the model, or not one label token in the corpus.
+        ValueError: no experts in the model, not one label token in the corpus, or too few texts to fit gates on.
         FloatingPointError: a loss that is NaN or infinite.
     """
     tree = experts.find_experts(model)
@@ -55,9 +65,12 @@ def measure_errors(
         exact = total <= EXACT_PARAMETERS
         longest = max(max(p.shape[1:]) for p in experts.expert_stacks(tree.sites[0].base).values())
         sketch_dim = longest if exact else SKETCH_DIM
+    if window < 0:
+        raise ValueError(f"window must be a number of tokens, or 0 for all of the text so far; got {window}")
     probe = _ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None)
     device = next(model.parameters()).device
     loss, labels, tokens = 0.0, 0, 0
+    seen: list[dict[str, Any]] = []
     was_training = model.training
     # experts must not drop anything while they are measured
     model.eval()
@@ -66,6 +79,8 @@ def measure_errors(
         with _frozen(model), LayerStack(tree.layers, probe=probe):
             for batch in batches:
                 inputs, target = _read_batch(batch, device)
+                if retain is not None:
+                    seen.append(inputs)
                 probe.keep = inputs["attention_mask"].bool().reshape(-1)
                 batch_loss = _settle(model, inputs, target)
                 loss += batch_loss
@@ -76,6 +91,7 @@ def measure_errors(
                 bar.set_postfix(loss=f"{loss / max(labels, 1):.3f}")
                 if max_tokens is not None and tokens >= max_tokens:
                     break
+        separation = _separate(model, tree, seen, retain, max_tokens, window, sketch_dim, progress)
     finally:
         bar.close()
         model.train(was_training)
@@ -85,7 +101,35 @@ def measure_errors(
             "labels that are not all -100"
         )
     base = experts.describe_base(model, tree) | {"sketch": sketch_dim if coherent else None}
-    return probe.result(loss, labels, tokens, base)
+    return probe.result(loss, labels, tokens, base, separation)
+
+
+def _separate(
+    model: nn.Module,
+    tree: experts.Tree,
+    domain: list[dict[str, Any]],
+    retain: Any,
+    max_tokens: int | None,
+    window: int,
+    sketch_dim: int,
+    progress: bool,
+) -> Separation | None:
+    if retain is None:
+        return None
+    if isinstance(retain, str):
+        if retain != "self":
+            raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
+        rows, width = sum(len(batch["input_ids"]) for batch in domain), max(b["input_ids"].shape[1] for b in domain)
+        retain = sample_text(model, rows, width, progress=progress)
+    batches, tokens = [], 0
+    device = next(model.parameters()).device
+    for batch in retain:
+        inputs, _ = _read_batch(batch, device)
+        batches.append(inputs)
+        tokens += int(inputs["attention_mask"].sum())
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    return compare(model, tree, domain, batches, window, sketch_dim, progress)
 
 
 def _settle(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
@@ -194,13 +238,15 @@ class _ErrorProbe(Probe):
                 held[name] = torch.zeros(site.experts, *image.shape[1:], dtype=image.dtype)
             held[name][list(chosen) if chosen is not None else slice(None)] += image
 
-    def result(self, loss: float, labels: int, tokens: int, base: dict[str, Any]) -> ErrorMap:
+    def result(
+        self, loss: float, labels: int, tokens: int, base: dict[str, Any], separation: Separation | None
+    ) -> ErrorMap:
         layers = tuple(self.sites)
         count, weight, mass, square = torch.stack([self.sums[layer] for layer in layers], dim=1)
         gradient = {}
         for name, like in (self.gradient[layers[0]] or {}).items():
             gradient[name] = torch.stack([self.gradient[layer].get(name, torch.zeros_like(like)) for layer in layers])
-        return ErrorMap(layers, count, weight, mass, square, gradient, loss, labels, tokens, base)
+        return ErrorMap(layers, count, weight, mass, square, gradient, loss, labels, tokens, base, separation)
 
 
 def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -10,13 +11,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, plan
+from peft_pcgrow import experts, plan, spawn
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.guard import TrainingGuard
-from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.gate import Gate
+from peft_pcgrow.guard import TrainingGuard, say
+from peft_pcgrow.layer import Birth, PCGrowExperts
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.sequence import Sequence
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
 
 
@@ -30,7 +33,8 @@ class PCGrowModel(BaseTuner):
         low_cpu_mem_usage (`bool`): create the banks on the meta device, for loading.
 
     Raises:
-        ValueError: no experts in the model, a locus or a map that does not fit it.
+        ValueError: no experts in the model, a locus or a map that does not fit it, or newborns asked for where the map
+            holds no branch gates or none that separates.
     """
 
     prefix: str = "pcgrow_"
@@ -42,6 +46,7 @@ class PCGrowModel(BaseTuner):
     _guard: TrainingGuard | None = None
     _grown: Mapping[int, PCGrowExperts] = MappingProxyType({})
     _created: frozenset[int] = frozenset()
+    _handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
         return peft_config  # targets follow from the locus, in _prepare_model
@@ -58,10 +63,9 @@ class PCGrowModel(BaseTuner):
                 f"are {', '.join(site.name for site in tree.sites[:3])}, ..."
             )
         experts_at = {site.layer: site.experts for site in allowed}
-        if peft_config.locus is None:
-            peft_config.locus = self._choose(peft_config, experts_at, base).to_json()
-            peft_config.base = base
-        elif peft_config.base is None:
+        measured = self._map(peft_config, base)
+        if peft_config.base is None:
+            self._resolve(peft_config, experts_at, measured)
             peft_config.base = base
         elif experts.other_routers(base, peft_config.base):
             warnings.warn(
@@ -75,10 +79,10 @@ class PCGrowModel(BaseTuner):
             )
         locus = Locus(peft_config.locus)
         locus.check(experts_at)
-        # the map has done its work; what remains of it is the locus
-        peft_config.error_map = None
+        # what remains of the map in the config file is what it led to
+        peft_config.error_map, peft_config._measured = None, measured
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
-        self._layer_of = {site.name: site.layer for site in allowed}
+        self._births = {site.name: self._birth(peft_config, site, measured) for site in allowed if site.layer in locus}
         self._tree = tree
 
     def _may_grow(self, config: PCGrowConfig, name: str) -> bool:
@@ -88,19 +92,69 @@ class PCGrowModel(BaseTuner):
         return bool(self._check_target_module_exists(config, name))
 
     @staticmethod
-    def _choose(config: PCGrowConfig, experts_at: dict[int, int], base: dict[str, Any]) -> Locus:
-        emap = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
-        if emap is None and config.select != "random":
+    def _map(config: PCGrowConfig, base: dict[str, Any]) -> ErrorMap | None:
+        """The map that this config comes with, or came with when it was first used."""
+        given = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
+        if given is not None:
+            given.check_base({key: base[key] for key in ("model_type", "layers", "experts", "shapes", "routers")})
+        return given or config._measured
+
+    @staticmethod
+    def _resolve(config: PCGrowConfig, experts_at: dict[int, int], emap: ErrorMap | None) -> None:
+        """Turn map, budget and options into nodes and sizes."""
+        layers = tuple(experts_at)
+        if config.locus is not None:
+            locus = Locus(config.locus)
+            locus.check(experts_at)
+        elif emap is None and config.select != "random":
             raise ValueError(
                 "PCGrowConfig needs error_map= (from measure_errors) and budget=, or locus={layer: [experts]}, or "
                 "select='random'"
             )
-        if emap is not None:
-            emap.check_base({key: base[key] for key in ("model_type", "layers", "experts", "shapes", "routers")})
-            emap = emap.restrict(tuple(experts_at))
-        return plan.choose(
-            tuple(experts_at), next(iter(experts_at.values())), config.budget, config.select, emap, config.seed
-        )
+        else:
+            here = emap.restrict(layers) if emap is not None else None
+            locus = plan.choose(
+                layers, experts_at[layers[0]], config.budget, config.select, here, config.seed, config.gate_fpr
+            )
+        separation = emap.separation if emap is not None else None
+        if config.grow != "deepen":
+            if emap is None or separation is None:
+                raise ValueError(spawn.NO_RETAIN.format(f"grow={config.grow!r}"))
+            decisions = spawn.decide(emap, locus, config.grow, config.gate_fpr)
+            say(spawn.report(decisions, f"pcgrow: grow={config.grow!r} at gate_fpr={config.gate_fpr}"))
+            locus = Locus(spawn.kept(decisions, "spawn", "deepen"))
+            config.spawned = {str(layer): donors for layer, donors in spawn.kept(decisions, "spawn").items()}
+            config.gate_window = int(separation.facts["window"])
+        config.locus = locus.to_json()
+        if config.protect:
+            if emap is None or separation is None:
+                raise ValueError(spawn.NO_RETAIN.format(f"protect={config.protect}"))
+            config.protected = {
+                str(layer): {
+                    stack: separation.directions(emap.layers.index(layer), stack, list(chosen), config.protect).shape[2]
+                    for stack in separation.moment
+                }
+                for layer, chosen in locus.items()
+            }
+
+    @staticmethod
+    def _birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:
+        """What the adapter's nodes at `site` are; gates and directions are zeros where the map is not at hand."""
+        grown = Locus(config.locus or {})[site.layer]
+        spawned = tuple((config.spawned or {}).get(str(site.layer), ()))
+        separation = emap.separation if emap is not None else None
+        row = emap.layers.index(site.layer) if emap is not None else 0
+        gate: tuple[Gate, Tensor] | None = None
+        if spawned and separation is not None:
+            threshold = separation.at(separation.threshold[row], config.gate_fpr)
+            gate = separation.gate(row), threshold.expand(len(grown))
+        directions = {}
+        for stack, rank in (config.protected or {}).get(str(site.layer), {}).items():
+            if separation is not None:
+                directions[stack] = separation.directions(row, stack, list(grown), config.protect)
+            else:
+                directions[stack] = torch.zeros(len(grown), experts.input_width(site.base, stack), rank)
+        return Birth(grown, spawned, config.gate_window, gate, directions)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -112,15 +166,17 @@ class PCGrowModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer_index = self._layer_of[current_key]
-        chosen = Locus(peft_config.locus or {})[layer_index]
         if isinstance(target, PCGrowExperts):
             layer = target
         else:
-            layer = PCGrowExperts(target, layer_index)
+            site = next(site for site in self._tree.sites if site.name == current_key)
+            layer = PCGrowExperts(target, site.layer)
             # layers that another tuner on this model wrapped are that tuner's to watch
-            self._created |= {layer_index}
-        layer.update_layer(adapter_name, chosen, peft_config.init_weights, peft_config.inference_mode)
+            self._created |= {site.layer}
+            note = partial(_note_sequence, layer)
+            self._handles += (site.decoder_layer.register_forward_pre_hook(note, with_kwargs=True),)
+        birth = self._births[current_key]
+        layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -187,10 +243,11 @@ class PCGrowModel(BaseTuner):
             if not layers:
                 continue
             locus = Locus({layer.layer_index: layer.grown[name] for layer in layers})
+            newborns = sum(len(layer.births[name].spawned) for layer in layers)
             parameters = sum(p.numel() for layer in layers for p in layer.bank(name).values())
             lines.append(
-                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts in {len(locus)} layers, {parameters:,} "
-                f"parameters, settle={self.peft_config[name].settle!r}: {locus.describe()}"
+                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts ({newborns} of them newborns) in {len(locus)} "
+                f"layers, {parameters:,} parameters, settle={self.peft_config[name].settle!r}: {locus.describe()}"
             )
         return "\n".join(lines)
 
@@ -210,6 +267,8 @@ class PCGrowModel(BaseTuner):
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if self._stack is not None:
             self._stack.detach()
+        for handle in self._handles:
+            handle.remove()
         return unloaded
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -226,3 +285,9 @@ class PCGrowModel(BaseTuner):
         verify(state_dict)
         state_dict = {key: torch.zeros_like(t) if key.endswith(f".{MARK}") else t for key, t in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+@torch.compiler.disable
+def _note_sequence(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if any(layer.births[name].spawned for name in layer.active_banks()):
+        layer.sequence = Sequence.of(layer.layer_index, args, kwargs)

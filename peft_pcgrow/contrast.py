@@ -1,0 +1,208 @@
+"""Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out from the fit."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from peft_pcgrow import experts
+from peft_pcgrow.gate import ENOUGH, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.protect import MomentSketch
+from peft_pcgrow.separation import RATES, Separation
+from peft_pcgrow.sequence import Sequence
+
+# one text in so many is held out to set thresholds on
+HELD_OUT = 4
+# called for every layer of every batch with (row of the site, input [B, S, H], index [B, S, K], rows, texts held out [B])
+See = Callable[[int, Tensor, Tensor, Rows, Tensor], None]
+
+
+def compare(
+    model: nn.Module,
+    tree: experts.Tree,
+    domain: list[dict[str, Any]],
+    retain: list[dict[str, Any]],
+    window: int,
+    sketch_dim: int,
+    progress: bool,
+) -> Separation:
+    """Two forward passes over both corpora: one for the directions, one for thresholds and rates.
+
+    Args:
+        domain, retain: model inputs, `input_ids [B, S]` among them.
+        window: tokens of context that a gate looks at; 0: all there are.
+        sketch_dim: longest side of a second moment that is kept whole.
+
+    Raises:
+        ValueError: fewer than `HELD_OUT` texts in either corpus.
+    """
+    for name, batches in (("domain", domain), ("retain", retain)):
+        texts = sum(len(batch["input_ids"]) for batch in batches)
+        if texts < HELD_OUT:
+            raise ValueError(
+                f"the {name} batches hold {texts} texts, and a branch gate needs at least {HELD_OUT}: to be fitted on "
+                "some and measured on others; give more text, or cut it into shorter rows"
+            )
+    moments = {name: _FeatureMoments(tree, window) for name in ("domain", "retain")}
+    inputs = _InputMoments(tree, MomentSketch(sketch_dim))
+    scored: dict[str, _Scores] = {}
+    bar = tqdm(total=2 * (len(domain) + len(retain)), unit="batch", desc="fitting gates", disable=not progress)
+    with bar:
+        _run(model, tree, domain, moments["domain"], bar)
+        _run(model, tree, retain, lambda *seen: (moments["retain"](*seen), inputs(*seen)), bar)
+        directions = torch.stack(
+            [discriminant(*pair) for pair in zip(moments["domain"].sites, moments["retain"].sites, strict=True)]
+        )
+        for name, batches in (("domain", domain), ("retain", retain)):
+            scored[name] = _Scores(tree, directions, window)
+            _run(model, tree, batches, scored[name], bar)
+    laws = torch.stack([fit_law(*texts, window) for texts in zip(*(s.fitted for s in scored.values()), strict=True)])
+    threshold, recall, false_positive = [], [], []
+    for row, site in enumerate(tree.sites):
+        gate = Gate(directions[row], laws[row], window)
+        passed = {name: held.evidence(row, gate) for name, held in scored.items()}
+        limits = torch.quantile(
+            passed["retain"][0].double(), 1 - torch.tensor(RATES, dtype=torch.float64), interpolation="higher"
+        ).float()
+        threshold.append(limits)
+        recall.append(_passing(*passed["domain"], limits, site.experts))
+        false_positive.append(_passing(*passed["retain"], limits, site.experts))
+    return Separation(
+        directions,
+        laws,
+        *(torch.stack(table) for table in (threshold, recall, false_positive)),
+        *(torch.stack(scored[name].routed) for name in ("domain", "retain")),
+        inputs.moment,
+        inputs.trace,
+        {
+            "window": window,
+            "sketch": sketch_dim,
+            **{f"{name}_tokens": scored[name].tokens for name in ("domain", "retain")},
+        },
+    )
+
+
+def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int) -> Tensor:
+    """Share of each node's rows whose evidence `[N]` is above each limit, `[E, F]`; all rows' where a node has none."""
+    above = (evidence.unsqueeze(1) > limits).float()
+    rows = torch.zeros(experts_here)
+    passed = torch.zeros(experts_here, len(limits))
+    for choice in index.mT.long():
+        rows.index_add_(0, choice, torch.ones(len(choice)))
+        passed.index_add_(0, choice, above)
+    return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
+
+
+@torch.no_grad()
+def _run(model: nn.Module, tree: experts.Tree, batches: Iterable[dict[str, Any]], see: Callable, bar: tqdm) -> None:
+    device = next(model.parameters()).device
+    texts = 0
+    for batch in batches:
+        count = len(batch["input_ids"])
+        held = torch.arange(texts, texts + count) % HELD_OUT == HELD_OUT - 1
+        texts += count
+        with _watched(tree, see, held):
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            model(**moved, use_cache=False)
+        bar.update()
+
+
+@contextmanager
+def _watched(tree: experts.Tree, see: See, held: Tensor) -> Iterator[None]:
+    handles = []
+    for row, site in enumerate(tree.sites):
+        calls: list[Sequence] = []
+
+        def entered(_: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
+            calls[:] = [Sequence.of(layer, args, kwargs)]
+
+        def routed(_: nn.Module, args: tuple, calls=calls, row=row) -> None:
+            (call,) = calls
+            x = args[0].detach().view(*call.shape, -1)
+            see(row, x, args[1].view(*call.shape, -1), call.rows("", x.device), held)
+
+        handles.append(site.decoder_layer.register_forward_pre_hook(entered, with_kwargs=True))
+        handles.append(site.module.register_forward_pre_hook(routed))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _FeatureMoments:
+    """Moments of the running means of the texts that gates are fitted on."""
+
+    def __init__(self, tree: experts.Tree, window: int):
+        self.window = window
+        self.tree = tree
+        self.sites: list[Moments] = []
+
+    def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
+        if row == len(self.sites):
+            self.sites.append(Moments(x.shape[-1]))
+        if bool(held.all()):
+            return
+        mean, n = window_means(totals(x, rows), rows, self.window)
+        use = rows.real & (n >= n.max().clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
+        self.sites[row].add(mean[use])
+
+
+class _InputMoments:
+    """Second moments of what enters each stack of each expert."""
+
+    def __init__(self, tree: experts.Tree, sketch: MomentSketch):
+        self.tree, self.sketch = tree, sketch
+        self.moment: dict[str, Tensor] = {}
+        self.trace: dict[str, Tensor] = {}
+
+    def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
+        site = self.tree.sites[row]
+        tokens, chosen = x[rows.real], index[rows.real]
+        for expert in range(site.experts):
+            mine = tokens[(chosen == expert).any(dim=1)]
+            if not len(mine):
+                continue
+            for name, entering in experts.stack_inputs(site.base, mine, expert).items():
+                if name not in self.moment:
+                    width = entering.shape[1]
+                    shape = len(self.tree.sites), site.experts
+                    self.moment[name] = torch.zeros(*shape, width, min(width, self.sketch.dim))
+                    self.trace[name] = torch.zeros(shape, dtype=torch.float64)
+                self.moment[name][row, expert] += self.sketch(entering).cpu()
+                self.trace[name][row, expert] += float(entering.double().square().sum())
+
+
+class _Scores:
+    """Scores of all texts under fitted directions, apart for those that the gates were fitted on and the others."""
+
+    def __init__(self, tree: experts.Tree, directions: Tensor, window: int):
+        self.gates = [Gate(direction, torch.zeros(4), window) for direction in directions]
+        self.fitted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tree.sites]
+        self.held: list[list[tuple[Tensor, Rows, Tensor]]] = [[] for _ in tree.sites]
+        self.routed = [torch.zeros(site.experts, dtype=torch.float64) for site in tree.sites]
+        self.tokens = 0
+
+    def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
+        gate = self.gates[row]
+        scores = Gate(gate.direction.to(x.device), gate.law, gate.window).scores(x).cpu()
+        real, start = rows.real.cpu(), None if rows.start is None else rows.start.cpu()
+        index = index.cpu()
+        self.routed[row] += torch.bincount(index[real].flatten(), minlength=len(self.routed[row]))
+        if row == 0:
+            self.tokens += int(real.sum())
+        if not bool(held.all()):
+            self.fitted[row].append((scores[~held], real[~held]))
+        if bool(held.any()):
+            apart = Rows(real[held], None if start is None else start[held])
+            self.held[row].append((scores[held], apart, index[held].to(torch.int16)))
+
+    def evidence(self, row: int, gate: Gate) -> tuple[Tensor, Tensor]:
+        """Evidence at each held-out token `[N]`, and the experts it was routed to `[N, K]`."""
+        found = [
+            (gate.evidence(scores, rows)[0][rows.real], index[rows.real]) for scores, rows, index in self.held[row]
+        ]
+        return torch.cat([evidence for evidence, _ in found]), torch.cat([index for _, index in found])

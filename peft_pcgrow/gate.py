@@ -1,0 +1,149 @@
+"""The branch gate: which of a donor's tokens belong to the domain, told from the text up to each of them.
+
+A token alone seldom gives its domain away; the text around it does. With x_t a layer's input to its experts, the gate
+scores s_t = v . x_t and averages the last W scores, up to and with t itself:
+
+    m_t = mean of the last n_t = min(t, W) scores            v = (pooled covariance of the means)^-1 (mu_1 - mu_0)
+
+v is the shared-covariance discriminant (Fisher 1936) of such means. A mean of n tokens of one text scatters by tau^2
+between texts and by sigma^2 / n within one (a random-effects model), so that the log-likelihood ratio of domain to
+retain is
+
+    evidence_t = (m_t - middle) (mu_1 - mu_0) / (tau^2 + sigma^2 / n_t)
+
+little for the first tokens of a text, and comparable from then on. W = 1 is a gate that looks at single tokens.
+Shapes: B texts of S tokens, P tokens of them seen in earlier calls, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# added to the covariance of the means, relative to their mean variance
+RIDGE = 1e-3
+# means of fewer tokens say too little about a text to fit the direction on
+ENOUGH = 8
+# share of the scatter between windows that is put down to the texts, at least
+LEAST_BETWEEN = 0.05
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the tokens of one call stand in their texts.
+
+    Attributes:
+        real: which are not padding, `[B, S]` bool.
+        start: place in the row of the first token of each token's own text, `[B, S]`; None: rows hold one text each.
+        past: running totals of the tokens before these, `[B, P, 2]`; None: there are none.
+    """
+
+    real: Tensor
+    start: Tensor | None = None
+    past: Tensor | None = None
+
+
+def totals(values: Tensor, rows: Rows) -> Tensor:
+    """Running sums of `values [B, S, D]` and, last, the running count of real tokens, `[B, P + S, D + 1]` fp64."""
+    counted = torch.cat([values.double(), torch.ones_like(values[..., :1], dtype=torch.float64)], dim=-1)
+    new = torch.where(rows.real.unsqueeze(-1), counted, 0.0).cumsum(dim=1)
+    return new if rows.past is None else torch.cat([rows.past, rows.past[:, -1:] + new], dim=1)
+
+
+def window_means(running: Tensor, rows: Rows, window: int) -> tuple[Tensor, Tensor]:
+    """Means `[B, S, D]` over the real tokens in each token's window (0: all so far), and their number n `[B, S]`."""
+    tokens = rows.real.shape[1]
+    at = torch.arange(running.shape[1] - tokens, running.shape[1], device=running.device)
+    # the last place before the window
+    before = (at - window if window else torch.full_like(at, -1)).expand(len(running), -1)
+    if rows.start is not None:
+        before = torch.maximum(before, rows.start - 1)
+    earlier = torch.gather(running, 1, before.clamp_min(0).unsqueeze(-1).expand(-1, -1, running.shape[2]))
+    inside = running[:, -tokens:] - torch.where((before >= 0).unsqueeze(-1), earlier, 0.0)
+    n = inside[..., -1]
+    return inside[..., :-1] / n.clamp_min(1).unsqueeze(-1), n
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One layer's gate.
+
+    Attributes:
+        direction: v, `[H]` fp32.
+        law: middle, mu_1 - mu_0, tau^2 and sigma^2 of the scores, `[4]` fp32.
+        window: W; 0 stands for all of the text so far.
+    """
+
+    direction: Tensor
+    law: Tensor
+    window: int
+
+    def scores(self, x: Tensor) -> Tensor:
+        """`[..., H]` -> `[...]`, in fp32 whatever the model and autocast compute in."""
+        return (x.detach().float() * self.direction.float()).sum(-1)
+
+    def evidence(self, scores: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The log-likelihood ratio of domain to retain at each token, `[B, S]` fp32 in nats, and the running totals up
+        to it, `[B, P + S, 2]`, that the next call needs as `rows.past`."""
+        running = totals(scores.unsqueeze(-1), rows)
+        mean, n = window_means(running, rows, self.window)
+        middle, distance, between, within = self.law.double()
+        scatter = (between + within / n.clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)
+        return ((mean.squeeze(-1) - middle) * distance / scatter).float(), running
+
+
+class Moments:
+    """Count, sum and outer products of feature vectors: what the direction is solved from. They add up."""
+
+    def __init__(self, size: int):
+        self.count, self.sum = 0, torch.zeros(size, dtype=torch.float64)
+        self.outer = torch.zeros(size, size, dtype=torch.float32)
+
+    def add(self, features: Tensor) -> None:
+        """Count in features `[N, H]`."""
+        self.count += len(features)
+        self.sum += features.sum(0, dtype=torch.float64).cpu()
+        features = features.float()
+        self.outer += (features.mT @ features).cpu()
+
+
+def discriminant(domain: Moments, retain: Moments) -> Tensor:
+    """v of the module's docstring, `[H]` fp32."""
+    means = [moments.sum / moments.count for moments in (domain, retain)]
+    scatter = sum(
+        moments.outer.double() - moments.count * torch.outer(mean, mean)
+        for moments, mean in zip((domain, retain), means, strict=True)
+    )
+    covariance = scatter / (domain.count + retain.count)
+    covariance += RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance))
+    return torch.linalg.solve(covariance, means[0] - means[1]).float()
+
+
+def fit_law(domain: list[tuple[Tensor, Tensor]], retain: list[tuple[Tensor, Tensor]], window: int) -> Tensor:
+    """Middle, distance, tau^2 and sigma^2, `[4]` fp32, from scores of whole texts.
+
+    Args:
+        domain, retain: (scores `[B, S]`, real `[B, S]`) of each batch.
+        window: as in `Gate`.
+    """
+    means, within, between = [], [], []
+    for batches in (domain, retain):
+        every = torch.cat([scores[real] for scores, real in batches]).double()
+        residual, counts, windows, sizes = [], [], [], []
+        for scores, real in batches:
+            rows = Rows(real)
+            mean, n = window_means(totals(scores.unsqueeze(-1), rows), rows, window)
+            own = torch.where(real, scores, 0.0).double().sum(1) / real.sum(1).clamp_min(1)
+            residual.append(torch.where(real, (scores - own.unsqueeze(1)) ** 2, 0.0).sum(dtype=torch.float64))
+            counts.append((real.sum(1) - 1).clamp_min(0).sum())
+            full = real & (n >= n.amax(dim=1, keepdim=True))
+            windows.append(mean.squeeze(-1)[full])
+            sizes.append(n[full])
+        noise = float(sum(residual)) / max(int(sum(counts)), 1)
+        spread = float(torch.cat(windows).var(correction=0))
+        size = float(torch.cat(sizes).mean())
+        means.append(float(every.mean()))
+        within.append(noise)
+        between.append(max(spread - noise / size, LEAST_BETWEEN * spread))
+    middle, distance = (means[0] + means[1]) / 2, means[0] - means[1]
+    return torch.tensor([middle, distance, sum(between) / 2, sum(within) / 2])

@@ -1,0 +1,96 @@
+"""Retain text that the model writes itself, where the user has none: samples from its own distribution."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+@torch.no_grad()
+def sample_text(
+    model: nn.Module,
+    texts: int = 128,
+    length: int = 192,
+    *,
+    temperature: float = 1.0,
+    batch: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Tensor]:
+    """Texts drawn from `model` as it stands (adapters that are active included), each from its beginning.
+
+    Args:
+        model: a transformers causal LM; generation is batched and cached.
+        texts: how many; length: tokens of each, the first one included.
+        temperature: 1 draws from the model's own distribution.
+        batch: texts generated at a time.
+        seed: of the draws; the random state of the caller is left as it was.
+
+    Returns:
+        Token ids, `[at most batch, length]` each.
+
+    Raises:
+        ValueError: a model without `generate`, or numbers out of their range.
+    """
+    generator: Any = getattr(model, "generate", None)
+    if generator is None:
+        raise ValueError(
+            f"retain='self' lets the model write text, and {type(model).__name__} has no generate(): give "
+            "retain=batches of text whose behaviour must not change"
+        )
+    if texts < 1 or length < 2 or batch < 1 or not temperature > 0:
+        raise ValueError(
+            f"cannot sample {texts} texts of {length} tokens, {batch} at a time, at temperature {temperature}: expected "
+            "at least 1, 2, 1, and more than 0"
+        )
+    device = next(model.parameters()).device
+    first = _first_token(model)
+    found = []
+    # a text that ends goes on with the next one, as packed training text does
+    settings: Any = getattr(model, "generation_config", None)
+    stop = getattr(settings, "eos_token_id", None)
+    was_training = model.training
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    bar = tqdm(total=texts, unit="text", desc="sampling retain text", disable=not progress)
+    try:
+        with bar, torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            if settings is not None:
+                settings.eos_token_id = None
+            for start in range(0, texts, batch):
+                rows = min(batch, texts - start)
+                prompt = torch.full((rows, 1), first, dtype=torch.long, device=device)
+                written = generator(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=temperature,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=length - 1,
+                    pad_token_id=first,
+                    use_cache=True,
+                )
+                found.append(written.cpu())
+                bar.update(rows)
+    finally:
+        model.train(was_training)
+        if settings is not None:
+            settings.eos_token_id = stop
+    return found
+
+
+def _first_token(model: nn.Module) -> int:
+    """What the model's training texts start with: its beginning-of-text token, or the one that ends a text."""
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(holder, name, None)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int):
+                return value
+    raise ValueError(
+        "retain='self' starts texts with the model's bos or eos token, and its config names neither: set "
+        "model.generation_config.bos_token_id"
+    )

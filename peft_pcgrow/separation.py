@@ -1,0 +1,106 @@
+"""What tells a domain's text from the retain text, layer by layer, and how well it does so at every node.
+
+Measured beside an error map on text that the gates were not fitted on. Shapes: L layers with experts, E experts, F
+false-positive rates, H hidden.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_pcgrow.gate import Gate
+from peft_pcgrow.protect import MomentSketch, main_directions
+
+# the rates that thresholds are kept for, from a half down; what lies between is interpolated in their logarithm
+RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
+
+
+@dataclass(eq=False)
+class Separation:
+    """Branch gates of every layer, and what they let through.
+
+    Attributes:
+        direction: of each layer's gate, `[L, H]`. law: its other numbers, `[L, 4]` (see `gate.Gate`).
+        threshold: evidence above which a token passes at each of `RATES`, `[L, F]` nats.
+        recall: share of held-out domain rows above the threshold at each node, `[L, E, F]`.
+        false_positive: the same of held-out retain rows, `[L, E, F]`.
+        domain_rows, retain_rows: rows routed to each node, `[L, E]`.
+        moment: per expert stack, sketch of the retain rows' second moment where they enter it, `[L, E, I, D]`.
+        trace: per expert stack, their summed squared norm, `[L, E]`.
+        facts: window, sketch (longest side kept whole), domain_tokens, retain_tokens.
+    """
+
+    direction: Tensor
+    law: Tensor
+    threshold: Tensor
+    recall: Tensor
+    false_positive: Tensor
+    domain_rows: Tensor
+    retain_rows: Tensor
+    moment: dict[str, Tensor] = field(default_factory=dict)
+    trace: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def gate(self, row: int) -> Gate:
+        return Gate(self.direction[row], self.law[row], int(self.facts["window"]))
+
+    def at(self, table: Tensor, rate: float) -> Tensor:
+        """The columns of a table `[..., F]` at a false-positive rate, `[...]`; the nearest rate kept, if beyond."""
+        place = min(max(-12 * math.log10(rate) - 4, 0.0), len(RATES) - 1.0)
+        low = min(int(place), len(RATES) - 2)
+        return torch.lerp(table[..., low], table[..., low + 1], place - low)
+
+    @property
+    def contested(self) -> Tensor:
+        """How far domain and retain text share a node, `[L, E]`: the smaller of their shares of the layer's rows."""
+        shares = [rows / rows.sum(1, keepdim=True).clamp_min(1) for rows in (self.domain_rows, self.retain_rows)]
+        return torch.minimum(*shares)
+
+    def directions(self, row: int, stack: str, experts: list[int], share: float) -> Tensor:
+        """Main input directions of the retain text at some experts of a layer, `[N, I, K]`; zeros fill up to one K."""
+        sketch = MomentSketch(int(self.facts["sketch"]))
+        found = [
+            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch) for e in experts
+        ]
+        widest = max((v.shape[1] for v in found), default=0)
+        return torch.stack([torch.nn.functional.pad(v, (0, widest - v.shape[1])) for v in found])
+
+    def restrict(self, rows: list[int]) -> "Separation":
+        """The same of some layers."""
+        changed: dict[str, Any] = {}
+        for name, value in self._tensors().items():
+            key, _, stack = name.partition(".")
+            if stack:
+                changed.setdefault(key, {})[stack] = value[rows]
+            else:
+                changed[key] = value[rows]
+        return replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                found[item.name] = value
+            elif item.name != "facts":
+                found |= {f"{item.name}.{stack}": tensor for stack, tensor in value.items()}
+        return found
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for saving."""
+        return {f"separation.{name}": tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Separation":
+        """Take what `to_tensors` gave out of `tensors`."""
+        given: dict[str, Any] = {"moment": {}, "trace": {}}
+        for name in [name for name in tensors if name.startswith("separation.")]:
+            key, _, stack = name.removeprefix("separation.").partition(".")
+            if stack:
+                given[key][stack] = tensors.pop(name)
+            else:
+                given[key] = tensors.pop(name)
+        return cls(**given, facts=facts)
