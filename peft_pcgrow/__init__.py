@@ -6,11 +6,13 @@ Importing the package registers the method `PCGROW` with PEFT.
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import Diagnosis, ErrorMap
 from peft_pcgrow.experts import find_experts
+from peft_pcgrow.export import export_flat
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.measure import measure_errors
 from peft_pcgrow.model import PCGrowModel
 from peft_pcgrow.optimizer import Muon, create_pcgrow_optimizer
 from peft_pcgrow.register import register
+from peft_pcgrow.sample import sample_text
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +23,10 @@ __all__ = [
     "PCGrowConfig",
     "PCGrowModel",
     "create_pcgrow_optimizer",
+    "export_flat",
     "find_experts",
     "measure_errors",
+    "sample_text",
 ]
 
 register(PCGrowConfig, PCGrowModel)

@@ -40,7 +40,8 @@ class PCGrowConfig(PeftConfig):
             that they were not fitted on.
         protect (`float`, defaults to `0.0`):
             Keeps updates off the main input directions of the retain text at each node, down to this share of their
-            energy, in [0, 1). Costs memory for the directions and two thin matrix products a step; a map with `retain=`.
+            energy, in [0, 1); needs a map measured with `retain=`. Costs the memory of the directions and three thin
+            matrix products a step.
         router (`str`, defaults to `"branch"`):
             `"flat"` restricts what spawns so that [`export_flat`] can write a plain checkpoint: the same number of
             newborns in each layer, unless the architecture's router has a selection bias.
@@ -117,11 +118,8 @@ class PCGrowConfig(PeftConfig):
             raise ValueError(f"unknown router={self.router!r}; choose from {', '.join(ROUTERS)}")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
-        for name, interval in (("gate_fpr", "(0, 1)"), ("protect", "[0, 1)")):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < 1 or (value == 0 and interval.startswith("(")):
-                raise ValueError(f"{name} must be a share in {interval}, got {value!r}")
+        check_share("gate_fpr", self.gate_fpr, "(0, 1)")
+        check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:
             raise ValueError(
                 f"target_parameters={self.target_parameters}: an experts module grows as a whole, name it in "
@@ -149,3 +147,10 @@ class PCGrowConfig(PeftConfig):
             return super().to_dict()
         finally:
             self.error_map = held
+
+
+def check_share(name: str, value: Any, interval: str) -> None:
+    """Raise ValueError unless `value` is a number in "(0, 1)" or "[0, 1)"."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1 or (value == 0 and interval.startswith("(")):
+        raise ValueError(f"{name} must be a share in {interval}, got {value!r}")

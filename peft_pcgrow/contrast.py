@@ -1,4 +1,4 @@
-"""Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out from the fit."""
+"""Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out of the fit."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
-from peft_pcgrow.gate import ENOUGH, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
 from peft_pcgrow.protect import MomentSketch
-from peft_pcgrow.separation import RATES, Separation
+from peft_pcgrow.separation import Separation
 from peft_pcgrow.sequence import Sequence
 
 # one text in so many is held out to set thresholds on
 HELD_OUT = 4
-# called for every layer of every batch with (row of the site, input [B, S, H], index [B, S, K], rows, texts held out [B])
+# called for every layer of every batch: row of the site, input [B, S, H], index [B, S, K], rows, texts held out [B]
 See = Callable[[int, Tensor, Tensor, Rows, Tensor], None]
 
 
@@ -53,13 +53,13 @@ def compare(
     with bar:
         _run(model, tree, domain, moments["domain"], bar)
         _run(model, tree, retain, lambda *seen: (moments["retain"](*seen), inputs(*seen)), bar)
-        directions = torch.stack(
-            [discriminant(*pair) for pair in zip(moments["domain"].sites, moments["retain"].sites, strict=True)]
-        )
+        both = zip(moments["domain"].sites, moments["retain"].sites, strict=True)
+        directions = torch.stack([discriminant(ours, theirs) for ours, theirs in both])
         for name, batches in (("domain", domain), ("retain", retain)):
             scored[name] = _Scores(tree, directions, window)
             _run(model, tree, batches, scored[name], bar)
-    laws = torch.stack([fit_law(*texts, window) for texts in zip(*(s.fitted for s in scored.values()), strict=True)])
+    fitted = zip(scored["domain"].fitted, scored["retain"].fitted, strict=True)
+    laws = torch.stack([fit_law(texts, others, window) for texts, others in fitted])
     threshold, recall, false_positive = [], [], []
     for row, site in enumerate(tree.sites):
         gate = Gate(directions[row], laws[row], window)
@@ -71,16 +71,20 @@ def compare(
         recall.append(_passing(*passed["domain"], limits, site.experts))
         false_positive.append(_passing(*passed["retain"], limits, site.experts))
     return Separation(
-        directions,
-        laws,
-        *(torch.stack(table) for table in (threshold, recall, false_positive)),
-        *(torch.stack(scored[name].routed) for name in ("domain", "retain")),
-        inputs.moment,
-        inputs.trace,
-        {
+        direction=directions,
+        law=laws,
+        threshold=torch.stack(threshold),
+        recall=torch.stack(recall),
+        false_positive=torch.stack(false_positive),
+        domain_rows=torch.stack(scored["domain"].routed),
+        retain_rows=torch.stack(scored["retain"].routed),
+        moment=inputs.moment,
+        trace=inputs.trace,
+        facts={
             "window": window,
             "sketch": sketch_dim,
-            **{f"{name}_tokens": scored[name].tokens for name in ("domain", "retain")},
+            "domain_tokens": scored["domain"].tokens,
+            "retain_tokens": scored["retain"].tokens,
         },
     )
 

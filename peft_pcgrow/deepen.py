@@ -2,7 +2,8 @@
 
 The located experts live in a grown bank, in the base's layout. Rows routed to them are taken from the base's call and
 computed by the bank with the base's own code; all other rows run the base's path, and a token that meets no located
-expert keeps its bits. A spawned expert (see `spawn`) takes those of its donor's rows that its gate lets pass. Shapes: T tokens, K experts per token, R = T * K routed rows, G experts in a bank, H hidden.
+expert keeps its bits. A spawned expert (see `spawn`) takes those of its donor's rows that its gate lets pass. Shapes: T
+tokens, K experts per token, R = T * K routed rows, G experts in a bank, H hidden.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow import experts
+from peft_pcgrow import rows
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,12 @@ class Branch:
     Attributes:
         slot: place in the bank of each of the base's experts, -1 where it has none, `[E]` integer.
         bank: the bank's stacks by name, `[G, ...]`.
-        margin: how far above its threshold each grown node's gate finds each token, `[T, G]`; a row at 0 or below stays
-            with its donor. None: these nodes take all rows.
+        passes: tokens that the gate of these nodes lets pass, `[T]`; rows of others stay with the donors. None: all do.
     """
 
     slot: Tensor
     bank: Mapping[str, Tensor]
-    margin: Tensor | None = None
+    passes: Tensor | None = None
 
 
 def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu") -> Tensor:
@@ -37,7 +37,9 @@ def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu")
     return slot.to(device)
 
 
-def forward(base: nn.Module, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+def forward(
+    base: nn.Module, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool = True
+) -> Tensor:
     """The experts' output with the rows of each branch computed by its bank.
 
     Every expert sees its rows in the order in which the base would have handed them over, and a token's rows are added
@@ -46,33 +48,46 @@ def forward(base: nn.Module, branches: Sequence[Branch], hidden: Tensor, index: 
     Args:
         base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with.
         branches: a row that several gates let pass goes to the first of them; without a gate, experts are disjoint.
+        exact: matrix products also round differently with another number of rows, so an expert that keeps some of its
+            rows and loses others computes all of them, and so does who takes them. False: each row is computed once.
 
     Returns:
-        `[T, H]` in `hidden`'s dtype, equal bit for bit to `base(...)` for tokens that no branch takes a row of.
+        `[T, H]` in `hidden`'s dtype; if `exact`, equal bit for bit to `base(...)` for tokens that no branch takes a row
+        of, and for all if the banks hold the base's own weights.
     """
     tokens, choices = index.shape
-    order = experts.row_order(base, index)
+    order = rows.row_order(base, index)
     chosen = index.reshape(-1)[order]
+    # newborns come before what was deepened under them, and the base comes last
+    ranked = sorted(branches, key=lambda branch: branch.passes is None)
     taken = torch.zeros_like(chosen, dtype=torch.bool)
-    outputs, places = [], []
-    # newborns come before what was deepened under them
-    for branch in sorted(branches, key=lambda branch: branch.margin is None):
-        slot = branch.slot[chosen]
-        mine = (slot >= 0) & ~taken
-        if branch.margin is not None:
-            mine &= branch.margin[order // choices, slot] > 0
-        rows = mine.nonzero().squeeze(1)
-        if rows.numel():
-            x = hidden[order[rows] // choices]
-            outputs.append(experts.run_rows(base, x, slot[rows], branch.bank))
-            places.append(rows)
-            taken |= mine
-    if not outputs:
-        return base(hidden, index, weight)
-    rest = (~taken).nonzero().squeeze(1)
-    if rest.numel():
-        outputs.append(experts.run_rows(base, hidden[order[rest] // choices], chosen[rest]))
-        places.append(rest)
-    ordered = torch.cat(outputs)[torch.argsort(torch.cat(places))]
+    parts: list[rows.Part] = []
+    source, computed = torch.empty_like(order), 0
+    for branch in (*ranked, None):
+        if branch is None and not bool(taken.any()):
+            return base(hidden, index, weight)
+        mine = ~taken
+        if branch is not None:
+            mine &= branch.slot[chosen] >= 0
+            if branch.passes is not None:
+                mine &= branch.passes[order // choices]
+        found = (_with_siblings(chosen, mine, index) if exact else mine).nonzero().squeeze(1)
+        if not found.numel():
+            continue
+        place = torch.empty_like(order)
+        place[found] = torch.arange(computed, computed + len(found), device=found.device)
+        source = torch.where(mine, place, source)
+        computed += len(found)
+        taken |= mine
+        own = chosen[found]
+        parts.append(rows.Part(found, own) if branch is None else rows.Part(found, branch.slot[own], branch.bank))
+    ordered = rows.run_parts(base, hidden[order // choices], parts, source, joint=exact)
     weighted = (ordered * weight.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
-    return experts.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
+    return rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
+
+
+def _with_siblings(chosen: Tensor, mine: Tensor, index: Tensor) -> Tensor:
+    """All rows of the experts that some row of `mine` was routed to, `[R]` bool."""
+    touched = torch.zeros(int(index.max()) + 1, dtype=torch.bool, device=chosen.device)
+    touched[chosen[mine]] = True
+    return touched[chosen]

@@ -5,16 +5,13 @@ The contract (transformers 5, `integrations/moe.py`): an experts module is calle
 expert. `use_experts_implementation` marks such modules; they are found by that mark, never by their path.
 """
 
-import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear
 
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
@@ -133,75 +130,6 @@ def input_width(base: ExpertsModule, stack: str) -> int:
     return expert_stacks(base)[stack].shape[1 if base.is_transposed else 2]
 
 
-def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
-    """The order in which `base` hands its routed rows (row t * K + k of `index [T, K]`) to the experts, `[T * K]`."""
-    implementation = _implementation(base)
-    if implementation == "grouped_mm":
-        return torch.sort(index.reshape(-1)).indices
-    rows = torch.arange(index.numel(), device=index.device)
-    # the architectures' own loops take first choices first
-    return rows.view(index.shape).mT.reshape(-1) if implementation == "eager" else rows
-
-
-def run_rows(base: ExpertsModule, x: Tensor, chosen: Tensor, bank: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The experts' outputs for single rows, not yet weighted, computed as `base` computes.
-
-    Args:
-        x: inputs `[R, H]`, in `row_order`. chosen: expert of each row, `[R]`; with `bank`, its place there.
-        bank: stacks to use instead of the base's, `[G, ...]`, by name; cast to the base's dtype.
-
-    Returns:
-        `[R, H]`.
-    """
-    module = base
-    if bank is not None:
-        module = copy.copy(base)
-        # a shallow copy shares its dicts with the base: give it its own before anything is put into them
-        stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
-        module.__dict__["_parameters"] = {**base._parameters, **stacks}
-        module.__dict__.pop("forward", None)
-        module.num_experts = next(iter(stacks.values())).shape[0]
-    if _implementation(base) == "grouped_mm":
-        return _run_grouped(module, x, chosen)
-    ones = torch.ones_like(x[:, :1])
-    run = base if bank is None else partial(type(base).forward, module)
-    return run(x, chosen[:, None], ones)
-
-
-def _run_grouped(module: ExpertsModule, x: Tensor, chosen: Tensor) -> Tensor:
-    """transformers' grouped_mm path for rows that are sorted by expert already: sorting again would reorder equals."""
-    every = torch.arange(module.num_experts, device=chosen.device)
-    ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
-
-    def linear(rows: Tensor, name: str) -> Tensor:
-        bias = getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
-        return _grouped_linear(rows, getattr(module, name), ends, bias=bias, is_transposed=module.is_transposed)
-
-    inner = module._apply_gate(linear(x, "gate_up_proj")) if module.has_gate else module.act_fn(linear(x, "up_proj"))
-    output = linear(inner, "down_proj")
-    return module.post_expert_norm(output) if module.has_post_expert_norm else output
-
-
-def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Add up each token's weighted rows `[T, K, H]` as `base` does, `[T, H]` in `dtype`.
-
-    The architectures' loops add in ascending order of the experts and round after each; the fast paths add in one sum.
-    """
-    if _implementation(base) != "eager":
-        return weighted.sum(dim=1).to(dtype)
-    rows = weighted.to(dtype)
-    ascending = torch.argsort(index, dim=1, stable=True)
-    every = torch.arange(index.shape[0], device=index.device)
-    total = torch.zeros_like(rows[:, 0])
-    for choice in range(index.shape[1]):
-        total = total + rows[every, ascending[:, choice]]
-    return total
-
-
-def _implementation(base: ExpertsModule) -> str:
-    return getattr(base.config, "_experts_implementation", None) or "eager"
-
-
 def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized afterwards."""
     if getattr(base.config, "quantization_config", None) is not None or hasattr(base, "parametrizations"):
@@ -216,7 +144,7 @@ def was_cast_up(base: ExpertsModule) -> bool:
 
 def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
     """What tells one base from another: model type, shapes and a fingerprint of the routers (None on meta)."""
-    config = _text_config(getattr(model, "config", None))
+    config = text_config(getattr(model, "config", None))
     site = tree.sites[0]
     shapes = {name: list(stack.shape[1:]) for name, stack in expert_stacks(site.base).items()}
     return {
@@ -238,7 +166,7 @@ def other_routers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def adds_router_loss(model: nn.Module) -> bool:
     """Whether the model adds a load-balancing loss to the language model's."""
     config: Any = getattr(model, "config", None)
-    return bool(getattr(_text_config(config), "output_router_logits", False))
+    return bool(getattr(text_config(config), "output_router_logits", False))
 
 
 def fingerprint(tree: Tree) -> str | None:
@@ -255,7 +183,8 @@ def fingerprint(tree: Tree) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
+    """The part of a config that is about the language model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

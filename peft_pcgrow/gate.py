@@ -15,11 +15,14 @@ little for the first tokens of a text, and comparable from then on. W = 1 is a g
 Shapes: B texts of S tokens, P tokens of them seen in earlier calls, H hidden.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# false-positive rates that thresholds are kept for, from a half down; between them, their logarithm is interpolated
+RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
 # added to the covariance of the means, relative to their mean variance
 RIDGE = 1e-3
 # means of fewer tokens say too little about a text to fit the direction on
@@ -92,6 +95,16 @@ class Gate:
         return ((mean.squeeze(-1) - middle) * distance / scatter).float(), running
 
 
+def at_rate(table: Tensor, rate: float) -> Tensor:
+    """What a table over `RATES`, `[..., F]`, says for a false-positive rate, `[...]`; of the nearest one, if beyond."""
+    place = min(max(-12 * math.log10(rate) - 4, 0.0), len(RATES) - 1.0)
+    low = min(int(place), len(RATES) - 2)
+    # not torch.lerp: thresholds that are not known are infinite
+    return (
+        table[..., low] if place == low else table[..., low] * (low + 1 - place) + table[..., low + 1] * (place - low)
+    )
+
+
 class Moments:
     """Count, sum and outer products of feature vectors: what the direction is solved from. They add up."""
 
@@ -110,11 +123,10 @@ class Moments:
 def discriminant(domain: Moments, retain: Moments) -> Tensor:
     """v of the module's docstring, `[H]` fp32."""
     means = [moments.sum / moments.count for moments in (domain, retain)]
-    scatter = sum(
-        moments.outer.double() - moments.count * torch.outer(mean, mean)
-        for moments, mean in zip((domain, retain), means, strict=True)
-    )
-    covariance = scatter / (domain.count + retain.count)
+    covariance = torch.zeros_like(domain.outer, dtype=torch.float64)
+    for moments, mean in zip((domain, retain), means, strict=True):
+        covariance += moments.outer.double() - moments.count * torch.outer(mean, mean)
+    covariance /= domain.count + retain.count
     covariance += RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance))
     return torch.linalg.solve(covariance, means[0] - means[1]).float()
 

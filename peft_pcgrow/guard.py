@@ -86,14 +86,15 @@ class TrainingGuard:
 
     @torch.no_grad()
     def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        """Before a step: take the kept-off directions out of the gradient, and note what they weigh now."""
-        directions = layer.directions(adapter, layer.stack_of(adapter, weight))
+        """Before a step: take the kept-off directions out of the gradient, and note what they weigh in the donors."""
+        stack = layer.stack_of(adapter, weight)
+        directions = layer.directions(adapter, stack)
         if directions is None:
             return
         transposed = layer.base_layer.is_transposed
         if id(weight) not in self.fixed:
-            view = weight.mT if transposed else weight
-            self.fixed[id(weight)] = view @ directions.to(weight.device, weight.dtype)
+            donors = layer.donors(layer.births[adapter])[stack].to(weight.dtype)
+            self.fixed[id(weight)] = (donors.mT if transposed else donors) @ directions.to(weight.device, weight.dtype)
         keep_off(gradient, directions, None, transposed)
 
     @torch.no_grad()
@@ -102,7 +103,9 @@ class TrainingGuard:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for layer, adapter, weight in self._banks() if self.fixed or self.before else ():
             # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
-            directions = layer.directions(adapter, layer.stack_of(adapter, weight)) if id(weight) in self.fixed else None
+            directions = (
+                layer.directions(adapter, layer.stack_of(adapter, weight)) if id(weight) in self.fixed else None
+            )
             if directions is not None and id(weight) in stepped:
                 keep_off(weight, directions, self.fixed[id(weight)], layer.base_layer.is_transposed)
             if id(weight) in self.before:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts
-from peft_pcgrow.gate import Gate
+from peft_pcgrow.gate import RATES, Gate, at_rate
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
@@ -32,7 +32,8 @@ class Birth:
     Attributes:
         grown: the experts chosen, G of them. spawned: those of them that are newborns' donors.
         window: tokens of context that the gate looks at (see `gate.Gate`).
-        gate: the gate and each node's threshold `[G]`; None: unknown until an adapter file is loaded.
+        gate: the gate, and its threshold at each of `gate.RATES` `[F]`; None: unknown until an adapter file is loaded.
+        gate_fpr: the rate in use.
         directions: per stack, what updates are kept off, `[G, I, K]`.
     """
 
@@ -40,6 +41,7 @@ class Birth:
     spawned: tuple[int, ...] = ()
     window: int = 0
     gate: tuple[Gate, Tensor] | None = None
+    gate_fpr: float = 0.0
     directions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -83,9 +85,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
 
     def update_layer(self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool) -> None:
-        """Give `adapter_name` a bank with copies of the experts as they are in use (perturbed unless `init_weights`)."""
+        """Give `adapter_name` a bank with copies of the experts in use (perturbed unless `init_weights`)."""
         self.births[adapter_name] = birth
-        for name, weights in self._donors(birth).items():
+        for name, weights in self.donors(birth).items():
             if not init_weights:
                 weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
             self._banks(name)[adapter_name] = Bank(weights)
@@ -96,16 +98,16 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             # a gate that is not known yet lets nothing pass
             gate, threshold = birth.gate or (
                 Gate(torch.zeros(self.in_features), torch.zeros(4), birth.window),
-                torch.full((len(birth.grown),), float("inf")),
+                torch.full((len(RATES),), float("inf")),
             )
             # after the move, which casts to the base's dtype: gates stay in fp32
             for name, tensor in (("direction", gate.direction), ("law", gate.law), ("threshold", threshold)):
-                getattr(self, f"pcgrow_gate_{name}")[adapter_name] = tensor.to(device, copy=True)
+                self._buffers_of(f"gate_{name}")[adapter_name] = tensor.to(device, copy=True)
         for name, directions in birth.directions.items():
-            getattr(self, f"pcgrow_protect_{name}")[adapter_name] = directions.to(device, copy=True)
+            self._buffers_of(f"protect_{name}")[adapter_name] = directions.to(device, copy=True)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _donors(self, birth: Birth) -> dict[str, Tensor]:
+    def donors(self, birth: Birth) -> dict[str, Tensor]:
         """Copies of the chosen experts; of a newborn's donor, as an active adapter deepened it."""
         weights = experts.read_experts(self.base_layer, birth.grown)
         for other in self.active_banks():
@@ -124,10 +126,17 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
     def _banks(self, stack: str) -> Any:
         return getattr(self, f"pcgrow_{stack}")
 
+    def _buffers_of(self, name: str) -> Any:
+        return getattr(self, f"pcgrow_{name}")
+
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Parameters of an adapter's bank by stack name, `[G, ...]`."""
         names = (name.removeprefix("pcgrow_") for name in self.adapter_layer_names)
         return {name: self._banks(name)[adapter_name].weight for name in names}
+
+    def spawned(self, adapter_name: str) -> tuple[int, ...]:
+        """Donors of an adapter's newborns here."""
+        return self.births.get(adapter_name, Birth(())).spawned
 
     def stack_of(self, adapter_name: str, weight: nn.Parameter) -> str:
         """Name of the stack that one of an adapter's bank parameters is."""
@@ -135,7 +144,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
         """What updates of a bank are kept off, `[G, I, K]`."""
-        kept = getattr(self, f"pcgrow_protect_{stack}")
+        kept = self._buffers_of(f"protect_{stack}")
         return kept[adapter_name] if adapter_name in kept and kept[adapter_name].shape[2] else None
 
     def active_banks(self) -> list[str]:
@@ -162,7 +171,10 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         branches = [branch for name in active for branch in self._branches(name, hidden_states)]
-        return deepen.forward(self.base_layer, branches, hidden_states, top_k_index, top_k_weights)
+        # training needs no bits, and computes no row twice
+        return deepen.forward(
+            self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
+        )
 
     def _branches(self, adapter_name: str, hidden: Tensor) -> Iterator[deepen.Branch]:
         birth, bank = self.births[adapter_name], self.bank(adapter_name)
@@ -175,31 +187,28 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             self._slots[key] = [part.to(hidden.device) for part in parts]
         spawned, deepened = self._slots[key]
         if birth.spawned:
-            yield deepen.Branch(spawned, bank, self._margin(adapter_name, hidden))
+            yield deepen.Branch(spawned, bank, self.margin(adapter_name, hidden) > 0)
         if len(birth.spawned) < len(birth.grown):
             yield deepen.Branch(deepened, bank)
 
     def gate(self, adapter_name: str) -> Gate:
         """The branch gate of an adapter that spawned here."""
-        return Gate(
-            self.pcgrow_gate_direction[adapter_name],
-            self.pcgrow_gate_law[adapter_name],
-            self.births[adapter_name].window,
-        )
+        direction, law = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "law"))
+        return Gate(direction, law, self.births[adapter_name].window)
 
-    def _margin(self, adapter_name: str, hidden: Tensor) -> Tensor:
-        """How far above each node's threshold each token's evidence is, `[T, G]`."""
+    def margin(self, adapter_name: str, hidden: Tensor) -> Tensor:
+        """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.sequence
         if call is None or call.shape[0] * call.shape[1] != len(hidden):
             raise RuntimeError(
                 f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
                 "run the whole decoder layer, not its experts alone"
             )
-        gate = self.gate(adapter_name)
+        gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
         scores = gate.scores(hidden).view(call.shape)
         evidence, running = gate.evidence(scores, call.rows(adapter_name, hidden.device))
         call.remember(adapter_name, running)
-        return evidence.reshape(-1, 1) - self.pcgrow_gate_threshold[adapter_name].float()
+        return evidence.reshape(-1) - at_rate(self._buffers_of("gate_threshold")[adapter_name].float(), rate)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -246,9 +255,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         for name in names:
             if self.births[name].spawned:
                 raise ValueError(
-                    f"adapter {name!r} has newborns (layer {self.layer_index}: {list(self.births[name].spawned)}): they "
-                    "take only part of their donors' rows, so no expert of the base can hold them. Keep the adapter, or "
-                    "write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
+                    f"adapter {name!r} has newborns (layer {self.layer_index}: {list(self.births[name].spawned)}): "
+                    "they take only part of their donors' rows, so no expert of the base can hold them. Keep the "
+                    "adapter, or write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
                 )
         if names and experts.is_quantized(self.base_layer):
             raise ValueError(

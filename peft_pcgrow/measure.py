@@ -78,7 +78,7 @@ def measure_errors(
     try:
         with _frozen(model), LayerStack(tree.layers, probe=probe):
             for batch in batches:
-                inputs, target = _read_batch(batch, device)
+                inputs, target = read_batch(batch, device)
                 if retain is not None:
                     seen.append(inputs)
                 probe.keep = inputs["attention_mask"].bool().reshape(-1)
@@ -124,7 +124,7 @@ def _separate(
     batches, tokens = [], 0
     device = next(model.parameters()).device
     for batch in retain:
-        inputs, _ = _read_batch(batch, device)
+        inputs, _ = read_batch(batch, device)
         batches.append(inputs)
         tokens += int(inputs["attention_mask"].sum())
         if max_tokens is not None and tokens >= max_tokens:
@@ -149,7 +149,7 @@ def _settle(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
     return value
 
 
-def _read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+def read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """Model inputs without labels, and labels `[B, S]` with -100 on padding and on what padding would predict."""
     given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = given.get("input_ids")

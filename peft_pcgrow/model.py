@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts, plan, spawn
 from peft_pcgrow.checksum import MARK, seal, verify
-from peft_pcgrow.config import PCGrowConfig
+from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
 from peft_pcgrow.guard import TrainingGuard, say
@@ -77,7 +78,7 @@ class PCGrowModel(BaseTuner):
                 "up and doubles their memory; cast them back, or leave that call out",
                 stacklevel=2,
             )
-        locus = Locus(peft_config.locus)
+        locus = Locus(peft_config.locus or {})
         locus.check(experts_at)
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured
@@ -146,15 +147,14 @@ class PCGrowModel(BaseTuner):
         row = emap.layers.index(site.layer) if emap is not None else 0
         gate: tuple[Gate, Tensor] | None = None
         if spawned and separation is not None:
-            threshold = separation.at(separation.threshold[row], config.gate_fpr)
-            gate = separation.gate(row), threshold.expand(len(grown))
+            gate = separation.gate(row), separation.threshold[row]
         directions = {}
         for stack, rank in (config.protected or {}).get(str(site.layer), {}).items():
             if separation is not None:
                 directions[stack] = separation.directions(row, stack, list(grown), config.protect)
             else:
                 directions[stack] = torch.zeros(len(grown), experts.input_width(site.base, stack), rank)
-        return Birth(grown, spawned, config.gate_window, gate, directions)
+        return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -173,8 +173,7 @@ class PCGrowModel(BaseTuner):
             layer = PCGrowExperts(target, site.layer)
             # layers that another tuner on this model wrapped are that tuner's to watch
             self._created |= {site.layer}
-            note = partial(_note_sequence, layer)
-            self._handles += (site.decoder_layer.register_forward_pre_hook(note, with_kwargs=True),)
+            self._handles += _follow_calls(site.decoder_layer, layer)
         birth = self._births[current_key]
         layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
@@ -246,10 +245,31 @@ class PCGrowModel(BaseTuner):
             newborns = sum(len(layer.births[name].spawned) for layer in layers)
             parameters = sum(p.numel() for layer in layers for p in layer.bank(name).values())
             lines.append(
-                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts ({newborns} of them newborns) in {len(locus)} "
-                f"layers, {parameters:,} parameters, settle={self.peft_config[name].settle!r}: {locus.describe()}"
+                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts ({newborns} of them newborns) in "
+                f"{len(locus)} layers, {parameters:,} parameters, settle={self.peft_config[name].settle!r}: "
+                f"{locus.describe()}"
             )
         return "\n".join(lines)
+
+    def set_gate_fpr(self, rate: float, adapter_name: str | None = None) -> None:
+        """Let newborns take this share of retain tokens, in (0, 1), from now on: every adapter carries the thresholds.
+
+        Args:
+            adapter_name: one adapter; all active ones if None.
+
+        Raises:
+            ValueError: a rate out of its range, or no newborns.
+        """
+        check_share("gate_fpr", rate, "(0, 1)")
+        names = [adapter_name] if adapter_name else [name for name in self.active_adapters if name in self.peft_config]
+        layers = [layer for layer in self.tuner_layers() if any(layer.spawned(name) for name in names)]
+        if not layers:
+            raise ValueError(f"adapters {names} have no newborns, so there is no gate to set")
+        for name in names:
+            self.peft_config[name].gate_fpr = rate
+            for layer in layers:
+                if name in layer.births:
+                    layer.births[name] = replace(layer.births[name], gate_fpr=rate)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(safe_merge, adapter_names)
@@ -287,7 +307,30 @@ class PCGrowModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
+def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+    """Let `layer` know how the tokens of each call stand in their texts, also where only the inside of its decoder layer
+    runs: transformers' gradient checkpointing recomputes without the decoder layer's own hooks."""
+    inside = partial(_note_inside, layer)
+    return (
+        decoder_layer.register_forward_pre_hook(partial(_note_call, layer), with_kwargs=True),
+        decoder_layer.register_forward_hook(partial(_forget_call, layer), always_call=True),
+        *(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children()),
+    )
+
+
 @torch.compiler.disable
-def _note_sequence(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if any(layer.births[name].spawned for name in layer.active_banks()):
+def _note_call(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if any(layer.spawned(name) for name in layer.active_banks()):
         layer.sequence = Sequence.of(layer.layer_index, args, kwargs)
+
+
+@torch.compiler.disable
+def _forget_call(layer: PCGrowExperts, *_: Any) -> None:
+    layer.sequence = None
+
+
+@torch.compiler.disable
+def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The attention is handed all that the decoder layer is."""
+    if layer.sequence is None and "attention_mask" in kwargs:
+        _note_call(layer, _, args, kwargs)

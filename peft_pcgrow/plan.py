@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow.error_map import STATISTICS, ErrorMap
+from peft_pcgrow.gate import at_rate
 from peft_pcgrow.locus import Locus
 
 # rules for the donors of newborns, beside the map's own statistics
@@ -71,4 +72,4 @@ def _donors(error_map: ErrorMap, rule: str, gate_fpr: float) -> Tensor:
         raise ValueError(f"select={rule!r} compares with retain text: measure_errors(model, batches, retain=...)")
     if rule == "contested":
         return separation.contested
-    return error_map.mass * separation.at(separation.recall, gate_fpr)
+    return error_map.mass * at_rate(separation.recall, gate_fpr)

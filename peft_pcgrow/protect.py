@@ -1,8 +1,8 @@
 """Keep updates off the directions in which other text enters a node.
 
 A weight change dW moves the output for an input x by dW x: text whose inputs lie in the span of V feels nothing of a
-dW with dW V = 0. V holds the main eigenvectors of the retain text's second moment at the node, sum_r x_r x_r^T, down to a
-share of its trace (gradient projection memory, arXiv:2103.09762). Wide inputs keep a sketch of that moment instead,
+dW with dW V = 0. V holds the main eigenvectors of the retain text's second moment at the node, sum_r x_r x_r^T, down to
+a share of its trace (gradient projection memory, arXiv:2103.09762). Wide inputs keep a sketch of that moment instead,
 Y = (sum_r x_r x_r^T) Omega, which is linear in the rows; its eigenvectors follow by Nystrom's approximation (Tropp et
 al. 2017, algorithm 3). Shapes: N nodes, I width of the input, D columns of the sketch (I if exact), K directions.
 """

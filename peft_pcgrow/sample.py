@@ -41,8 +41,8 @@ def sample_text(
         )
     if texts < 1 or length < 2 or batch < 1 or not temperature > 0:
         raise ValueError(
-            f"cannot sample {texts} texts of {length} tokens, {batch} at a time, at temperature {temperature}: expected "
-            "at least 1, 2, 1, and more than 0"
+            f"cannot sample {texts} texts of {length} tokens, {batch} at a time, at temperature {temperature}: "
+            "expected at least 1, 2, 1, and more than 0"
         )
     device = next(model.parameters()).device
     first = _first_token(model)

@@ -4,7 +4,6 @@ Measured beside an error map on text that the gates were not fitted on. Shapes: 
 false-positive rates, H hidden.
 """
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,9 +13,6 @@ from torch import Tensor
 from peft_pcgrow.gate import Gate
 from peft_pcgrow.protect import MomentSketch, main_directions
 
-# the rates that thresholds are kept for, from a half down; what lies between is interpolated in their logarithm
-RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
-
 
 @dataclass(eq=False)
 class Separation:
@@ -24,7 +20,7 @@ class Separation:
 
     Attributes:
         direction: of each layer's gate, `[L, H]`. law: its other numbers, `[L, 4]` (see `gate.Gate`).
-        threshold: evidence above which a token passes at each of `RATES`, `[L, F]` nats.
+        threshold: evidence above which a token passes at each of `gate.RATES`, `[L, F]` nats.
         recall: share of held-out domain rows above the threshold at each node, `[L, E, F]`.
         false_positive: the same of held-out retain rows, `[L, E, F]`.
         domain_rows, retain_rows: rows routed to each node, `[L, E]`.
@@ -47,12 +43,6 @@ class Separation:
     def gate(self, row: int) -> Gate:
         return Gate(self.direction[row], self.law[row], int(self.facts["window"]))
 
-    def at(self, table: Tensor, rate: float) -> Tensor:
-        """The columns of a table `[..., F]` at a false-positive rate, `[...]`; the nearest rate kept, if beyond."""
-        place = min(max(-12 * math.log10(rate) - 4, 0.0), len(RATES) - 1.0)
-        low = min(int(place), len(RATES) - 2)
-        return torch.lerp(table[..., low], table[..., low + 1], place - low)
-
     @property
     def contested(self) -> Tensor:
         """How far domain and retain text share a node, `[L, E]`: the smaller of their shares of the layer's rows."""
@@ -63,7 +53,8 @@ class Separation:
         """Main input directions of the retain text at some experts of a layer, `[N, I, K]`; zeros fill up to one K."""
         sketch = MomentSketch(int(self.facts["sketch"]))
         found = [
-            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch) for e in experts
+            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch)
+            for e in experts
         ]
         widest = max((v.shape[1] for v in found), default=0)
         return torch.stack([torch.nn.functional.pad(v, (0, widest - v.shape[1])) for v in found])

@@ -37,7 +37,7 @@ class Sequence:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         entries = getattr(kwargs.get("past_key_values"), "layers", None) or ()
         cache = entries[index] if index < len(entries) else None
-        return cls(hidden.shape[:2], kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
+        return cls((hidden.shape[0], hidden.shape[1]), kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
 
     def rows(self, name: str, device: torch.device) -> Rows:
         """With what gate `name` remembers of the tokens before these."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.gate import at_rate
 from peft_pcgrow.locus import Locus
 
 GROWTHS = ("deepen", "spawn", "auto")
@@ -20,8 +21,8 @@ BARELY_USED = 0.05
 
 WORDS = {"spawn": "spawn", "deepen": "deepen", "leave": "leave out"}
 NO_RETAIN = (
-    "{} needs a map that knows which text must not change: emap = measure_errors(model, batches, retain=retain_batches), "
-    "or retain='self' to let the model write that text; then PCGrowConfig(error_map=emap, ...)"
+    "{} needs a map that knows which text must not change: measure_errors(model, batches, retain=retain_batches), or "
+    "retain='self' to let the model write that text; then PCGrowConfig(error_map=that map, ...)"
 )
 
 
@@ -70,7 +71,7 @@ def decide(emap: ErrorMap, locus: Locus, grow: str, gate_fpr: float) -> list[Dec
     diagnosis = emap.diagnosis
     if grow == "auto" and diagnosis.verdict == "covered":
         raise ValueError(f"there is nothing to grow: {diagnosis}. Say grow='deepen' or 'spawn' to grow all the same")
-    recalls, rates = (separation.at(table, gate_fpr) for table in (separation.recall, separation.false_positive))
+    recalls, rates = (at_rate(table, gate_fpr) for table in (separation.recall, separation.false_positive))
     domain, retain = (
         rows / rows.sum(1, keepdim=True).clamp_min(1) for rows in (separation.domain_rows, separation.retain_rows)
     )
@@ -111,5 +112,3 @@ def report(decisions: Sequence[Decision], heading: str) -> str:
     counts = {growth: sum(d.growth == growth for d in decisions) for growth in WORDS}
     summary = ", ".join(f"{word} {counts[growth]}" for growth, word in WORDS.items() if counts[growth])
     return "\n".join([f"{heading}: {summary}", *(f"  {decision}" for decision in decisions)])
-
-

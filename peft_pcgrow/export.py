@@ -1,0 +1,301 @@
+"""Write a grown model as a plain checkpoint that loads without this package.
+
+Deepened experts are written over the base's. A newborn becomes one more expert with a router row of its own, under the
+base's top-k (*flat* routing). A linear row sees one token and cannot read the text before it, so flat routing only
+comes near to branch routing: the row is the donor's plus the least-squares fit to the gate's margin, and how far the
+result departs is measured and reported. All layers of the plain formats hold equally many experts: layers with fewer
+newborns are filled up with experts that a selection bias of -inf, where the router has one, keeps from being chosen.
+"""
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+from tqdm.auto import tqdm
+
+from peft_pcgrow import experts
+from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.measure import IGNORED, read_batch
+from peft_pcgrow.model import PCGrowModel
+
+# how the number of experts is called in configs
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# what is added to a router's choice but not to its weights, or to its logits
+BIASES = ("e_score_correction_bias", "bias")
+# margins beyond this many nats tell a router no more
+CLIP = 8.0
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class FlatReport:
+    """How far flat routing departs from branch routing on the text given.
+
+    Attributes:
+        loss_branch, loss_flat: mean loss of the grown model and of the checkpoint, nats per token.
+        kl: mean Kullback-Leibler divergence of the checkpoint's predictions from the grown model's, nats per token.
+        agreement: share of tokens with the same most likely next token.
+        reload_difference: largest difference of the reloaded checkpoint's logits from those of the model it was written
+            from.
+        experts: experts in each layer of the checkpoint.
+    """
+
+    loss_branch: float
+    loss_flat: float
+    kl: float
+    agreement: float
+    reload_difference: float
+    experts: int
+
+    def __str__(self) -> str:
+        return (
+            f"flat checkpoint with {self.experts} experts a layer: loss {self.loss_flat:.3f} against "
+            f"{self.loss_branch:.3f} with branch routing, KL {self.kl:.3f} nats/token, {self.agreement:.1%} of the "
+            f"most likely tokens agree; reloaded logits differ by {self.reload_difference:.1e}"
+        )
+
+
+def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[Any]) -> FlatReport:
+    """Write the active adapters and the base as one plain checkpoint.
+
+    Args:
+        model: with newborns of one adapter or of several; it is left as it was. Needs the memory of a second model.
+        folder: must not exist, or be empty; it appears when the checkpoint has been reloaded and compared.
+        batches: text like the domain's and the retain text, as for `measure_errors`, to fit rows and compare on.
+
+    Raises:
+        ValueError: no newborns, a quantized base, or an architecture whose format cannot hold them.
+        FileExistsError: `folder` has something in it.
+        RuntimeError: the reloaded checkpoint computes something else.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty: give a new folder for the checkpoint")
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, PCGrowModel):
+        raise ValueError(f"export_flat takes a PeftModel grown by peft_pcgrow, got {type(model).__name__}")
+    grown: dict[int, PCGrowExperts] = {layer.layer_index: layer for layer in tuner.tuner_layers()}
+    base: Any = tuner.model
+    tree = experts.find_experts(base)
+    newborns = {site.layer: _newborns(grown.get(site.layer)) for site in tree.sites}
+    extra = check_flat(base, tree, {layer: len(found) for layer, found in newborns.items()})
+    device = next(base.parameters()).device
+    read = [read_batch(batch, device) for batch in batches]
+    if not read:
+        raise ValueError("export_flat fits router rows on text and compares on it: batches is empty")
+    was_training = model.training
+    model.eval()
+    try:
+        rows, branch = _fit_rows(model, tree, grown, newborns, read)
+        flat = _build(base, tree, grown, newborns, rows, extra)
+    finally:
+        model.train(was_training)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        flat.save_pretrained(staging)
+        again = type(flat).from_pretrained(staging, dtype=next(flat.parameters()).dtype).to(device).eval()
+        again.set_experts_implementation(base.config._experts_implementation)
+        report = _compare(flat, again, read, branch, tree.sites[0].experts + extra)
+        if report.reload_difference > 0:
+            raise RuntimeError(
+                f"the checkpoint's logits differ by {report.reload_difference} from those of the model that it was "
+                f"written from: this version of transformers does not keep {type(flat).__name__}'s weights as they are"
+            )
+        target.mkdir(exist_ok=True)
+        for file in staging.iterdir():
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return report
+
+
+def check_flat(model: nn.Module, tree: experts.Tree, newborns: dict[int, int]) -> int:
+    """Experts that each layer of a plain checkpoint gets on top; raises ValueError if its format cannot hold them."""
+    named = type(model).__name__
+    most = max(newborns.values(), default=0)
+    if not most:
+        raise ValueError("no active adapter has newborns: merge_and_unload() writes deepened experts into the base")
+    if any(experts.is_quantized(site.base) for site in tree.sites):
+        raise ValueError(
+            f"{named} is loaded quantized: load the base in bf16 or fp32 and the adapter onto it to export"
+        )
+    config = experts.text_config(model.config)
+    if getattr(config, "n_group", None) not in (None, 1):
+        raise ValueError(
+            f"{named} routes within groups of experts (n_group={config.n_group}), which more experts would cut anew: "
+            "it cannot be exported flat; keep the adapter"
+        )
+    if not any(getattr(config, name, None) == tree.sites[0].experts for name in COUNTS):
+        raise ValueError(f"the config of {named} does not say how many experts it has ({', '.join(COUNTS)})")
+    for site in tree.sites:
+        if site.router is None or not isinstance(getattr(site.router, "weight", None), Tensor):
+            raise ValueError(f"the router of {site.name} in {named} has no weight with one row for each expert")
+        if newborns[site.layer] < most and _bias(site) is None:
+            raise ValueError(
+                f"layer {site.layer} has {newborns[site.layer]} newborns and another layer {most}; checkpoints of "
+                f"{named} hold equally many experts in all layers and its router has no selection bias to switch some "
+                "off: grow with PCGrowConfig(router='flat')"
+            )
+    return most
+
+
+def _bias(site: experts.ExpertsSite) -> str | None:
+    for name in BIASES:
+        found = getattr(site.router, name, None)
+        if isinstance(found, Tensor) and found.shape == (site.experts,):
+            return name
+    return None
+
+
+def _newborns(layer: PCGrowExperts | None) -> list[tuple[str, int, int]]:
+    """(adapter, donor, place in its bank) of each newborn in use."""
+    if layer is None or layer.disable_adapters:
+        return []
+    births = [(name, layer.births[name]) for name in layer.active_banks()]
+    return [(name, donor, birth.grown.index(donor)) for name, birth in births for donor in birth.spawned]
+
+
+@torch.no_grad()
+def _fit_rows(
+    model: PeftModel,
+    tree: experts.Tree,
+    grown: dict[int, PCGrowExperts],
+    newborns: dict[int, list[tuple[str, int, int]]],
+    read: list[tuple[dict[str, Any], Tensor]],
+) -> tuple[dict[int, dict[str, Tensor]], list[Tensor]]:
+    """What is added to the donor's router row, `[H + 1]` (the last one constant) by adapter; and the grown logits."""
+    sums: dict[tuple[int, str], list[Tensor]] = {}
+    keep = torch.ones(0, dtype=torch.bool)
+
+    def seen(layer: PCGrowExperts, args: tuple) -> None:
+        x = args[0].detach()[keep]
+        x1 = torch.cat([x.double(), torch.ones_like(x[:, :1], dtype=torch.float64)], dim=1)
+        for name in {name for name, _, _ in newborns[layer.layer_index]}:
+            margin = layer.margin(name, args[0])[keep].double().clamp(-CLIP, CLIP)
+            held = sums.setdefault((layer.layer_index, name), [torch.zeros(()), torch.zeros(())])
+            held[0] = held[0] + x1.mT @ x1
+            held[1] = held[1] + x1.mT @ margin
+
+    handles = [layer.register_forward_pre_hook(seen) for layer in grown.values() if newborns[layer.layer_index]]
+    logits = []
+    try:
+        for inputs, _ in tqdm(read, desc="fitting router rows", unit="batch", leave=False):
+            keep = inputs["attention_mask"].bool().reshape(-1)
+            logits.append(model(**inputs, use_cache=False).logits.float().cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[int, dict[str, Tensor]] = {}
+    for (layer, name), (gram, target) in sums.items():
+        site = next(site for site in tree.sites if site.layer == layer)
+        width = len(target) - 1
+        if _logit_bias(site) is None:
+            # no intercept: what is constant in the inputs has to do
+            gram, target = gram[:-1, :-1], target[:-1]
+        gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        row = torch.linalg.solve(gram, target)
+        found.setdefault(layer, {})[name] = torch.nn.functional.pad(row, (0, width + 1 - len(row)))
+    return found, logits
+
+
+def _logit_bias(site: experts.ExpertsSite) -> str | None:
+    """A bias that is part of the router's logits, so that a fitted row can have an intercept."""
+    return "bias" if _bias(site) == "bias" else None
+
+
+@torch.no_grad()
+def _build(
+    base: Any,
+    tree: experts.Tree,
+    grown: dict[int, PCGrowExperts],
+    newborns: dict[int, list[tuple[str, int, int]]],
+    rows: dict[int, dict[str, Tensor]],
+    extra: int,
+) -> Any:
+    """A model of the base's own class with `extra` more experts in each layer."""
+    config = copy.deepcopy(base.config)
+    text = experts.text_config(config)
+    for name in COUNTS:
+        if getattr(text, name, None) == tree.sites[0].experts:
+            setattr(text, name, tree.sites[0].experts + extra)
+    state = {
+        name.replace(".base_layer.", "."): tensor.detach().clone()
+        for name, tensor in base.state_dict().items()
+        if "pcgrow_" not in name
+    }
+    paths = {module: name for name, module in base.named_modules()}
+    for site in tree.sites:
+        layer = grown.get(site.layer)
+        prefix = paths[site.base].replace(".base_layer", "")
+        for name in experts.expert_stacks(site.base):
+            stack = state[f"{prefix}.{name}"]
+            if layer is not None and not layer.disable_adapters:
+                for adapter in layer.active_banks():
+                    birth, bank = layer.births[adapter], layer.bank(adapter)[name]
+                    for expert in set(birth.grown) - set(birth.spawned):
+                        stack[expert] = bank[birth.grown.index(expert)].to(stack.dtype)
+            more = [layer.bank(adapter)[name][place] for adapter, _, place in newborns[site.layer] if layer is not None]
+            # experts that are never chosen still have to be somewhere
+            more += [stack[0]] * (extra - len(more))
+            state[f"{prefix}.{name}"] = torch.cat([stack, torch.stack([m.to(stack) for m in more])])
+        _extend_router(state, paths[site.router], site, newborns[site.layer], rows.get(site.layer, {}), extra)
+    flat = type(base)(config).to(next(base.parameters()).dtype)
+    for name, tensor in flat.state_dict().items():
+        state[name] = state[name].to(tensor.dtype)
+    flat.load_state_dict(state)
+    flat.generation_config = copy.deepcopy(base.generation_config)
+    flat.set_experts_implementation(base.config._experts_implementation)
+    return flat.to(next(base.parameters()).device).eval()
+
+
+def _extend_router(
+    state: dict[str, Tensor],
+    path: str,
+    site: experts.ExpertsSite,
+    newborns: list[tuple[str, int, int]],
+    rows: dict[str, Tensor],
+    extra: int,
+) -> None:
+    weight, bias = state[f"{path}.weight"], _bias(site)
+    added = torch.stack([weight[donor] + rows[name][:-1].to(weight) for name, donor, _ in newborns] or [weight[0]])
+    fill = weight[:1].expand(extra - len(newborns), -1)
+    state[f"{path}.weight"] = torch.cat([weight, added[: len(newborns)], fill])
+    if bias is not None:
+        held = state[f"{path}.{bias}"]
+        intercepts = [rows[name][-1].to(held) if _logit_bias(site) else held.new_zeros(()) for name, _, _ in newborns]
+        more = [held[donor] + shift for (_, donor, _), shift in zip(newborns, intercepts, strict=True)]
+        more += [held.new_full((), float("-inf"))] * (extra - len(newborns))
+        state[f"{path}.{bias}"] = torch.cat([held, torch.stack(more)])
+
+
+@torch.no_grad()
+def _compare(
+    flat: Any, again: Any, read: list[tuple[dict[str, Any], Tensor]], branch: list[Tensor], count: int
+) -> FlatReport:
+    difference, kl, agree, tokens, losses, labels = 0.0, 0.0, 0.0, 0, [0.0, 0.0], 0
+    for (inputs, target), grown in zip(read, branch, strict=True):
+        logits = flat(**inputs, use_cache=False).logits.float().cpu()
+        reloaded = again(**inputs, use_cache=False).logits.float().cpu()
+        keep = inputs["attention_mask"].bool().cpu()
+        difference = max(difference, float((logits - reloaded)[keep].abs().max()))
+        ours, theirs = log_softmax(grown[keep], -1), log_softmax(logits[keep], -1)
+        kl += float((ours.exp() * (ours - theirs)).sum())
+        agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += len(ours)
+        wanted = target[:, 1:].cpu().reshape(-1)
+        labels += int((wanted != IGNORED).sum())
+        for i, found in enumerate((grown, logits)):
+            flattened = found[:, :-1].reshape(len(wanted), -1)
+            losses[i] += float(cross_entropy(flattened, wanted, ignore_index=IGNORED, reduction="sum"))
+    per_token = [loss / max(labels, 1) for loss in losses]
+    return FlatReport(per_token[0], per_token[1], kl / tokens, agree / tokens, difference, count)
