@@ -77,8 +77,10 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         for name in stacks:
             setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
         self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
-        # how the tokens of the call at hand stand in their texts; the model keeps it up to date
+        # how the tokens of the call at hand stand in their texts, and whether the decoder layer said so itself; the
+        # model keeps both up to date
         self.sequence: TokenSequence | None = None
+        self.entered = False
         # set by each forward; the model asks whether the layer's block went round it
         self.called = False
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")

@@ -308,29 +308,32 @@ class PCGrowModel(BaseTuner):
 
 
 def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-    """Let `layer` know how the tokens of each call stand in their texts, also where only the inside of its decoder layer
-    runs: transformers' gradient checkpointing recomputes without the decoder layer's own hooks."""
+    """Let `layer` know how the tokens of each call stand in their texts.
+
+    Also where only the inside of its decoder layer runs: transformers' gradient checkpointing recomputes without the
+    decoder layer's own hooks.
+    """
     inside = partial(_note_inside, layer)
     return (
-        decoder_layer.register_forward_pre_hook(partial(_note_call, layer), with_kwargs=True),
-        decoder_layer.register_forward_hook(partial(_forget_call, layer), always_call=True),
+        decoder_layer.register_forward_pre_hook(partial(_enter, layer), with_kwargs=True),
+        decoder_layer.register_forward_hook(partial(_leave, layer), always_call=True),
         *(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children()),
     )
 
 
 @torch.compiler.disable
-def _note_call(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if any(layer.spawned(name) for name in layer.active_banks()):
-        layer.sequence = Sequence.of(layer.layer_index, args, kwargs)
+        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, args, kwargs)
 
 
 @torch.compiler.disable
-def _forget_call(layer: PCGrowExperts, *_: Any) -> None:
-    layer.sequence = None
+def _leave(layer: PCGrowExperts, *_: Any) -> None:
+    layer.entered, layer.sequence = False, None
 
 
 @torch.compiler.disable
 def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The attention is handed all that the decoder layer is."""
-    if layer.sequence is None and "attention_mask" in kwargs:
-        _note_call(layer, _, args, kwargs)
+    if not layer.entered and "attention_mask" in kwargs:
+        layer.sequence = Sequence.of(layer.layer_index, args, kwargs)

@@ -23,37 +23,44 @@ class Sequence:
     Attributes:
         shape: (B, S).
         mask: the layer's attention mask, if any. positions: its position ids, if any.
-        cache: the layer's entry in the KV cache, if there is one.
+        cache: the KV cache, if there is one; index: the layer's place in it.
     """
 
     shape: tuple[int, int]
     mask: Any
     positions: Any
     cache: Any
+    index: int
 
     @classmethod
     def of(cls, index: int, args: tuple, kwargs: dict[str, Any]) -> "Sequence":
         """From what decoder layer `index` is called with."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        entries = getattr(kwargs.get("past_key_values"), "layers", None) or ()
-        cache = entries[index] if index < len(entries) else None
-        return cls((hidden.shape[0], hidden.shape[1]), kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
+        shape = hidden.shape[0], hidden.shape[1]
+        mask, positions, cache = (kwargs.get(k) for k in ("attention_mask", "position_ids", "past_key_values"))
+        return cls(shape, mask, positions, cache, index)
+
+    def _entry(self) -> Any:
+        """The layer's entry in the cache; some caches only have it when the layer's attention has run."""
+        entries = getattr(self.cache, "layers", None) or ()
+        return entries[self.index] if self.index < len(entries) else None
 
     def rows(self, name: str, device: torch.device) -> Rows:
         """With what gate `name` remembers of the tokens before these."""
-        past = getattr(self.cache, "_pcgrow_seen", {}).get(name)
+        past = getattr(self._entry(), "_pcgrow_seen", {}).get(name)
         if past is not None and (len(past) != self.shape[0] or not past.shape[1]):
             past = None  # the cache was emptied, or serves another batch
         return Rows(self._real(past).to(device), self._start(past, device), None if past is None else past.to(device))
 
     def remember(self, name: str, running: Tensor) -> None:
         """Keep `running [B, P + S, 2]` for the calls to come."""
-        if self.cache is None:
+        entry = self._entry()
+        if entry is None:
             return
-        if not hasattr(self.cache, "_pcgrow_seen"):
-            self.cache.__class__ = _remembering(type(self.cache))
-            self.cache._pcgrow_seen = {}
-        self.cache._pcgrow_seen[name] = running
+        if not hasattr(entry, "_pcgrow_seen"):
+            entry.__class__ = _remembering(type(entry))
+            entry._pcgrow_seen = {}
+        entry._pcgrow_seen[name] = running
 
     def _real(self, past: Tensor | None) -> Tensor:
         """A token is padding if it may not even attend to itself."""

@@ -14,17 +14,20 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect"],
+    ["separation"],
     ["error_map"],
     ["settle", "plan"],
-    ["experts"],
-    ["deepen", "measure"],
+    ["experts", "sequence"],
+    ["rows"],
+    ["deepen", "spawn", "sample", "contrast"],
+    ["measure"],
     ["register", "config", "layer", "guard", "model"],
-    ["optimizer", "__init__"],
+    ["optimizer", "export", "__init__"],
 ]
 # what a floor may know of the world outside, by the lowest floor that may
-OUTSIDE = {"transformers": 4, "peft": 6, "accelerate": 7, "bitsandbytes": 6}
-ORDERED = 6
+OUTSIDE = {"transformers": 5, "peft": 9, "accelerate": 10, "bitsandbytes": 9}
+ORDERED = 9
 LINES = 400
 TOTAL = 4000
 

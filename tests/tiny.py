@@ -4,6 +4,9 @@ All have hidden size 32, 8 experts and 128 words; every width divides by 8, so t
 are larger than a fresh initialisation's and no router bias is left at zero, so that routing is not degenerate.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -25,11 +28,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from peft_pcgrow import PCGrowConfig
+from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts, measure_errors
+from peft_pcgrow.gate import at_rate
 
 # nodes to grow in any of the models
 LOCUS = {1: [1, 4], 2: [0, 3, 7]}
 VOCABULARY, HIDDEN, EXPERTS, PAD = 128, 32, 8, 0
+# first and last word of the texts to grow on, and of those that must not change
+DOMAIN_WORDS, RETAIN_WORDS = (3, 60), (61, 127)
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -159,6 +165,89 @@ def tokens(batch: int = 4, length: int = 16, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def words(first: int, last: int, batch: int, length: int, seed: int) -> Tensor:
+    """Random words from `first` to `last`, `[batch, length]`."""
+    return torch.randint(first, last + 1, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def domain(batch: int = 8, length: int = 24, seed: int = 0) -> Tensor:
+    return words(*DOMAIN_WORDS, batch, length, 2 * seed)
+
+
+def retain(batch: int = 8, length: int = 24, seed: int = 0) -> Tensor:
+    return words(*RETAIN_WORDS, batch, length, 2 * seed + 1)
+
+
+def mixed(length: int = 24, seed: int = 50) -> Tensor:
+    """Three domain texts, three retain texts, one that turns from domain to retain, and one the other way."""
+    ours, theirs, half = domain(8, length, seed), retain(8, length, seed), length // 2
+    turning = torch.cat([ours[6:8, :half], theirs[6:8, half:]], dim=1)
+    turning[1] = torch.cat([theirs[7, :half], ours[7, half:]])
+    return torch.cat([ours[:3], theirs[:3], turning])
+
+
+@cache
+def contrast(name: str = "qwen3_moe", window: int = 8) -> ErrorMap:
+    """A map of domain text with branch gates against retain text; of the fp32 model, and good for its other dtypes."""
+    texts = [domain(64, seed=1), domain(64, seed=2)], [retain(64, seed=1), retain(64, seed=2)]
+    return measure_errors(build(name), texts[0], retain=texts[1], window=window, coherent=False, progress=False)
+
+
+def spawning(name: str = "qwen3_moe", window: int = 8, **changes) -> PCGrowConfig:
+    """A config that spawns a newborn under every node of LOCUS."""
+    settings = {"error_map": contrast(name, window), "locus": LOCUS, "grow": "spawn", "gate_fpr": 0.05}
+    return PCGrowConfig(**{**settings, **changes})
+
+
+def spawned(
+    name: str = "qwen3_moe",
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "eager",
+    autocast: bool = True,
+    **changes,
+) -> PeftModel:
+    """A tiny model with newborns under the nodes of LOCUS; `changes` go to `spawning`."""
+    config = spawning(name, **changes)
+    return get_peft_model(build(name, dtype, implementation), config, autocast_adapter_dtype=autocast)
+
+
+@torch.no_grad()
+def taken(model: nn.Module, ids: Tensor, adapter: str = "default", **inputs) -> dict[int, Tensor]:
+    """Tokens of which a newborn takes a row, `[B, S]` by layer: from a gate's definition, token by token."""
+    found, handles = {}, []
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+
+    def look(layer: nn.Module, args: tuple) -> None:
+        passes = gate_passes(layer, adapter, args[0].view(*ids.shape, -1), real)
+        routed = torch.isin(args[1], torch.tensor(layer.births[adapter].spawned)).any(dim=1)
+        found[layer.layer_index] = passes & routed.view(ids.shape)
+
+    for site in find_experts(model).sites:
+        if adapter in getattr(site.module, "births", ()):
+            handles.append(site.module.register_forward_pre_hook(look))
+    try:
+        model(input_ids=ids, use_cache=False, **inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def gate_passes(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor) -> Tensor:
+    """Which tokens of `hidden [B, S, H]` have more evidence than an adapter's threshold at a layer, `[B, S]`."""
+    middle, distance, between, within = layer.pcgrow_gate_law[adapter].double().tolist()
+    birth = layer.births[adapter]
+    threshold, window = float(at_rate(layer.pcgrow_gate_threshold[adapter], birth.gate_fpr)), birth.window
+    scores = (hidden.float() * layer.pcgrow_gate_direction[adapter]).sum(-1).double()
+    passes = torch.zeros(real.shape, dtype=torch.bool)
+    for row, place in real.nonzero().tolist():
+        span = slice(max(place + 1 - window, 0) if window else 0, place + 1)
+        inside = scores[row, span][real[row, span]]
+        evidence = (float(inside.mean()) - middle) * distance / (between + within / len(inside))
+        passes[row, place] = evidence > threshold
+    return passes
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and persistent buffers."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
@@ -193,13 +282,15 @@ def backward(model: nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
-def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 1) -> list[float]:
-    """Some AdamW steps on all that requires a gradient; the losses."""
+def train(
+    model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 1, texts: Callable[..., Tensor] = tokens
+) -> list[float]:
+    """Some AdamW steps on all that requires a gradient; the losses. `texts(seed=...)` gives a batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     model.train()
     losses = []
     for step in range(steps):
-        ids = tokens(seed=seed + step).to(next(model.parameters()).device)
+        ids = texts(seed=seed + step).to(next(model.parameters()).device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -210,11 +301,11 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, seed: int = 1) -> 
 
 
 @torch.no_grad()
-def logits(model: nn.Module, **inputs) -> Tensor:
-    """Logits of a fixed batch, without a cache."""
+def logits(model: nn.Module, ids: Tensor | None = None, **inputs) -> Tensor:
+    """Logits of a batch, without a cache; of a fixed one if none is given."""
     was_training = model.training
     model.eval()
-    ids = tokens(seed=99).to(next(model.parameters()).device)
+    ids = (tokens(seed=99) if ids is None else ids).to(next(model.parameters()).device)
     output = model(input_ids=ids, use_cache=False, **inputs).logits
     model.train(was_training)
     return output
