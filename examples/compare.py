@@ -109,8 +109,8 @@ def settings(args: argparse.Namespace, emap: ErrorMap) -> dict[str, list[Setting
     return groups
 
 
-def train(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train one setting with one seed and measure before and after."""
+def fit(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Train one setting with one seed: the model, and what is known of the run without evaluating."""
     torch.manual_seed(seed)
     model, optimizer = setting.build(corpora.new_model(task), seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -125,16 +125,20 @@ def train(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-    after = losses(model, task)
-    return {
+    return model, {
         "arm": setting.arm,
         "setting": setting.name,
         "seed": seed,
         "steps": args.steps,
         "trained_parameters": trained,
-        "after": after,
         "seconds_per_step": statistics.median(seconds),
     }
+
+
+def train(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Train one setting with one seed and measure after."""
+    model, row = fit(setting, task, args, seed)
+    return {**row, "after": losses(model, task)}
 
 
 def mixed_replay(task: corpora.Task, count: int, steps: int, seed: int) -> Iterator[torch.Tensor]:

@@ -43,8 +43,8 @@ class PCGrowConfig(PeftConfig):
             energy, in [0, 1); needs a map measured with `retain=`. Costs the memory of the directions and three thin
             matrix products a step.
         router (`str`, defaults to `"branch"`):
-            `"flat"` restricts what spawns so that [`export_flat`] can write a plain checkpoint: the same number of
-            newborns in each layer, unless the architecture's router has a selection bias.
+            `"flat"` spawns equally many newborns in each layer, from the best donors there, so that [`export_flat`] can
+            write a plain checkpoint; architectures that have no room for one are refused at once.
         seed (`int`, defaults to `0`):
             Seed of `select="random"`.
         locus (`dict[int, list[int]]`, *optional*):

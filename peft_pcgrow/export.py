@@ -18,19 +18,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
+from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import IGNORED, read_batch
 from peft_pcgrow.model import PCGrowModel
 
-# how the number of experts is called in configs
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# what is added to a router's choice but not to its weights, or to its logits
-BIASES = ("e_score_correction_bias", "bias")
 # margins beyond this many nats tell a router no more
 CLIP = 8.0
 RIDGE = 1e-3
@@ -119,44 +116,6 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     return report
 
 
-def check_flat(model: nn.Module, tree: experts.Tree, newborns: dict[int, int]) -> int:
-    """Experts that each layer of a plain checkpoint gets on top; raises ValueError if its format cannot hold them."""
-    named = type(model).__name__
-    most = max(newborns.values(), default=0)
-    if not most:
-        raise ValueError("no active adapter has newborns: merge_and_unload() writes deepened experts into the base")
-    if any(experts.is_quantized(site.base) for site in tree.sites):
-        raise ValueError(
-            f"{named} is loaded quantized: load the base in bf16 or fp32 and the adapter onto it to export"
-        )
-    config = experts.text_config(model.config)
-    if getattr(config, "n_group", None) not in (None, 1):
-        raise ValueError(
-            f"{named} routes within groups of experts (n_group={config.n_group}), which more experts would cut anew: "
-            "it cannot be exported flat; keep the adapter"
-        )
-    if not any(getattr(config, name, None) == tree.sites[0].experts for name in COUNTS):
-        raise ValueError(f"the config of {named} does not say how many experts it has ({', '.join(COUNTS)})")
-    for site in tree.sites:
-        if site.router is None or not isinstance(getattr(site.router, "weight", None), Tensor):
-            raise ValueError(f"the router of {site.name} in {named} has no weight with one row for each expert")
-        if newborns[site.layer] < most and _bias(site) is None:
-            raise ValueError(
-                f"layer {site.layer} has {newborns[site.layer]} newborns and another layer {most}; checkpoints of "
-                f"{named} hold equally many experts in all layers and its router has no selection bias to switch some "
-                "off: grow with PCGrowConfig(router='flat')"
-            )
-    return most
-
-
-def _bias(site: experts.ExpertsSite) -> str | None:
-    for name in BIASES:
-        found = getattr(site.router, name, None)
-        if isinstance(found, Tensor) and found.shape == (site.experts,):
-            return name
-    return None
-
-
 def _newborns(layer: PCGrowExperts | None) -> list[tuple[str, int, int]]:
     """(adapter, donor, place in its bank) of each newborn in use."""
     if layer is None or layer.disable_adapters:
@@ -199,18 +158,13 @@ def _fit_rows(
     for (layer, name), (gram, target) in sums.items():
         site = next(site for site in tree.sites if site.layer == layer)
         width = len(target) - 1
-        if _logit_bias(site) is None:
+        if logit_bias(site) is None:
             # no intercept: what is constant in the inputs has to do
             gram, target = gram[:-1, :-1], target[:-1]
         gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         row = torch.linalg.solve(gram, target)
         found.setdefault(layer, {})[name] = torch.nn.functional.pad(row, (0, width + 1 - len(row)))
     return found, logits
-
-
-def _logit_bias(site: experts.ExpertsSite) -> str | None:
-    """A bias that is part of the router's logits, so that a fitted row can have an intercept."""
-    return "bias" if _bias(site) == "bias" else None
 
 
 @torch.no_grad()
@@ -266,13 +220,13 @@ def _extend_router(
     rows: dict[str, Tensor],
     extra: int,
 ) -> None:
-    weight, bias = state[f"{path}.weight"], _bias(site)
+    weight, bias = state[f"{path}.weight"], selection_bias(site)
     added = torch.stack([weight[donor] + rows[name][:-1].to(weight) for name, donor, _ in newborns] or [weight[0]])
     fill = weight[:1].expand(extra - len(newborns), -1)
     state[f"{path}.weight"] = torch.cat([weight, added[: len(newborns)], fill])
     if bias is not None:
         held = state[f"{path}.{bias}"]
-        intercepts = [rows[name][-1].to(held) if _logit_bias(site) else held.new_zeros(()) for name, _, _ in newborns]
+        intercepts = [rows[name][-1].to(held) if logit_bias(site) else held.new_zeros(()) for name, _, _ in newborns]
         more = [held[donor] + shift for (_, donor, _), shift in zip(newborns, intercepts, strict=True)]
         more += [held.new_full((), float("-inf"))] * (extra - len(newborns))
         state[f"{path}.{bias}"] = torch.cat([held, torch.stack(more)])

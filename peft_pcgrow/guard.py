@@ -87,27 +87,32 @@ class TrainingGuard:
     @torch.no_grad()
     def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
         """Before a step: take the kept-off directions out of the gradient, and note what they weigh in the donors."""
-        stack = layer.stack_of(adapter, weight)
-        directions = layer.directions(adapter, stack)
-        if directions is None:
+        if not layer.is_protected(adapter):
             return
-        transposed = layer.base_layer.is_transposed
+        stack = layer.stack_of(adapter, weight)
+        directions, transposed = layer.directions(adapter, stack), layer.base_layer.is_transposed
         if id(weight) not in self.fixed:
-            donors = layer.donors(layer.births[adapter])[stack].to(weight.dtype)
-            self.fixed[id(weight)] = (donors.mT if transposed else donors) @ directions.to(weight.device, weight.dtype)
-        keep_off(gradient, directions, None, transposed)
+            donors = layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype)
+            if directions is not None:
+                donors = (donors.mT if transposed else donors) @ directions.to(weight.device, weight.dtype)
+            self.fixed[id(weight)] = donors
+        if directions is None:
+            gradient.zero_()  # a bias: its input is 1 for all text
+        else:
+            keep_off(gradient, directions, None, transposed)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         still = []
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for layer, adapter, weight in self._banks() if self.fixed or self.before else ():
-            # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
-            directions = (
-                layer.directions(adapter, layer.stack_of(adapter, weight)) if id(weight) in self.fixed else None
-            )
-            if directions is not None and id(weight) in stepped:
-                keep_off(weight, directions, self.fixed[id(weight)], layer.base_layer.is_transposed)
+            if id(weight) in self.fixed and id(weight) in stepped:
+                # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
+                directions = layer.directions(adapter, layer.stack_of(adapter, weight))
+                if directions is None:
+                    weight.copy_(self.fixed[id(weight)])
+                else:
+                    keep_off(weight, directions, self.fixed[id(weight)], layer.base_layer.is_transposed)
             if id(weight) in self.before:
                 reached, bits = self.before.pop(id(weight))
                 self.checked.add(id(weight))

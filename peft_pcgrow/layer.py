@@ -145,9 +145,12 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return next(name for name, held in self.bank(adapter_name).items() if held is weight)
 
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
-        """What updates of a bank are kept off, `[G, I, K]`."""
+        """What updates of a stack are kept off, `[G, I, K]`; None for a bias."""
         kept = self._buffers_of(f"protect_{stack}")
-        return kept[adapter_name] if adapter_name in kept and kept[adapter_name].shape[2] else None
+        return kept[adapter_name] if adapter_name in kept else None
+
+    def is_protected(self, adapter_name: str) -> bool:
+        return bool(self.births[adapter_name].directions)
 
     def active_banks(self) -> list[str]:
         """Active adapters that grow experts here."""

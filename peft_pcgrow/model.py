@@ -16,6 +16,7 @@ from peft_pcgrow import experts, plan, spawn
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.flat import check_flat
 from peft_pcgrow.gate import Gate
 from peft_pcgrow.guard import TrainingGuard, say
 from peft_pcgrow.layer import Birth, PCGrowExperts
@@ -67,6 +68,10 @@ class PCGrowModel(BaseTuner):
         measured = self._map(peft_config, base)
         if peft_config.base is None:
             self._resolve(peft_config, experts_at, measured)
+            if peft_config.router == "flat":
+                spawned = peft_config.spawned or {}
+                newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
+                check_flat(model, tree, newborns)
             peft_config.base = base
         elif experts.other_routers(base, peft_config.base):
             warnings.warn(
@@ -115,7 +120,14 @@ class PCGrowModel(BaseTuner):
         else:
             here = emap.restrict(layers) if emap is not None else None
             locus = plan.choose(
-                layers, experts_at[layers[0]], config.budget, config.select, here, config.seed, config.gate_fpr
+                layers,
+                experts_at[layers[0]],
+                config.budget,
+                config.select,
+                here,
+                config.seed,
+                config.gate_fpr,
+                uniform=config.router == "flat",
             )
         separation = emap.separation if emap is not None else None
         if config.grow != "deepen":

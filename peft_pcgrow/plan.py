@@ -25,6 +25,7 @@ def choose(
     error_map: ErrorMap | None = None,
     seed: int = 0,
     gate_fpr: float = 0.01,
+    uniform: bool = False,
 ) -> Locus:
     """The nodes to grow: the best `round(budget * L * E)` by `select`, at least one.
 
@@ -34,6 +35,7 @@ def choose(
         select: a statistic of the map; "lowest" (least error among the nodes that the domain reaches); "contested" (the
             smaller of the domain's and the retain text's share of the layer's rows); "separable" (the error that a gate
             would let through at `gate_fpr`); or "random" (the control; drawn from `seed`).
+        uniform: take the best `round(budget * E)` of each layer instead, at least one.
         error_map: needed for everything but "random"; measured with retain= for "contested" and "separable".
 
     Raises:
@@ -51,9 +53,14 @@ def choose(
         score = _donors(error_map, select, gate_fpr) if select in DONORS else error_map.score(select)
         if not float(score.sum()) > 0:
             raise ValueError(f"the error map has no {select} anywhere: there is nothing to grow on this corpus")
+    chosen: dict[int, list[int]] = {}
+    if uniform:
+        for layer, row in zip(layers, score, strict=True):
+            best = torch.argsort(row, descending=True, stable=True)[: max(1, round(budget * experts))]
+            chosen[layer] = best.tolist()
+        return Locus(chosen)
     nodes = max(1, round(budget * score.numel()))
     order = torch.argsort(score.flatten(), descending=True, stable=True)[:nodes].tolist()
-    chosen: dict[int, list[int]] = {}
     for i in order:
         chosen.setdefault(layers[i // experts], []).append(i % experts)
     return Locus(chosen)

@@ -19,7 +19,7 @@ FLOORS = [
     ["error_map"],
     ["settle", "plan"],
     ["experts", "sequence"],
-    ["rows"],
+    ["rows", "flat"],
     ["deepen", "spawn", "sample", "contrast"],
     ["measure"],
     ["register", "config", "layer", "guard", "model"],
@@ -29,7 +29,7 @@ FLOORS = [
 OUTSIDE = {"transformers": 5, "peft": 9, "accelerate": 10, "bitsandbytes": 9}
 ORDERED = 9
 LINES = 400
-TOTAL = 4000
+TOTAL = 6000
 
 
 def floor_of(name: str) -> int:

@@ -1,0 +1,66 @@
+"""Donors of newborns: chosen in orders that were worked out by hand."""
+
+import pytest
+import torch
+
+from close import assert_close
+from peft_pcgrow import ErrorMap, Locus
+from peft_pcgrow.gate import RATES
+from peft_pcgrow.plan import choose
+from peft_pcgrow.separation import Separation
+
+
+def constructed(domain_rows, retain_rows, recall=None):
+    """Two layers, three experts; a recall table is its value at each rate, the same for all rates if a number."""
+    rows = [torch.tensor(value, dtype=torch.float64) for value in (domain_rows, retain_rows)]
+    table = torch.zeros(2, 3, len(RATES), dtype=torch.float64) if recall is None else recall
+    return Separation(torch.zeros(2, 4), torch.zeros(2, 4), table[0], table, table, *rows, {}, {}, {"window": 1})
+
+
+def test_contested_is_the_smaller_share():
+    separation = constructed([[6.0, 3, 1], [0, 0, 0]], [[10.0, 50, 40], [1, 1, 2]])
+    assert_close("contested", separation.contested, torch.tensor([[0.1, 0.3, 0.1], [0, 0, 0]]), "fp32")
+    assert (constructed([[4.0, 0, 0]] * 2, [[0, 4.0, 4]] * 2).contested == 0).all()
+
+
+def a_map(**fields):
+    mass = torch.tensor([[5.0, 1.0, 9.0], [2.0, 0.0, 4.0]], dtype=torch.float64)
+    count = torch.tensor([[3.0, 1.0, 9.0], [2.0, 0.0, 4.0]], dtype=torch.float64)
+    return ErrorMap((2, 7), count, count, mass, mass, **fields)
+
+
+# nodes by rule, best first, worked out by hand
+ORDERS = {
+    "lowest": [(2, 1), (7, 0), (7, 2), (2, 0), (2, 2)],  # mass 1 2 4 5 9; no token comes to 7.1
+    # shares of the domain's rows .3 .1 .6 | .5 0 .5, of the retain text's .2 .7 .1 | .8 .05 .15
+    "contested": [(7, 0), (2, 0), (7, 2), (2, 1), (2, 2)],
+    # mass times recall: 5 x .5, 1 x 1, 9 x .1 | 2 x .3, 0 x 1, 4 x 1
+    "separable": [(7, 2), (2, 0), (2, 1), (2, 2), (7, 0)],
+}
+
+
+@pytest.mark.parametrize("rule", ORDERS)
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
+def test_donors_are_chosen_in_the_order_worked_out(rule, nodes):
+    recall = torch.tensor([[0.5, 1.0, 0.1], [0.3, 1.0, 1.0]], dtype=torch.float64)
+    table = recall.unsqueeze(-1).expand(2, 3, len(RATES))
+    separation = constructed([[3.0, 1, 6], [2, 0, 2]], [[20.0, 70, 10], [16, 1, 3]], table)
+    chosen = choose((2, 7), 3, nodes / 6, rule, a_map(separation=separation))
+    assert set(chosen.nodes) == set(ORDERS[rule][:nodes])
+
+
+def test_separable_reads_recall_at_the_rate():
+    """Two nodes change places between 1% and 10%."""
+    table = torch.zeros(2, 3, len(RATES), dtype=torch.float64)
+    rates = torch.tensor(RATES)
+    table[0, 0], table[1, 2] = (rates > 0.03).double(), 0.5
+    emap = a_map(separation=constructed([[1.0] * 3] * 2, [[1.0] * 3] * 2, table))
+    assert choose((2, 7), 3, 0.01, "separable", emap, gate_fpr=0.01) == Locus({7: [2]})
+    assert choose((2, 7), 3, 0.01, "separable", emap, gate_fpr=0.1) == Locus({2: [0]})
+
+
+def test_rules_that_compare_need_retain_text():
+    assert choose((2, 7), 3, 0.01, "lowest", a_map()) == Locus({2: [1]})
+    for rule in ("contested", "separable"):
+        with pytest.raises(ValueError, match="retain="):
+            choose((2, 7), 3, 0.5, rule, a_map())
