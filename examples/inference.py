@@ -1,0 +1,73 @@
+"""What a gated bank costs at inference: tokens per second against the bare base, prefill and decode.
+
+Newborns are at random nodes (time does not depend on their weights). "open" reads the domain's text, which the gates
+let pass, "closed" the retain text, which they do not. Base and grown model take turns in one run; the numbers are
+medians of the turns' ratios.
+
+    python examples/inference.py --shares 0 0.1 0.5
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import corpora
+from peft_pcgrow import PCGrowConfig, measure_errors
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, windows: torch.Tensor, new: int) -> float:
+    started = time.perf_counter()
+    model(input_ids=windows, use_cache=True)
+    return windows.numel() / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, windows: torch.Tensor, new: int) -> float:
+    """Tokens per second after the prompt, greedily, one call each."""
+    output = model(input_ids=windows, use_cache=True)
+    started = time.perf_counter()
+    for _ in range(new):
+        chosen = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+    return len(windows) * new / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    corpora.add_arguments(parser)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="shares of the nodes grown")
+    parser.add_argument("--turns", type=int, default=9, help="of base and grown model (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded a turn (default: %(default)s)")
+    args = parser.parse_args()
+    task = corpora.load_task(args)
+    base = corpora.new_model(task)
+    each = 64 // len(task.retain)
+    retain = torch.cat([train[:each] for train, _ in task.retain.values()])
+    emap = measure_errors(base, task.domain_train[:64].split(args.batch), retain=retain.split(args.batch))
+    texts = {"open": task.domain_eval[: args.batch], "closed": next(iter(task.retain.values()))[1][: args.batch]}
+    corpora.emit({"machine": corpora.machine()}, args.json)
+    for share in args.shares:
+        grown = corpora.new_model(task)
+        if share:
+            options = {"grow": "spawn", "select": "random", "gate_fpr": 0.01}
+            grown = get_peft_model(grown, PCGrowConfig(error_map=emap, budget=share, **options))
+        grown.eval()
+        for text, windows in texts.items() if share else [("open", texts["open"])]:
+            for what in (prefill, decode):
+                ratios, speeds = [], []
+                for _ in range(args.turns + 1):
+                    bare, mine = what(base, windows, args.new), what(grown, windows, args.new)
+                    ratios.append(mine / bare)
+                    speeds.append(bare)
+                row = {"nodes grown": share, "gates": text if share else "none", "phase": what.__name__}
+                ratio, speed = statistics.median(ratios[1:]), statistics.median(speeds[1:])
+                corpora.emit({**row, "base tokens/s": round(speed), "grown / base": round(ratio, 3)}, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Learn one domain after another: newborns on top of newborns against one LoRA that is trained on.
+
+After each stage all texts are evaluated. Backward transfer is the mean, over all domains but the last, of its held-out
+loss right after its own stage minus that at the end (negative: forgotten), in nats per token.
+
+    python examples/sequence.py --model PATH --domain DIR/A --then DIR/B --retain DIR/NAME --json > rows.jsonl
+    python examples/sequence.py --table rows.jsonl
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import compare
+import corpora
+from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
+
+Domain = tuple[str, torch.Tensor, torch.Tensor]  # name, windows to train on, windows held out
+# examples of earlier domains among the retain text of a later one: this share of its windows
+EARLIER = 0.5
+
+
+def load_domains(task: corpora.Task, args: argparse.Namespace) -> list[Domain]:
+    named = {"reference": corpora.language_reference, "source": corpora.stdlib_source}
+    domains: list[Domain] = [(Path(args.domain or "reference").name, task.domain_train, task.domain_eval)]
+    for spec in args.then:
+        texts = {s: named[spec](s) if spec in named else corpora.load_corpus(spec, s) for s in ("train", "eval")}
+        train, held_out = (corpora.windows(task.tokenizer, texts[s], args.length) for s in ("train", "eval"))
+        domains.append((Path(spec).name, train, corpora.spread(held_out, args.eval_windows)))
+    return domains
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Tensor, args, seed: int) -> None:
+    model.train()
+    for batch in corpora.batches(windows, args.batch, args.steps, seed):
+        model(input_ids=batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def evaluate(model: nn.Module, task: corpora.Task, domains: list[Domain]) -> dict[str, float]:
+    texts = {name: held_out for name, _, held_out in domains}
+    texts |= {name: held_out for name, (_, held_out) in task.retain.items()}
+    return {name: corpora.evaluate(model, windows) for name, windows in texts.items()}
+
+
+def lora(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    torch.manual_seed(seed)
+    model, optimizer = compare.lora(args.rank, args.lora_lr, experts=True)(corpora.new_model(task), seed)
+    for _, windows, _ in domains:
+        train(model, optimizer, windows, args, seed)
+        yield "lora", evaluate(model, task, domains)
+
+
+def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each domain gets an adapter of its own; the earlier ones stay active and frozen."""
+    torch.manual_seed(seed)
+    model: Any = corpora.new_model(task)
+    seen: list[torch.Tensor] = []
+    for stage, (name, windows, _) in enumerate(domains):
+        each = args.map_windows // len(task.retain)
+        retain = [next(corpora.batches(held, each, 1, seed)) for held, _ in task.retain.values()]
+        retain += [earlier[: int(EARLIER * args.map_windows)] for earlier in seen]
+        mixed = torch.cat(retain)[torch.randperm(sum(map(len, retain)))]
+        mine = next(corpora.batches(windows, args.map_windows, 1, seed))
+        emap = measure_errors(model, mine.split(args.batch), retain=mixed.split(args.batch))
+        options = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
+        config = PCGrowConfig(error_map=emap, grow="spawn", **options)
+        if stage == 0:
+            model = get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+            earlier = [other for other, _, _ in domains[:stage]]
+            model.base_model.set_adapter([*earlier, name])
+            model.set_requires_grad(earlier, False)
+        train(model, create_pcgrow_optimizer(model, lr=args.lr), windows, args, seed)
+        model.set_gate_fpr(args.gate_fpr)
+        seen.append(mine)
+        names = [other for other, _, _ in domains[: stage + 1]]
+        yield "spawn, oldest first", evaluate(model, task, domains)
+        if stage:
+            # whose gate is asked first: the same newborns in the other order
+            model.base_model.set_adapter(names[::-1])
+            yield "spawn, newest first", evaluate(model, task, domains)
+            model.base_model.set_adapter(names)
+        else:
+            yield "spawn, newest first", evaluate(model, task, domains)
+        model.set_gate_fpr(args.train_fpr)
+
+
+def transfer(stages: list[dict[str, float]], domains: list[str]) -> float:
+    return statistics.mean(stages[i][name] - stages[-1][name] for i, name in enumerate(domains[:-1]))
+
+
+def table(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [row for row in rows if "arm" in row]
+    names = rows[0]["domains"]
+    others = [name for name in rows[0]["before"] if name not in names]
+    print("| arm | seeds | " + " | ".join(f"gain on {name}" for name in names) + " | backward transfer | forgetting |")
+    print("|---|---|" + "---|" * (len(names) + 2))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        gains = [statistics.median(r["before"][n] - r["stages"][-1][n] for r in mine) for n in names]
+        back = statistics.median(transfer(row["stages"], names) for row in mine)
+        lost = statistics.median(
+            statistics.mean(row["stages"][-1][name] - row["before"][name] for name in others) for row in mine
+        )
+        print(
+            f"| {arm} | {len(mine)} | " + " | ".join(f"{gain:.3f}" for gain in gains) + f" | {back:.4f} | {lost:.4f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    corpora.add_arguments(parser)
+    add = parser.add_argument
+    add("--then", action="append", default=[], metavar="DIR/NAME", help="a later domain, or reference or source")
+    add("--arms", nargs="+", choices=("lora", "spawn"), default=["lora", "spawn"])
+    add("--rank", type=int, default=16, help="of LoRA (default: %(default)s)")
+    add("--lora-lr", type=float, default=6e-3)
+    add("--budget", type=float, default=0.5, help="share of the experts that each domain grows")
+    add("--lr", type=float, default=0.02, help="of Muon on newborns (default: %(default)s)")
+    add("--train-fpr", type=float, default=0.1, help="gate_fpr of the training (default: %(default)s)")
+    add("--gate-fpr", type=float, default=0.02, help="gate_fpr of the evaluation (default: %(default)s)")
+    add("--protect", type=float, default=0.8)
+    add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
+    add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
+    args = parser.parse_args()
+    if args.table:
+        table(args.table)
+        return
+    if not args.then:
+        parser.error("name at least one more domain with --then DIR/NAME (or --then reference, --then source)")
+    task = corpora.load_task(args)
+    domains = load_domains(task, args)
+    before = evaluate(corpora.new_model(task), task, domains)
+    corpora.emit({"machine": corpora.machine(), "before": before}, args.json)
+    for seed in args.seeds:
+        for arm in args.arms:
+            stages: dict[str, list[dict[str, float]]] = {}
+            for name, losses in {"lora": lora, "spawn": spawn}[arm](task, domains, args, seed):
+                stages.setdefault(name, []).append(losses)
+                corpora.note(f"seed {seed}, {name}, stage {len(stages[name])}: {losses}")
+            for name, found in stages.items():
+                row = {"arm": name, "seed": seed, "domains": [domain[0] for domain in domains]}
+                corpora.emit({**row, "before": before, "stages": found}, args.json)
+
+
+if __name__ == "__main__":
+    main()
