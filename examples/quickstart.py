@@ -1,7 +1,8 @@
 """Grow a domain into a small MoE, end to end: measure, locate, deepen in a Trainer, save, reload, merge.
 
 Without options: the embedded model, trained on the Python standard library's sources, grows the prose of the Python
-language reference and must keep held-out source code.
+language reference and must keep held-out source code. With --grow spawn, newborns take the domain's tokens and the
+source code keeps its experts.
 """
 
 import argparse
@@ -27,6 +28,9 @@ def main() -> None:
     corpora.add_arguments(parser)
     parser.set_defaults(steps=160)
     parser.add_argument("--budget", type=float, default=0.5, help="share of the experts to grow (default: 0.5)")
+    parser.add_argument("--grow", choices=("deepen", "spawn", "auto"), default="deepen", help="how (default: deepen)")
+    parser.add_argument("--gate-fpr", type=float, default=0.01, help="share of retain tokens that newborns may take")
+    parser.add_argument("--protect", type=float, default=0.0, help="share of the retain inputs' energy kept off")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Muon on the banks (default: 0.01)")
     parser.add_argument("--out", type=Path, default=Path("pcgrow-quickstart"), help="where map and adapter go")
     args = parser.parse_args()
@@ -36,12 +40,24 @@ def main() -> None:
     model = corpora.new_model(task)
     untouched = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    emap = measure_errors(model, task.domain_train[:MAP_WINDOWS].split(args.batch))
+    retain = None
+    if args.grow != "deepen" or args.protect:
+        # in turns, so that the texts that gates are fitted on and those they are measured on are alike
+        texts = [train[: MAP_WINDOWS // len(task.retain)] for train, _ in task.retain.values()]
+        retain = torch.stack([window for turn in zip(*texts, strict=False) for window in turn]).split(args.batch)
+    emap = measure_errors(model, task.domain_train[:MAP_WINDOWS].split(args.batch), retain=retain)
     corpora.note(f"\n{emap}\n")
     emap.save(args.out / "map")
     before = losses(model, task)
 
-    config = PCGrowConfig(error_map=str(args.out / "map"), budget=args.budget, task_type="CAUSAL_LM")
+    config = PCGrowConfig(
+        error_map=str(args.out / "map"),
+        budget=args.budget,
+        grow=args.grow,
+        gate_fpr=args.gate_fpr,
+        protect=args.protect,
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(model, config)
     map_png = args.out / "map.png"
     emap.plot(map_png, locus=Locus(config.locus))
@@ -54,15 +70,17 @@ def main() -> None:
         grown = model.eval()(input_ids=sample).logits
         reloaded = AutoPeftModelForCausalLM.from_pretrained(args.out / "adapter", dtype=torch.float32)
         reload_difference = float((reloaded(input_ids=sample).logits - grown).abs().max())
-        merged = copy.deepcopy(model).merge_and_unload()
-        merge_difference = float((merged(input_ids=sample).logits - grown).abs().max())
+        merge_difference = None  # newborns cannot be merged
+        if not config.spawned:
+            merged = copy.deepcopy(model).merge_and_unload()
+            merge_difference = float((merged(input_ids=sample).logits - grown).abs().max())
     now = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
     trained, total = model.get_nb_trainable_parameters()
     for name, windows in {"domain": task.domain_eval, **{n: held for n, (_, held) in task.retain.items()}}.items():
         corpora.note(f"{name}: unigram entropy of the held-out text {corpora.unigram_entropy(windows):.3f} nats/token")
     corpora.note(
         f"\ndomain loss {before['domain']:.3f} -> {after['domain']:.3f}, retain loss {before['retain']:.3f} -> "
-        f"{after['retain']:.3f} nats/token; reload differs by {reload_difference:g}, merge by {merge_difference:.2g}\n"
+        f"{after['retain']:.3f} nats/token; reload differs by {reload_difference:g}, merge by {merge_difference}\n"
         f"map: {map_png}   adapter: {args.out / 'adapter'}"
     )
     corpora.emit(

@@ -64,9 +64,9 @@ def compare(
     for row, site in enumerate(tree.sites):
         gate = Gate(directions[row], laws[row], window)
         passed = {name: held.evidence(row, gate) for name, held in scored.items()}
-        limits = torch.quantile(
-            passed["retain"][0].double(), 1 - torch.tensor(RATES, dtype=torch.float64), interpolation="higher"
-        ).float()
+        # the rate of what lies above each is at most what is allowed
+        ordered = passed["retain"][0].sort().values
+        limits = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
         threshold.append(limits)
         recall.append(_passing(*passed["domain"], limits, site.experts))
         false_positive.append(_passing(*passed["retain"], limits, site.experts))
@@ -151,7 +151,7 @@ class _FeatureMoments:
         if bool(held.all()):
             return
         mean, n = window_means(totals(x, rows), rows, self.window)
-        use = rows.real & (n >= n.max().clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
+        use = rows.real & (n >= n.amax(dim=1, keepdim=True).clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
         self.sites[row].add(mean[use])
 
 

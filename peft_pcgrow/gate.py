@@ -98,11 +98,11 @@ class Gate:
 def at_rate(table: Tensor, rate: float) -> Tensor:
     """What a table over `RATES`, `[..., F]`, says for a false-positive rate, `[...]`; of the nearest one, if beyond."""
     place = min(max(-12 * math.log10(rate) - 4, 0.0), len(RATES) - 1.0)
-    low = min(int(place), len(RATES) - 2)
+    low, high = math.floor(place), math.ceil(place)
+    if low == high:
+        return table[..., low]
     # not torch.lerp: thresholds that are not known are infinite
-    return (
-        table[..., low] if place == low else table[..., low] * (low + 1 - place) + table[..., low + 1] * (place - low)
-    )
+    return table[..., low] * (high - place) + table[..., high] * (place - low)
 
 
 class Moments:

@@ -147,7 +147,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
         """What updates of a stack are kept off, `[G, I, K]`; None for a bias."""
         kept = self._buffers_of(f"protect_{stack}")
-        return kept[adapter_name] if adapter_name in kept else None
+        return dict(kept.items()).get(adapter_name)
 
     def is_protected(self, adapter_name: str) -> bool:
         return bool(self.births[adapter_name].directions)

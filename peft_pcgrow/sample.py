@@ -33,10 +33,13 @@ def sample_text(
     Raises:
         ValueError: a model without `generate`, or numbers out of their range.
     """
-    generator: Any = getattr(model, "generate", None)
-    if generator is None:
+    # adapters sit inside the base model, and its own generate uses them
+    unwrap: Any = getattr(model, "get_base_model", None)
+    writer: Any = unwrap() if unwrap is not None else model
+    settings = getattr(writer, "generation_config", None)
+    if settings is None or not hasattr(writer, "generate"):
         raise ValueError(
-            f"retain='self' lets the model write text, and {type(model).__name__} has no generate(): give "
+            f"retain='self' lets the model write text, and {type(writer).__name__} has no generate(): give "
             "retain=batches of text whose behaviour must not change"
         )
     if texts < 1 or length < 2 or batch < 1 or not temperature > 0:
@@ -44,25 +47,21 @@ def sample_text(
             f"cannot sample {texts} texts of {length} tokens, {batch} at a time, at temperature {temperature}: "
             "expected at least 1, 2, 1, and more than 0"
         )
-    device = next(model.parameters()).device
-    first = _first_token(model)
+    device = next(writer.parameters()).device
+    first = _first_token(writer)
     found = []
-    # a text that ends goes on with the next one, as packed training text does
-    settings: Any = getattr(model, "generation_config", None)
-    stop = getattr(settings, "eos_token_id", None)
     was_training = model.training
     model.eval()
-    devices = [device] if device.type == "cuda" else []
+    # no penalties or filters of the model's own: they bend the distribution. No stop token either: a text that ends
+    # goes on with the next one, as packed training text does
+    writer.generation_config = type(settings)(pad_token_id=first)
     bar = tqdm(total=texts, unit="text", desc="sampling retain text", disable=not progress)
     try:
-        with bar, torch.random.fork_rng(devices):
+        with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            if settings is not None:
-                settings.eos_token_id = None
             for start in range(0, texts, batch):
-                rows = min(batch, texts - start)
-                prompt = torch.full((rows, 1), first, dtype=torch.long, device=device)
-                written = generator(
+                prompt = torch.full((min(batch, texts - start), 1), first, dtype=torch.long, device=device)
+                written = writer.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=True,
@@ -70,15 +69,13 @@ def sample_text(
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=length - 1,
-                    pad_token_id=first,
                     use_cache=True,
                 )
                 found.append(written.cpu())
-                bar.update(rows)
+                bar.update(len(written))
     finally:
         model.train(was_training)
-        if settings is not None:
-            settings.eos_token_id = stop
+        writer.generation_config = settings
     return found
 
 

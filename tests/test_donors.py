@@ -64,3 +64,10 @@ def test_rules_that_compare_need_retain_text():
     for rule in ("contested", "separable"):
         with pytest.raises(ValueError, match="retain="):
             choose((2, 7), 3, 0.5, rule, a_map())
+
+
+def test_lowest_needs_a_node_that_the_domain_reaches():
+    emap = a_map()
+    emap.count.zero_()  # not one token anywhere
+    with pytest.raises(ValueError, match="no lowest anywhere"):
+        choose((2, 7), 3, 0.5, "lowest", emap)

@@ -130,6 +130,21 @@ def test_rates_are_those_of_the_held_out_rows(setting):
     assert separation.recall.std() > 0
 
 
+def test_nodes_without_held_out_rows_have_their_layers_rates():
+    model, ours, theirs = build("gpt_oss"), domain(4, 4), retain(4, 4)
+    separation = measured(model, [ours], [theirs]).separation
+    for corpus, table in ((ours, separation.recall), (theirs, separation.false_positive)):
+        for row, texts in enumerate(visits(model, [corpus])):
+            ratios, index = held_out(separation, row, texts)
+            unseen = torch.bincount(index.flatten(), minlength=8) == 0
+            assert unseen.any()
+            slack, limits = TOLERANCE["fp32"] * ratios.abs().max(), separation.threshold[row].double()
+            got = (table[row, unseen].double() * len(ratios)).round()
+            assert (rows_above(ratios, limits, slack) <= got).all()
+            assert (got <= rows_above(ratios, limits, -slack)).all()
+    assert separation.recall.max() > 0
+
+
 @pytest.mark.parametrize("setting", CASES, ids=str)
 def test_a_rate_bounds_what_passes_a_layer(setting):
     """Of N held-out retain tokens at most f N pass, and no lower threshold would let so few pass."""

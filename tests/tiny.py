@@ -235,17 +235,22 @@ def taken(model: nn.Module, ids: Tensor, adapter: str = "default", **inputs) -> 
 
 def gate_passes(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor) -> Tensor:
     """Which tokens of `hidden [B, S, H]` have more evidence than an adapter's threshold at a layer, `[B, S]`."""
+    return gate_margin(layer, adapter, hidden, real) > 0
+
+
+def gate_margin(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor) -> Tensor:
+    """Evidence of the tokens of `hidden [B, S, H]` above an adapter's threshold at a layer, `[B, S]` fp64 nats."""
     middle, distance, between, within = layer.pcgrow_gate_law[adapter].double().tolist()
     birth = layer.births[adapter]
     threshold, window = float(at_rate(layer.pcgrow_gate_threshold[adapter], birth.gate_fpr)), birth.window
     scores = (hidden.float() * layer.pcgrow_gate_direction[adapter]).sum(-1).double()
-    passes = torch.zeros(real.shape, dtype=torch.bool)
+    margin = torch.full(real.shape, float("-inf"), dtype=torch.float64)
     for row, place in real.nonzero().tolist():
         span = slice(max(place + 1 - window, 0) if window else 0, place + 1)
         inside = scores[row, span][real[row, span]]
         evidence = (float(inside.mean()) - middle) * distance / (between + within / len(inside))
-        passes[row, place] = evidence > threshold
-    return passes
+        margin[row, place] = evidence - threshold
+    return margin
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
