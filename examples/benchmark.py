@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 import corpora
 from compare import lora
-from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
+from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
 
 SHAPES = {
     "small": lambda depth: Qwen3MoeConfig(
@@ -47,6 +47,19 @@ def grown(settle: str, budget: float, top_half: bool = False) -> Callable:
     return build
 
 
+def spawned(budget: float, protect: float) -> Callable:
+    def build(model: nn.Module):
+        # the lower half of the vocabulary stands for the domain, as in the batch that is timed
+        half = model.config.vocab_size // 2
+        words = torch.randint(half, (16, 64))
+        emap = measure_errors(model, [words], retain=[words + half], coherent=False, progress=False)
+        options = {"select": "random", "budget": budget, "gate_fpr": 0.05, "protect": protect}
+        model = get_peft_model(model, PCGrowConfig(error_map=emap, grow="spawn", **options))
+        return model, create_pcgrow_optimizer(model)
+
+    return build
+
+
 def peft_lora(model: nn.Module):
     return lora(rank=8, lr=1e-4, experts=True)(model, 0)
 
@@ -56,6 +69,8 @@ def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
     return {
         "sweep": (grown("sweep", budget), False),
         "sweep, top half": (grown("sweep", budget, top_half=True), False),
+        "spawn": (spawned(budget, 0.0), False),
+        "spawn, protected": (spawned(budget, 0.8), False),
         "backprop": (grown("backprop", budget), False),
         "backprop, checkpointed": (grown("backprop", budget), True),
         "LoRA": (peft_lora, False),
@@ -112,7 +127,7 @@ def main() -> None:
     corpora.emit({"machine": corpora.machine(), **{k: v for k, v in vars(args).items() if k != "json"}}, args.json)
     for depth in args.depths:
         config = SHAPES[args.shape](depth)
-        ids = torch.randint(config.vocab_size, (args.batch, args.length), device=device)
+        ids = torch.randint(config.vocab_size // 2, (args.batch, args.length), device=device)
         memory: dict[str, int] = {}
         seconds: dict[str, list[float]] = {name: [] for name in args.arms}
         # every arm on the same machine state: round after round, each arm once

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from peft_pcgrow import PCGrowConfig
-from tiny import build, tokens
+from tiny import build, mixed, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
 STEPS, ROWS = 4, 4
@@ -33,9 +33,13 @@ def batch(step: int) -> Tensor:
     return tokens(ROWS, 5, seed=step)
 
 
-def loop(accelerator: Accelerator | None) -> dict:
+def newborns() -> PeftModel:
+    return spawned(protect=0.5).train()
+
+
+def loop(accelerator: Accelerator | None, spawn: bool = False) -> dict:
     """Plain SGD steps on this process's share of each batch."""
-    model = grow()
+    model = newborns() if spawn else grow()
     counts = []
     experts = model.base_model.tuner_layers()[0]
     experts.register_forward_pre_hook(lambda _, args: counts.append(torch.bincount(args[1].flatten(), minlength=8)))
@@ -45,7 +49,7 @@ def loop(accelerator: Accelerator | None) -> dict:
         rank, world = accelerator.process_index, accelerator.num_processes
         model, optimizer = accelerator.prepare(model, optimizer)
     for step in range(STEPS):
-        ids = batch(step)[rank::world]
+        ids = (mixed(seed=50 + step) if spawn else batch(step))[rank::world]
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward() if accelerator is None else accelerator.backward(loss)
         optimizer.step()
@@ -97,7 +101,12 @@ def train(folder: Path, each: int) -> dict:
 
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    found = {"loop": loop(accelerator), "poisoned": poisoned(accelerator), "trainer": train(folder, ROWS // 2)}
+    found = {
+        "loop": loop(accelerator),
+        "spawn": loop(accelerator, spawn=True),
+        "poisoned": poisoned(accelerator),
+        "trainer": train(folder, ROWS // 2),
+    }
     torch.save(found, folder / f"rank{accelerator.process_index}.pt")
 
 

@@ -57,6 +57,16 @@ def test_loop_equals_one_process(ranks):
     assert_close(ranks[0]["loop"]["banks"], ddp_script.loop(None)["banks"])
 
 
+def test_newborns_agree(ranks):
+    """Gated rows, and updates kept off some directions: two processes hold the same bits, those of one process."""
+    start, single = ddp_script.banks(ddp_script.newborns()), ddp_script.loop(None, spawn=True)["banks"]
+    one, two = (found["spawn"]["banks"] for found in ranks)
+    assert_close(one, single)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+        assert not torch.equal(one[name], start[name]), name
+
+
 def test_trainer_equals_one_process(ranks, tmp_path):
     """So it is in the Trainer, accumulation included."""
     single = ddp_script.train(tmp_path, ddp_script.ROWS)

@@ -209,6 +209,29 @@ def test_updates_stay_off_protected_directions(name, grow, optimizer, tmp_path):
     assert all(not torch.equal(weight, stacks(loaded)[key][0]) for key, (weight, _) in between.items())
 
 
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in snapshot(model).items() if "pcgrow_" in name and "_bias." in name}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("grow", ["spawn", "deepen"])
+def test_protected_biases_keep_their_bits(grow, optimizer, tmp_path):
+    """Their input is 1 for all text. Under weight decay and after loading too; the matrices beside them move."""
+    model, free = spawned("gpt_oss", grow=grow, protect=0.6), spawned("gpt_oss", grow=grow)
+    start, matrices = biases(model), stacks(model)
+    assert len(start) == 4
+    assert all(bool(bias.any()) for bias in start.values())
+    for each in (model, free):
+        stepped(each, optimizer)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("gpt_oss"), tmp_path, is_trainable=True)
+    stepped(loaded, optimizer)
+    for each in (model, loaded):
+        assert_same(start, biases(each))
+        assert all(not torch.equal(weight, stacks(each)[key][0]) for key, (weight, _) in matrices.items())
+    assert all(not torch.equal(start[name], bias) for name, bias in biases(free).items())
+
+
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 def test_protected_by_two_steps_at_once(settle):
     """Accumulation, clipping and a GradScaler in between change nothing about it."""
