@@ -11,14 +11,14 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
@@ -81,6 +81,8 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     if not isinstance(tuner, PCGrowModel):
         raise ValueError(f"export_flat takes a PeftModel grown by peft_pcgrow, got {type(model).__name__}")
     grown: dict[int, PCGrowExperts] = {layer.layer_index: layer for layer in tuner.tuner_layers()}
+    if any(layer.merged for layer in grown.values()):
+        raise ValueError("an adapter is merged, which switches newborns off: call unmerge_adapter() before export_flat")
     base: Any = tuner.model
     tree = experts.find_experts(base)
     newborns = {site.layer: _newborns(grown.get(site.layer)) for site in tree.sites}
@@ -93,7 +95,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     model.eval()
     try:
         rows, branch = _fit_rows(model, tree, grown, newborns, read)
-        flat = _build(base, tree, grown, newborns, rows, extra)
+        flat = _build(base, tree, grown, newborns, rows, extra, tuner.active_adapters)
     finally:
         model.train(was_training)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
         again = type(flat).from_pretrained(staging, dtype=next(flat.parameters()).dtype).to(device).eval()
         again.set_experts_implementation(base.config._experts_implementation)
         report = _compare(flat, again, read, branch, tree.sites[0].experts + extra)
-        if report.reload_difference > 0:
+        if not report.reload_difference == 0:
             raise RuntimeError(
                 f"the checkpoint's logits differ by {report.reload_difference} from those of the model that it was "
                 f"written from: this version of transformers does not keep {type(flat).__name__}'s weights as they are"
@@ -175,6 +177,7 @@ def _build(
     newborns: dict[int, list[tuple[str, int, int]]],
     rows: dict[int, dict[str, Tensor]],
     extra: int,
+    active: Sequence[str],
 ) -> Any:
     """A model of the base's own class with `extra` more experts in each layer."""
     config = copy.deepcopy(base.config)
@@ -182,11 +185,7 @@ def _build(
     for name in COUNTS:
         if getattr(text, name, None) == tree.sites[0].experts:
             setattr(text, name, tree.sites[0].experts + extra)
-    state = {
-        name.replace(".base_layer.", "."): tensor.detach().clone()
-        for name, tensor in base.state_dict().items()
-        if "pcgrow_" not in name
-    }
+    state = _plain_state(base, active)
     paths = {module: name for name, module in base.named_modules()}
     for site in tree.sites:
         layer = grown.get(site.layer)
@@ -203,13 +202,30 @@ def _build(
             more += [stack[0]] * (extra - len(more))
             state[f"{prefix}.{name}"] = torch.cat([stack, torch.stack([m.to(stack) for m in more])])
         _extend_router(state, paths[site.router], site, newborns[site.layer], rows.get(site.layer, {}), extra)
-    flat = type(base)(config).to(next(base.parameters()).dtype)
-    for name, tensor in flat.state_dict().items():
-        state[name] = state[name].to(tensor.dtype)
-    flat.load_state_dict(state)
+    flat = type(base)(config)
+    # as they are: a cast of the whole would also round buffers that models keep in fp32
+    flat.load_state_dict(state, assign=True)
+    flat.tie_weights()
     flat.generation_config = copy.deepcopy(base.generation_config)
     flat.set_experts_implementation(base.config._experts_implementation)
     return flat.to(next(base.parameters()).device).eval()
+
+
+def _plain_state(base: nn.Module, active: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of the base's tensors by the names that they had before it was wrapped."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in base.state_dict().items():
+        # of modules that were trained along (modules_to_save), the active adapter's copy
+        before, trained, after = name.partition(".modules_to_save.")
+        adapter, _, rest = after.partition(".")
+        if "pcgrow_" in name or (trained and adapter not in active):
+            continue
+        plain = f"{before}.{rest}" if trained else name.replace(".base_layer.", ".")
+        original = ".original_module." in plain
+        plain = plain.replace(".original_module.", ".")
+        if not (original and plain in state):
+            state[plain] = tensor.detach().clone()
+    return state
 
 
 def _extend_router(
@@ -241,7 +257,8 @@ def _compare(
         logits = flat(**inputs, use_cache=False).logits.float().cpu()
         reloaded = again(**inputs, use_cache=False).logits.float().cpu()
         keep = inputs["attention_mask"].bool().cpu()
-        difference = max(difference, float((logits - reloaded)[keep].abs().max()))
+        # not Python's max, which a NaN gets past
+        difference = float(torch.stack([torch.tensor(difference), (logits - reloaded)[keep].abs().max()]).max())
         ours, theirs = log_softmax(grown[keep], -1), log_softmax(logits[keep], -1)
         kl += float((ours.exp() * (ours - theirs)).sum())
         agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())

@@ -12,8 +12,13 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 BIASES = ("e_score_correction_bias", "bias")
 
 
-def check_flat(model: nn.Module, tree: experts.Tree, newborns: Mapping[int, int]) -> int:
-    """Experts that each layer of a plain checkpoint gets on top; raises ValueError if its format cannot hold them."""
+def check_flat(model: nn.Module, tree: experts.Tree, newborns: Mapping[int, int], uniform: bool = False) -> int:
+    """Experts that each layer of a plain checkpoint gets on top; raises ValueError if its format cannot hold them.
+
+    Args:
+        newborns: how many each layer has.
+        uniform: whether it was tried to give all layers equally many.
+    """
     named = type(model).__name__
     most = max(newborns.values(), default=0)
     if not most:
@@ -37,7 +42,7 @@ def check_flat(model: nn.Module, tree: experts.Tree, newborns: Mapping[int, int]
             raise ValueError(
                 f"layer {site.layer} has {newborns[site.layer]} newborns and another layer {most}; checkpoints of "
                 f"{named} hold equally many experts in all layers and its router has no selection bias to switch some "
-                "off: grow with PCGrowConfig(router='flat')"
+                "off: " + ("raise gate_fpr, or change budget" if uniform else "grow with PCGrowConfig(router='flat')")
             )
     return most
 

@@ -67,12 +67,14 @@ class PCGrowModel(BaseTuner):
         experts_at = {site.layer: site.experts for site in allowed}
         measured = self._map(peft_config, base)
         if peft_config.base is None:
-            self._resolve(peft_config, experts_at, measured)
-            if peft_config.router == "flat":
-                spawned = peft_config.spawned or {}
+            # on a copy: a config that is refused can be changed and used again
+            resolved = copy.copy(peft_config)
+            self._resolve(resolved, experts_at, measured)
+            if resolved.router == "flat":
+                spawned = resolved.spawned or {}
                 newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
-                check_flat(model, tree, newborns)
-            peft_config.base = base
+                check_flat(model, tree, newborns, uniform=True)
+            peft_config.__dict__.update(resolved.__dict__, base=base)
         elif experts.other_routers(base, peft_config.base):
             warnings.warn(
                 "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeForCa
 
 from peft_pcgrow import ErrorMap, export_flat
 from test_bad_input import refused
-from test_export import batches, config, load, text_map, trained, with_deepened
+from test_export import batches, config, load, text_map, trained
+from test_export_adapters import with_deepened
 from test_spawn_settings import changed_map
 from tiny import LOCUS, build, grown, logits, mixed
 
@@ -67,7 +68,7 @@ def test_quantized_base(tmp_path):
 
 
 def test_merged(tmp_path):
-    """As in all of PEFT, a layer with a merged adapter computes no other, so newborns are not part of the model then."""
+    """As in all of PEFT, a layer with a merged adapter computes no other: newborns are not part of the model then."""
     model = with_deepened(trained())
     branch = logits(model, mixed())
     model.merge_adapter(["deep"])
@@ -151,7 +152,7 @@ def one_left_out() -> ErrorMap:
 def test_flat_with_a_node_left_out():
     """The text says where, and does not advise what has been done."""
     model = build()
-    with refused(model, ValueError, r"layer 1 has 1 newborns and another layer 2(?!.*router='flat'\))"):
+    with refused(model, ValueError, r"layer 1 has 1 newborns and another layer 2(?!.*router='flat')"):
         get_peft_model(model, config(error_map=one_left_out()))
 
 
@@ -159,6 +160,7 @@ def test_a_refused_config_can_be_used_again():
     asked = config(error_map=one_left_out())
     with pytest.raises(ValueError, match="layer 1 has 1 newborns"):
         get_peft_model(build(), asked)
-    assert asked.locus is asked.spawned is None
+    assert asked.locus is None
+    assert asked.spawned is None
     asked.error_map = text_map()
     assert len(get_peft_model(build(), asked).peft_config["default"].spawned["1"]) == 2

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments, default_data_collator
 
-from tiny import build, tokens
+from tiny import build, domain, retain, tokens
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,6 +59,24 @@ def test_links_of_the_readme():
     targets = re.findall(r"\]\(([^)#:]+)\)", README)
     assert targets
     assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_spawn_program_of_the_readme(tmp_path, monkeypatch):
+    """Again only the model and the data are filled in."""
+    monkeypatch.chdir(tmp_path)
+    program = block("python", "<!-- program -->")
+    imports = "".join(line + "\n" for line in program.splitlines() if line.startswith(("from ", "import ")))
+    filled = {
+        "model": build("olmoe"),
+        "domain_batches": [domain(16, 24, seed) for seed in range(2)],
+        "retain_batches": [retain(16, 24, seed) for seed in range(2)],
+        "train_dataset": [{"input_ids": row, "labels": row} for row in domain(16, 24)],
+        "collator": default_data_collator,
+        "args": TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-3),
+    }
+    exec(imports + block("python", "<!-- spawn program -->"), filled)
+    assert filled["model"].peft_config["default"].gate_fpr == 0.02
+    assert (tmp_path / "spawned" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
