@@ -12,6 +12,7 @@ of the retain texts' tokens whose logits are the base's to the bit.
 import argparse
 import json
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,18 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import compare
 import corpora
 from compare import Setting
-from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, measure_errors
+from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, export_flat, measure_errors
 
 RATES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 DONORS = ("lowest", "error", "coherent", "contested", "separable", "random")
 # retain windows in which tokens are compared with the base's, bit by bit
 BIT_WINDOWS = 24
-ARMS = ("lora", "lora-replay", "full", "deepen", "spawn", "spawn-backprop", "donors", "self")
+ARMS = ("lora", "lora-replay", "full", "deepen", "spawn", "spawn-backprop", "donors", "self", "flat")
 
 
 def spawned(emap: ErrorMap, args: argparse.Namespace, **options: Any) -> Callable:
@@ -64,6 +66,9 @@ def settings(args: argparse.Namespace, emap: ErrorMap, self_map: ErrorMap | None
     for rule in DONORS if "donors" in args.arms else ():
         build = spawned(emap, args, select=rule, budget=args.donor_budget)
         yield Setting("donors", f"{args.donor_budget:.0%}, {rule}", build)
+    if "flat" in args.arms:
+        # strict gates: a router row leaks
+        yield Setting("flat", f"{args.budget:.0%}, protect {args.protect:g}", spawned(emap, args, router="flat"))
     if self_map is not None:
         yield Setting("self", f"{args.budget:.0%}, protect {args.protect:g}", spawned(self_map, args))
 
@@ -99,13 +104,26 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """One row, or one for each false-positive rate if the setting has gates."""
     model, row = compare.fit(setting, task, args, seed)
-    gated = setting.arm in ("spawn", "spawn-backprop", "donors", "self")
+    gated = setting.arm in ("spawn", "spawn-backprop", "donors", "self", "flat")
     for rate in args.rates if gated else (None,):
         extra: dict[str, Any] = {}
         if rate is not None:
             model.set_gate_fpr(rate)  # type: ignore[operator]
             extra = {"gate_fpr": rate, "identical": identical(model, task, reference)}
         yield compare.finish({**row, **extra, "after": compare.losses(model, task)}, before)
+    if setting.arm == "flat":
+        yield compare.finish({**row, **exported(model, task, args)}, before)
+
+
+def exported(model: nn.Module, task: corpora.Task, args: argparse.Namespace) -> dict[str, Any]:
+    """The same as a plain checkpoint with flat routing."""
+    texts = [next(corpora.batches(task.domain_train, 24, 1, 0))]
+    texts += [next(corpora.batches(train, 8, 1, 0)) for train, _ in task.retain.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        report = export_flat(model, Path(folder) / "flat", torch.cat(texts).split(args.batch))
+        plain = AutoModelForCausalLM.from_pretrained(Path(folder) / "flat", dtype=torch.float32)
+    corpora.note(report)
+    return {"arm": "flat, exported", "kl": report.kl, "after": compare.losses(plain, task)}
 
 
 def medians(path: Path) -> list[dict[str, Any]]:
@@ -150,7 +168,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
     curves: dict[str, list[dict]] = {}
     for row in found:
-        if row["arm"] not in ("donors", "self"):
+        if row["arm"].partition(",")[0] not in ("donors", "self", "flat"):
             name = row["arm"]
             if name in ("spawn", "deepen"):
                 name += ", " + row["setting"].rpartition(", ")[2]
@@ -173,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
     add = parser.add_argument
-    add("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm not in ("donors", "self")])
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS[:6]))
     add("--budget", type=float, default=0.5, help="share of the experts grown (default: %(default)s)")
     add("--donor-budget", type=float, default=0.12, help="the same, where donor rules are compared")
     add("--lr", type=float, default=0.02, help="of Muon on newborns (default: %(default)s)")

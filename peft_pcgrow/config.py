@@ -130,6 +130,12 @@ class PCGrowConfig(PeftConfig):
         if isinstance(self.error_map, os.PathLike):
             self.error_map = os.fspath(self.error_map)
         if self.locus is not None:
+            for layer, donors in self.locus.items() if self.grow != "deepen" and isinstance(self.locus, dict) else ():
+                if isinstance(donors, (list, tuple)) and len(set(donors)) < len(donors):
+                    raise ValueError(
+                        f"layer {layer} of the locus names a donor twice ({list(donors)}): an adapter has room for one "
+                        "newborn of each; add another adapter for a second one"
+                    )
             # string keys, as JSON gives them back: equal before and after saving
             self.locus = Locus(self.locus).to_json()
         if self.spawned is not None:

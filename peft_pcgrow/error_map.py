@@ -306,6 +306,8 @@ class ErrorMap:
         for layer, row in zip(self.layers, self.mass, strict=True):
             share = float(row.sum()) / total if total else 0.0
             lines.append(f"{layer:5d}  {share:5.1%}  {heatmap.bars((row / largest).tolist())}")
+        if self.separation is not None:
+            lines += ["", str(self.separation)]
         lines += ["", "  node (layer.expert)      rows    routed weight   share of error   coherent error"]
         for node in self.top(8):
             lines.append(

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pcgrow.gate import Gate
+from peft_pcgrow.gate import Gate, at_rate
 from peft_pcgrow.protect import MomentSketch, main_directions
+
+# false-positive rate that a printed map speaks of
+SHOWN = 0.01
 
 
 @dataclass(eq=False)
@@ -58,6 +61,13 @@ class Separation:
         ]
         widest = max((v.shape[1] for v in found), default=0)
         return torch.stack([torch.nn.functional.pad(v, (0, widest - v.shape[1])) for v in found])
+
+    def __str__(self) -> str:
+        passing = at_rate(self.recall, SHOWN).mean(dim=1).tolist()
+        return (
+            f"Against {self.facts['retain_tokens']:,} retain tokens: gates that take {SHOWN:.0%} of them take "
+            f"{min(passing):.0%} to {max(passing):.0%} of the domain's, by layer (held-out text)"
+        )
 
     def restrict(self, rows: list[int]) -> "Separation":
         """The same of some layers."""

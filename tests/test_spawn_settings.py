@@ -367,3 +367,8 @@ def test_experts_called_alone():
     hidden, index = torch.randn(6, 32), torch.zeros(6, 3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="layer 1 has newborns, whose gate needs to know which text each token"):
         layer(hidden, index, torch.ones(6, 3))
+
+
+def test_one_newborn_for_each_donor_and_adapter():
+    with pytest.raises(ValueError, match=r"layer 1 .* names a donor twice .* add another adapter"):
+        spawning(locus={1: [4, 4]})
