@@ -201,6 +201,10 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         direction, law = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "law"))
         return Gate(direction, law, self.births[adapter_name].window)
 
+    def gate_is_known(self, adapter_name: str) -> bool:
+        """Whether the gate came with a map or an adapter file."""
+        return bool(torch.isfinite(self._buffers_of("gate_threshold")[adapter_name]).all())
+
     def margin(self, adapter_name: str, hidden: Tensor) -> Tensor:
         """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.sequence

@@ -231,12 +231,24 @@ class PCGrowModel(BaseTuner):
                 "the adapter is merged, so its banks are not used: call unmerge_adapter() before training"
             )
         if self._guard is not None:
+            if not self._guard.announced:
+                self._check_gates()
             self._guard.training_forward()
         if "backprop" in {self.peft_config[name].settle for name in self.active_adapters if name in self.peft_config}:
             return False
         if experts.adds_router_loss(self.model):
             raise ValueError(ROUTER_LOSS)
         return True
+
+    def _check_gates(self) -> None:
+        """Newborns behind gates that were never set would train on nothing."""
+        for layer in self.tuner_layers():
+            for name in layer.active_banks():
+                if layer.spawned(name) and not layer.gate_is_known(name):
+                    raise RuntimeError(
+                        f"the branch gates of adapter {name!r} were never set: its config was resolved for another "
+                        "model; make a new PCGrowConfig with error_map=, or load the adapter's weights before training"
+                    )
 
     def _check_called(self, index: int) -> None:
         """A grown layer whose block went round the adapter would train nothing: refuse at once."""

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_pcgrow import ErrorMap, create_pcgrow_optimizer, measure_errors
+from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, measure_errors
 from tiny import (
     assert_same,
     build,
@@ -372,3 +372,11 @@ def test_experts_called_alone():
 def test_one_newborn_for_each_donor_and_adapter():
     with pytest.raises(ValueError, match=r"layer 1 .* names a donor twice .* add another adapter"):
         spawning(locus={1: [4, 4]})
+
+
+def test_gates_that_were_never_set(tmp_path):
+    """A config read back from an adapter's folder knows the nodes, not the gates."""
+    spawned().save_pretrained(tmp_path)
+    model = get_peft_model(build(), PCGrowConfig.from_pretrained(tmp_path))
+    with pytest.raises(RuntimeError, match=r"gates of adapter 'default' were never set"):
+        train(model)
