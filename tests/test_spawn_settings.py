@@ -377,6 +377,8 @@ def test_one_newborn_for_each_donor_and_adapter():
 def test_gates_that_were_never_set(tmp_path):
     """A config read back from an adapter's folder knows the nodes, not the gates."""
     spawned().save_pretrained(tmp_path)
-    model = get_peft_model(build(), PCGrowConfig.from_pretrained(tmp_path))
+    config = PCGrowConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(build(), config)
     with pytest.raises(RuntimeError, match=r"gates of adapter 'default' were never set"):
         train(model)
