@@ -31,7 +31,8 @@ CACHES = ("past_key_values", "past_key_value", "layer_past")
 HANDED_ON = ("RefusalBackward", "ToCopyBackward0")
 ROUTER_LOSS = (
     "settle='sweep' carries the error of the top layer's output only, so the load-balancing loss of "
-    "output_router_logits=True would get no gradient: switch it off, or use PCGrowConfig(settle='backprop')"
+    "output_router_logits=True would get no gradient: switch it off (TRL: router_aux_loss_coef=0.0), or use "
+    "PCGrowConfig(settle='backprop')"
 )
 # layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
 _recomputed: set[int] = set()
