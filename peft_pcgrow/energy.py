@@ -25,7 +25,8 @@ class GradientSketch:
 
     `G [E, ...]` is flattened to a matrix per expert and each side longer than `dim` is multiplied by a fixed random
     matrix R with E[R^T R] = I (Johnson & Lindenstrauss 1984), so that E|sketch(G)|^2 = |G|^2. Sides of at most `dim`
-    stay as they are: the norm is then exact. Being linear, sketches of two corpora add up to that of their union.
+    stay as they are (the norm is then exact), and so does the side of the intermediate neurons, which are nodes of their
+    own at the finest resolution. Being linear, sketches of two corpora add up to that of their union.
 
     Args:
         dim: longest side kept exactly; the relative standard error of a norm beyond it is about `1 / sqrt(dim)`.
@@ -36,19 +37,18 @@ class GradientSketch:
         self.dim, self.seed = dim, seed
         self._made: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """`[E, O, I]` or `[E, O]` -> fp32 or fp64 `[E, min(O, dim), min(I, dim)]` (I = 1 for a bias)."""
+    def __call__(self, gradient: Tensor, neurons: int | None = None) -> Tensor:
+        """`[E, a, b]` or `[E, a]` -> fp32 or fp64 `[E, min(a, dim), min(b, dim)]` (b = 1 for a bias).
+
+        `neurons`: the side of the intermediate neurons, 0 or 1, which keeps its length.
+        """
         matrix = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         matrix = matrix.reshape(matrix.shape[0], matrix.shape[1], -1)
-        if matrix.shape[1] > self.dim:
+        if matrix.shape[1] > self.dim and neurons != 0:
             matrix = self._random(matrix.shape[1], 0, matrix) @ matrix
-        if matrix.shape[2] > self.dim:
+        if matrix.shape[2] > self.dim and neurons != 1:
             matrix = matrix @ self._random(matrix.shape[2], 1, matrix).mT
         return matrix
-
-    def shape(self, parameter: Tensor) -> tuple[int, int]:
-        side = parameter[0].reshape(parameter.shape[1], -1).shape
-        return min(side[0], self.dim), min(side[1], self.dim)
 
     def _random(self, size: int, side: int, like: Tensor) -> Tensor:
         key = (size, side, like.device)

@@ -7,11 +7,13 @@ expert. `use_experts_implementation` marks such modules; they are found by that 
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from peft_pcgrow.removable import StackLayout
 
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
@@ -130,6 +132,22 @@ def input_width(base: ExpertsModule, stack: str) -> int:
     return expert_stacks(base)[stack].shape[1 if base.is_transposed else 2]
 
 
+def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
+    """Where the intermediate neurons are in each of the stacks."""
+    layouts = {}
+    for name in expert_stacks(base):
+        projection = name.removesuffix("_bias")
+        copies = 2 if projection == "gate_up_proj" else 1
+        interleaved = copies == 2 and not getattr(base, "is_concatenated", True)
+        if projection in ("gate_up_proj", "up_proj"):
+            axis = 1 if base.is_transposed and not name.endswith("_bias") else 0
+        else:
+            # the down projection's bias is the expert's, no neuron's
+            axis = None if name.endswith("_bias") else 0 if base.is_transposed else 1
+        layouts[name] = StackLayout(axis, copies, interleaved)
+    return layouts
+
+
 def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized afterwards."""
     if getattr(base.config, "quantization_config", None) is not None or hasattr(base, "parametrizations"):
@@ -152,6 +170,7 @@ def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
         "layers": [site.layer for site in tree.sites],
         "experts": [site.experts for site in tree.sites],
         "shapes": shapes,
+        "layouts": {name: list(astuple(layout)) for name, layout in stack_layouts(site.base).items()},
         "vocabulary": getattr(config, "vocab_size", None),
         "routers": fingerprint(tree),
     }

@@ -1,7 +1,10 @@
 """Measure: run a corpus through a model and record per node how wrong its prediction was."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +15,18 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.contrast import compare
 from peft_pcgrow.energy import GradientSketch, expert_error
-from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
+from peft_pcgrow.processes import everywhere, over_processes, process, processes
 from peft_pcgrow.sample import sample_text
 from peft_pcgrow.separation import Separation
-from peft_pcgrow.settle import LayerStack, Probe
+from peft_pcgrow.settle import LayerStack, Probe, Way
 
 IGNORED = -100
-# expert parameters up to which summed gradients are kept whole (fp32: 1 GiB); beyond, sketched to this dimension
-EXACT_PARAMETERS = 2**28
+# expert parameters up to which summed gradients are kept whole (4 folds in fp32: 1 GiB); beyond, sketched to this
+EXACT_PARAMETERS = 2**26
 SKETCH_DIM = 64
+# nodes up to which their overlap is kept (fp32: 16 MiB)
+SHARED_NODES = 2048
 
 
 def measure_errors(
@@ -28,80 +34,158 @@ def measure_errors(
     batches: Iterable[Any],
     *,
     max_tokens: int | None = None,
-    coherent: bool = True,
+    settle: str = "sweep",
+    settle_depth: int = 0,
+    settle_tol: float = 0.01,
+    coherent: bool | None = None,
     sketch_dim: int | None = None,
     retain: Any = None,
     window: int = 64,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> ErrorMap:
     """The error map of a corpus: one sweep over it, nothing is trained.
 
-    Every token counts alike: the error is that of the summed token losses, so the map is the same however the corpus
-    is cut into batches or padded.
+    Every token counts alike: the error is that of the summed token losses, so the map's sums are the same however the
+    corpus is cut into batches or padded. Batches go to the folds of `ErrorMap.gradient` in turn; fewer batches than folds
+    are cut between their texts.
+
+    Under torch.distributed (accelerate, torchrun) every process measures the batches it is given and gets the map of all
+    of them together; all processes must call.
 
     Args:
         model: a transformers causal LM with experts, in any floating dtype and on any device; with or without adapters.
         batches: `[B, S]` integer tensors of token ids, or mappings with `input_ids` and, if there are any,
             `attention_mask`, `labels` (-100 is ignored) and whatever else the model takes. Without labels every token
             that is not padding is predicted from those before it.
-        max_tokens: stop after the batch that reaches this many tokens, padding not counted.
-        coherent: also sum the weight gradients. Costs the experts' weight gradients and the memory to hold them:
-            whole up to 2^28 expert parameters, beyond that sketched.
-        sketch_dim: longest side of a gradient that is kept whole (see `GradientSketch`); None decides by size. Second
-            moments of the retain text are kept alike.
+        max_tokens: stop after the batch that reaches this many tokens (of all processes), padding not counted.
+        settle: how errors reach the nodes: "sweep" (exact); "relax" (exact to `settle_tol`, and the map holds how many
+            hops each layer's tokens needed); "direct" (the top error for all layers below the top `settle_depth`: a
+            forward pass and the output head, for a map that ranks nearly alike).
+        coherent: also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients and the memory
+            to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless settle="direct".
+        sketch_dim: longest hidden side of a gradient that is kept whole (see `GradientSketch`); None decides by size.
+            Second moments of the retain text are kept alike.
         retain: text whose behaviour must not change, as batches like the corpus's, at most `max_tokens` of it; or
             "self": the model writes as many texts itself (see `sample_text`). Then the map also holds branch gates and
             what retain text looks like at every node (`ErrorMap.separation`), for two more forward passes over all.
         window: tokens of context that a gate looks at, the token itself included; 0: all of the text so far.
+        checkpoint: folder that the map so far is saved in every `checkpoint_every` batches. If it holds a map of this
+            model already, the batches in it are skipped: an interrupted measurement goes on, to the same map.
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: no experts in the model, not one label token in the corpus, or too few texts to fit gates on.
+        ValueError: no experts in the model, not one label token in the corpus, too few texts to fit gates on, an unknown
+            way to settle, or a checkpoint of another model.
         FloatingPointError: a loss that is NaN or infinite.
     """
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     tree = experts.find_experts(model)
-    if sketch_dim is None:
-        total = sum(p.numel() for site in tree.sites for p in experts.expert_stacks(site.base).values())
-        exact = total <= EXACT_PARAMETERS
-        longest = max(max(p.shape[1:]) for p in experts.expert_stacks(tree.sites[0].base).values())
-        sketch_dim = longest if exact else SKETCH_DIM
+    way = Way(settle, settle_depth, settle_tol)
     if window < 0:
         raise ValueError(f"window must be a number of tokens, or 0 for all of the text so far; got {window}")
-    probe = _ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None)
+    if coherent is None:
+        coherent = settle != "direct"
+    if sketch_dim is None:
+        sketch_dim = _sketch_dim(tree)
+    base = experts.describe_base(model, tree) | {
+        "sketch": sketch_dim if coherent else None,
+        "settle": [settle, settle_depth] if settle == "direct" else settle,
+    }
+    resumed = _resume(checkpoint, base)
+    probe = _ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None, resumed)
     device = next(model.parameters()).device
-    loss, labels, tokens = 0.0, 0, 0
+    if max_tokens is not None:
+        max_tokens = -(-max_tokens // processes())
     seen: list[dict[str, Any]] = []
     was_training = model.training
     # experts must not drop anything while they are measured
     model.eval()
     bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
+    done = 0
     try:
-        with _frozen(model), LayerStack(tree.layers, probe=probe):
-            for batch in batches:
-                inputs, target = read_batch(batch, device)
-                if retain is not None:
-                    seen.append(inputs)
-                probe.keep = inputs["attention_mask"].bool().reshape(-1)
-                batch_loss = _settle(model, inputs, target)
-                loss += batch_loss
-                labels += int((target[:, 1:] != IGNORED).sum())
-                counted = int(probe.keep.sum())
-                tokens += counted
-                bar.update(counted)
-                bar.set_postfix(loss=f"{loss / max(labels, 1):.3f}")
-                if max_tokens is not None and tokens >= max_tokens:
+        with _frozen(model), LayerStack(tree.layers, probe=probe, way=way):
+            for number, pieces in enumerate(_batches(batches, device, max_tokens)):
+                for inputs, target in pieces:
+                    if retain is not None:
+                        seen.append(inputs)
+                    done += int(inputs["attention_mask"].sum())
+                    if done > probe.tokens:
+                        probe.begin(inputs, target)
+                        probe.loss += _settle(model, inputs, target)
+                bar.update(done - bar.n)
+                bar.set_postfix(loss=f"{probe.loss / max(probe.labels, 1):.3f}")
+                if checkpoint is not None and (number + 1) % checkpoint_every == 0:
+                    probe.result(base, None).save(_own_folder(checkpoint))
+                if max_tokens is not None and done >= max_tokens:
                     break
-        separation = _separate(model, tree, seen, retain, max_tokens, window, sketch_dim, progress)
+        emap = over_processes(probe.result(base, None), device)
+        if checkpoint is not None:
+            probe.result(base, None).save(_own_folder(checkpoint))
+        emap.separation = _separate(model, tree, seen, retain, max_tokens, window, sketch_dim, progress)
     finally:
         bar.close()
         model.train(was_training)
-    if not labels:
+    if not emap.labels:
         raise ValueError(
-            f"the corpus has no label token ({tokens} tokens read): give batches with at least two tokens each, and "
+            f"the corpus has no label token ({emap.tokens} tokens read): give batches with at least two tokens each, and "
             "labels that are not all -100"
         )
-    base = experts.describe_base(model, tree) | {"sketch": sketch_dim if coherent else None}
-    return probe.result(loss, labels, tokens, base, separation)
+    return emap
+
+
+def _sketch_dim(tree: experts.Tree) -> int:
+    """The longest side of any expert's matrix if all gradients fit, else what they are sketched to."""
+    total = sum(p.numel() for site in tree.sites for p in experts.expert_stacks(site.base).values())
+    longest = max(max(p.shape[1:]) for p in experts.expert_stacks(tree.sites[0].base).values())
+    return longest if total <= EXACT_PARAMETERS else SKETCH_DIM
+
+
+def _own_folder(checkpoint: str | os.PathLike) -> Path:
+    """Where this process keeps its part."""
+    return Path(checkpoint) / f"process-{process()}" if processes() > 1 else Path(checkpoint)
+
+
+def _resume(checkpoint: str | os.PathLike | None, base: dict[str, Any]) -> ErrorMap | None:
+    if checkpoint is None or not (_own_folder(checkpoint) / "error_map.json").is_file():
+        return None
+    found = ErrorMap.load(_own_folder(checkpoint))
+    if found.base != base:
+        raise ValueError(
+            f"{_own_folder(checkpoint)} holds a map of another model, or one measured in another way: give another "
+            "folder as checkpoint=, or remove it"
+        )
+    return found
+
+
+def _batches(
+    batches: Iterable[Any], device: torch.device, max_tokens: int | None
+) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
+    """Each batch as `read_batch` reads it, in pieces of some of its rows where there are fewer batches than folds."""
+    source = (read_batch(batch, device) for batch in batches)
+    first: list[tuple[dict[str, Any], Tensor]] = []
+    tokens = 0
+    for inputs, target in source:
+        first.append((inputs, target))
+        tokens += int(inputs["attention_mask"].sum())
+        if len(first) == FOLDS or (max_tokens is not None and tokens >= max_tokens):
+            break
+    pieces = -(-FOLDS // max(len(first), 1))
+    for inputs, target in chain(first, source):
+        yield _cut(inputs, target, pieces)
+
+
+def _cut(inputs: dict[str, Any], target: Tensor, pieces: int) -> list[tuple[dict[str, Any], Tensor]]:
+    rows = len(target)
+    by_row = [not isinstance(value, Tensor) or (value.dim() > 0 and len(value) == rows) for value in inputs.values()]
+    if pieces < 2 or rows < 2 or not all(by_row):
+        return [(inputs, target)]
+    found = []
+    for chosen in torch.arange(rows, device=target.device).chunk(pieces):
+        part = {name: value[chosen] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        found.append((part, target[chosen]))
+    return found
 
 
 def _separate(
@@ -129,6 +213,8 @@ def _separate(
         tokens += int(inputs["attention_mask"].sum())
         if max_tokens is not None and tokens >= max_tokens:
             break
+    # a gate is fitted to all of the text, so every process fits the same ones
+    domain, batches = everywhere(domain, device), everywhere(batches, device)
     return compare(model, tree, domain, batches, window, sketch_dim, progress)
 
 
@@ -182,16 +268,45 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _ErrorProbe(Probe):
-    """Sums, per site and expert, what `ErrorMap` holds."""
+    """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
 
-    def __init__(self, tree: experts.Tree, sketch: GradientSketch | None):
+    def __init__(self, tree: experts.Tree, sketch: GradientSketch | None, resumed: ErrorMap | None = None):
         self.sites = {site.layer: site for site in tree.sites}
         self.sketch = sketch
+        self.layouts = experts.stack_layouts(tree.sites[0].base)
         self.keep = torch.ones(0, dtype=torch.bool)
-        self.sums = {site.layer: torch.zeros(4, site.experts, dtype=torch.float64) for site in tree.sites}
+        self.sums = {site.layer: torch.zeros(len(SUMS), site.experts, dtype=torch.float64) for site in tree.sites}
         self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
+        self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64)
+        nodes = sum(site.experts for site in tree.sites)
+        self.shared = torch.zeros(nodes, nodes) if nodes <= SHARED_NODES else None
+        # of the batch at hand: error norm of every token at every node, by layer
+        self._norms: dict[int, Tensor] = {}
+        self.hops: Tensor | None = None
+        self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
         self._routed: tuple[Tensor, Tensor] | None = None
         self._stacks: list[tuple[str, nn.Parameter, Sequence[int] | None]] = []
+        if resumed is not None:
+            for row, layer in enumerate(resumed.layers):
+                self.sums[layer] = torch.stack([getattr(resumed, name)[row] for name in SUMS])
+                self.gradient[layer] = {name: g[:, row].clone() for name, g in resumed.gradient.items()}
+            self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
+            self.loss, self.labels = resumed.loss, resumed.labels
+            self.tokens, self.batches = resumed.tokens, resumed.batches
+
+    @property
+    def fold(self) -> int:
+        """Of the batch at hand."""
+        return (self.batches - 1) % FOLDS
+
+    def begin(self, inputs: dict[str, Any], target: Tensor) -> None:
+        """Called before each batch."""
+        self.keep = inputs["attention_mask"].bool().reshape(-1)
+        labels = int((target[:, 1:] != IGNORED).sum())
+        self.labels += labels
+        self.tokens += int(self.keep.sum())
+        self.batches += 1
+        self.fold_labels[self.fold] += labels
 
     @contextmanager
     def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
@@ -229,24 +344,54 @@ class _ErrorProbe(Probe):
         delta = delta.reshape(-1, delta.shape[-1])
         sums = expert_error(delta, routed[0], routed[1], site.experts, self.keep.to(delta.device))
         self.sums[index] += torch.stack(sums).cpu()
+        self._share(index, delta, *routed)
         for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
             if gradient is None or self.sketch is None:
                 continue
-            image = self.sketch(gradient).cpu()
+            image = self.sketch(gradient, self.layouts[name].neurons).cpu()
             held = self.gradient[index]
             if name not in held:
-                held[name] = torch.zeros(site.experts, *image.shape[1:], dtype=image.dtype)
-            held[name][list(chosen) if chosen is not None else slice(None)] += image
+                held[name] = torch.zeros(FOLDS, site.experts, *image.shape[1:], dtype=image.dtype)
+            held[name][self.fold, list(chosen) if chosen is not None else slice(None)] += image
 
-    def result(
-        self, loss: float, labels: int, tokens: int, base: dict[str, Any], separation: Separation | None
-    ) -> ErrorMap:
+    def _share(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        """Note how much error each token has at each node; add up products of nodes once all layers are in."""
+        if self.shared is None:
+            return
+        experts = self.sites[index].experts
+        norm = delta.float().norm(dim=-1, keepdim=True) * weight.abs().float() * self.keep.to(delta.device)[:, None]
+        routed = chosen < experts
+        held = torch.zeros(len(delta), experts, device=delta.device)
+        self._norms[index] = held.scatter_add_(1, torch.where(routed, chosen, 0), norm * routed)
+        if len(self._norms) == len(self.sites):
+            norms = torch.cat([self._norms[layer].to(delta.device) for layer in self.sites], dim=1)
+            self.shared += (norms.mT @ norms).cpu()
+            self._norms.clear()
+
+    def settled(self, hops: Sequence[Tensor]) -> None:
+        if self.hops is None:
+            self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64)
+        for row, needed in enumerate(hops):
+            self.hops[row] += torch.bincount(needed.cpu()[self.keep.cpu()], minlength=len(hops) + 1)
+
+    def result(self, base: dict[str, Any], separation: Separation | None) -> ErrorMap:
         layers = tuple(self.sites)
-        count, weight, mass, square = torch.stack([self.sums[layer] for layer in layers], dim=1)
+        sums = torch.stack([self.sums[layer] for layer in layers], dim=1)
         gradient = {}
         for name, like in (self.gradient[layers[0]] or {}).items():
-            gradient[name] = torch.stack([self.gradient[layer].get(name, torch.zeros_like(like)) for layer in layers])
-        return ErrorMap(layers, count, weight, mass, square, gradient, loss, labels, tokens, base, separation)
+            per_layer = [self.gradient[layer].get(name, torch.zeros_like(like)) for layer in layers]
+            gradient[name] = torch.stack(per_layer, dim=1)
+        return ErrorMap(
+            layers,
+            *sums.clone(),
+            gradient=gradient,
+            **{name: getattr(self, name) for name in COUNTERS},
+            base=base,
+            separation=separation,
+            fold_labels=self.fold_labels.clone(),
+            hops=self.hops.clone() if self.hops is not None else None,
+            shared=self.shared.clone() if self.shared is not None else None,
+        )
 
 
 def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:

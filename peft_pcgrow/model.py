@@ -121,7 +121,7 @@ class PCGrowModel(BaseTuner):
             )
         else:
             here = emap.restrict(layers) if emap is not None else None
-            locus = plan.choose(
+            choice = plan.choose(
                 layers,
                 experts_at[layers[0]],
                 config.budget,
@@ -131,6 +131,7 @@ class PCGrowModel(BaseTuner):
                 config.gate_fpr,
                 uniform=config.router == "flat",
             )
+            locus = choice.locus
         separation = emap.separation if emap is not None else None
         if config.grow != "deepen":
             if emap is None or separation is None:

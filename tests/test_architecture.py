@@ -14,10 +14,10 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "removable"],
     ["separation"],
     ["error_map"],
-    ["settle", "plan"],
+    ["settle", "plan", "processes"],
     ["experts", "sequence"],
     ["rows", "flat"],
     ["deepen", "spawn", "sample", "contrast"],

@@ -129,7 +129,7 @@ def test_locus_outside_the_model(name, locus, text):
 
 
 def test_unknown_words():
-    with pytest.raises(ValueError, match="unknown select='loss'; choose from error, square, coherent, gate, frequency"):
+    with pytest.raises(ValueError, match="unknown select='loss'; choose from error, square, coherent, removable, gate"):
         PCGrowConfig(locus=LOCUS, select="loss")
     with pytest.raises(ValueError, match="unknown settle='relax'; choose from sweep, backprop"):
         PCGrowConfig(locus=LOCUS, settle="relax")
@@ -236,7 +236,7 @@ def test_damaged_map(damage, error, text, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "text"),
-    [("format", 99, "has format 99; this version reads 1"), ("layers", None, "damaged"), ("base", None, "damaged")],
+    [("format", 99, "has format 99; this version reads 2"), ("layers", None, "damaged"), ("base", None, "damaged")],
 )
 def test_map_with_other_facts(key, value, text, tmp_path):
     """A later format, or a fact that is gone."""

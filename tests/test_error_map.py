@@ -206,9 +206,9 @@ def test_diagnosis_of_constructed_maps():
     flat = constructed([[1.0] * 10] * 4)
     peaked = constructed([[100.0, 1, 1, 1, 1, 1, 1, 1, 1, 1]] * 4)
     assert flat.diagnosis.verdict == "distributed"
-    assert flat.diagnosis.half_mass_share == 0.5
+    assert flat.diagnosis.concentration == 0.5
     assert peaked.diagnosis.verdict == "concentrated"
-    assert peaked.diagnosis.half_mass_share == 3 / 40  # 218 of 436: three of the four peaks pass one half
+    assert peaked.diagnosis.concentration == 3 / 40  # 218 of 436: three of the four peaks pass one half
     mastered = constructed([[1.0] * 10] * 4, loss=0.4)
     assert mastered.diagnosis.verdict == "covered"
     assert mastered.diagnosis.covered_below == pytest.approx(0.1 * math.log(100))

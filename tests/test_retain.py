@@ -317,7 +317,8 @@ def test_retain_text_is_cut_like_the_corpus():
 
 
 def tensors_of(emap):
-    return {**{name: getattr(emap, name) for name in SUMS}, **emap.gradient, **emap.separation.to_tensors()}
+    gradient = {name: folds.transpose(0, 1) for name, folds in emap.gradient.items()}  # layers first, as all else
+    return {**{name: getattr(emap, name) for name in SUMS}, **gradient, **emap.separation.to_tensors()}
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
