@@ -114,11 +114,13 @@ class Boundary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, delta: Tensor):
         runs = list(zip(ctx.tape.runs, ctx.saved_tensors, strict=True))
-        wants_bottom = ctx.tape.bottom is not None and ctx.needs_input_grad[3]
+        bottom = ctx.tape.bottom
+        wants_bottom = bottom is not None and ctx.needs_input_grad[3]
         trainable = {id(p) for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[4:], strict=True) if wanted}
         found, below = ctx.stack.settle(ctx.tape.way, runs, delta, trainable, wants_bottom)
-        if below is not None:
-            below = below.to(ctx.tape.bottom.device, ctx.tape.bottom.dtype)
+        if below is not None and bottom is not None:
+            # an error that was carried as it is comes from the top layer's device
+            below = below.to(bottom.device, bottom.dtype)
         # a parameter that no row reached has a zero gradient, as under autograd; DDP's reducer waits for it
         gradients = [found.get(id(p), torch.zeros_like(p)) if id(p) in trainable else None for p in ctx.parameters]
         return None, None, None, below, *gradients
