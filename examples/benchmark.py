@@ -69,6 +69,8 @@ def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
     return {
         "sweep": (grown("sweep", budget), False),
         "sweep, top half": (grown("sweep", budget, top_half=True), False),
+        "direct": (grown("direct", budget), False),
+        "relax": (grown("relax", budget), False),
         "spawn": (spawned(budget, 0.0), False),
         "spawn, protected": (spawned(budget, 0.8), False),
         "backprop": (grown("backprop", budget), False),

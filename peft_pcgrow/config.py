@@ -11,9 +11,10 @@ from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
+from peft_pcgrow.settle import WAYS, Way
 from peft_pcgrow.spawn import GROWTHS
 
-SETTLING = ("sweep", "backprop")
+SETTLING = (*WAYS, "backprop")
 ROUTERS = ("branch", "flat")
 
 
@@ -52,7 +53,16 @@ class PCGrowConfig(PeftConfig):
             created and stored in adapter_config.json.
         settle (`str`, defaults to `"sweep"`):
             `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
-            through the model, with the same gradients (the control).
+            through the model, with the same gradients (the control). `"relax"`: the sweep's errors by parallel hops,
+            at most as many as there are layers, until they have settled; costs more than a sweep. `"direct"`: an
+            approximation that costs less, the residual stream carries the top layer's error down unchanged (per layer,
+            cosines of 0.52 to 0.76 with the exact errors on a small model that met a new domain).
+        settle_depth (`int`, defaults to `0`):
+            Of `settle="direct"`: top decoder layers that the error is carried through exactly, 0 or more; with all of
+            them it is the sweep.
+        settle_tol (`float`, defaults to `0.01`):
+            Of `settle="relax"`: change of a layer's error in one hop, as a share of its norm, at which it has settled,
+            in (0, 1).
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, as in LoRA.
         init_weights (`bool`, defaults to `True`):
@@ -74,6 +84,8 @@ class PCGrowConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
+    settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
+    settle_tol: float = field(default=0.01, metadata={"help": "Change at which settle='relax' stops, in (0, 1)."})
     modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
     init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
     target_modules: Optional[Union[list[str], set[str], str]] = field(
@@ -112,6 +124,7 @@ class PCGrowConfig(PeftConfig):
             raise ValueError(f"unknown select={self.select!r}; choose from {', '.join(SELECTIONS)}")
         if self.settle not in SETTLING:
             raise ValueError(f"unknown settle={self.settle!r}; choose from {', '.join(SETTLING)}")
+        Way(depth=self.settle_depth, tol=self.settle_tol)  # refuses what is out of range
         if self.grow not in GROWTHS:
             raise ValueError(f"unknown grow={self.grow!r}; choose from {', '.join(GROWTHS)}")
         if self.router not in ROUTERS:
@@ -145,6 +158,14 @@ class PCGrowConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+
+    @property
+    def way(self) -> Optional[Way]:
+        """How to settle, without the settings of other ways; None for backprop."""
+        if self.settle == "backprop":
+            return None
+        options = {"direct": {"depth": self.settle_depth}, "relax": {"tol": self.settle_tol}}
+        return Way(self.settle, **options.get(self.settle, {}))
 
     def to_dict(self) -> dict[str, Any]:
         # a map held in memory does not belong in a config file; what it led to is in `locus`

@@ -22,7 +22,7 @@ from peft_pcgrow.guard import TrainingGuard, say
 from peft_pcgrow.layer import Birth, PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.sequence import Sequence
-from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
+from peft_pcgrow.settle import ROUTER_LOSS, LayerStack, Way
 
 
 class PCGrowModel(BaseTuner):
@@ -235,10 +235,19 @@ class PCGrowModel(BaseTuner):
             if not self._guard.announced:
                 self._check_gates()
             self._guard.training_forward()
-        if "backprop" in {self.peft_config[name].settle for name in self.active_adapters if name in self.peft_config}:
+        ways = {name: self.peft_config[name].way for name in self.active_adapters if name in self.peft_config}
+        if None in ways.values():
             return False
+        if len(set(ways.values())) > 1:
+            listed = ", ".join(f"{name}: {way}" for name, way in ways.items())
+            raise ValueError(
+                f"the active adapters settle in different ways ({listed}), and one forward has one way: give "
+                "them the same settle, settle_depth and settle_tol, or activate one of them"
+            )
         if experts.adds_router_loss(self.model):
             raise ValueError(ROUTER_LOSS)
+        if self._stack is not None:
+            self._stack.way = next((way for way in ways.values() if way is not None), Way())
         return True
 
     def _check_gates(self) -> None:

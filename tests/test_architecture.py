@@ -14,8 +14,8 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "removable"],
-    ["separation"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute", "removable"],
+    ["separation", "relax"],
     ["error_map"],
     ["settle", "plan", "processes"],
     ["experts", "sequence"],

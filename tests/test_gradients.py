@@ -59,8 +59,8 @@ def test_sweep_stops_above_untouched_layers(name):
     model = grown(base, locus={top: [0]})
     stored = []
     stack = model.base_model._stack
-    sweep = stack.sweep
-    stack.sweep = lambda runs, *rest: (stored.append(len(runs)), sweep(runs, *rest))[1]
+    settle = stack.settle
+    stack.settle = lambda way, runs, *rest: (stored.append(len(runs)), settle(way, runs, *rest))[1]
     language_loss(ids)(model).backward()
     assert_all_close(gradients(model), want, "fp64 gradient")
     assert stored == [len(stack.layers) - top]

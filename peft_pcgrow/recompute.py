@@ -1,0 +1,102 @@
+"""Run a decoder layer again, with the result that it had in the forward."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+# layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
+_recomputed: set[int] = set()
+
+
+@dataclass
+class LayerRun:
+    """How one decoder layer was called: enough to run it again with the same result."""
+
+    layer: Any  # an nn.Module
+    index: int
+    x: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    device_type: str
+    autocast: dict[str, Any]
+    cpu_rng: Tensor
+    device_rng: tuple[list[int], list[Tensor]]
+
+    def again(self, x: Tensor) -> Tensor:
+        """The layer's output for input `x`, under the recorded autocast and random state, without a KV cache."""
+        with ExitStack() as stack:
+            devices = self.device_rng[0]
+            stack.enter_context(torch.random.fork_rng(devices, device_type=self.device_type if devices else "cuda"))
+            torch.set_rng_state(self.cpu_rng)
+            if devices:
+                set_device_states(*self.device_rng, device_type=self.device_type)
+            for device_type, options in self.autocast.items():
+                stack.enter_context(torch.autocast(device_type, **options))
+            # a checkpoint inside the recomputation would only run the layer a third time
+            checkpointing = getattr(self.layer, "gradient_checkpointing", False)
+            if checkpointing:
+                self.layer.gradient_checkpointing = False
+            _recomputed.add(id(self.layer))
+            try:
+                return hidden_of(self.layer(x, *self.args, **self.kwargs), self.layer)
+            finally:
+                _recomputed.discard(id(self.layer))
+                if checkpointing:
+                    self.layer.gradient_checkpointing = True
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    return id(layer) in _recomputed
+
+
+def record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> LayerRun:
+    device_type = x.device.type
+    autocast = {
+        kind: {
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in {device_type, "cpu"}
+    }
+    device_rng = get_device_states(x) if device_type not in ("cpu", "meta") else ([], [])
+    return LayerRun(layer, index, x, args, kwargs, device_type, autocast, torch.get_rng_state(), device_rng)
+
+
+def refuse_filled_cache(kwargs: dict[str, Any]) -> None:
+    for name in CACHES:
+        cache: Any = kwargs.get(name)
+        if hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"settling cannot train behind a filled KV cache ({name} holds {cache.get_seq_length()} "
+                "positions): pass the whole sequence, or use PCGrowConfig(settle='backprop')"
+            )
+
+
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """For the recomputation: with the KV cache, a layer would append its keys a second time and attend to both."""
+    changed: dict[str, Any] = {name: None for name in CACHES if kwargs.get(name) is not None}
+    if kwargs.get("use_cache"):
+        changed["use_cache"] = False
+    return {**kwargs, **changed}
+
+
+def hidden_of(output: Any, layer: nn.Module) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple) and isinstance(output[0], Tensor):
+        if any(isinstance(other, Tensor) and other.requires_grad for other in output[1:]):
+            raise TypeError(
+                f"{type(layer).__name__} passes a second tensor with a gradient to the next layer; settling carries "
+                "the residual stream only: use PCGrowConfig(settle='backprop')"
+            )
+        return output[0]
+    raise TypeError(
+        f"{type(layer).__name__} returns {type(output).__name__}, expected the residual stream or a tuple that starts "
+        "with it: use PCGrowConfig(settle='backprop')"
+    )
