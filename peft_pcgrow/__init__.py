@@ -4,7 +4,8 @@ Importing the package registers the method `PCGROW` with PEFT.
 """
 
 from peft_pcgrow.config import PCGrowConfig
-from peft_pcgrow.error_map import Diagnosis, ErrorMap
+from peft_pcgrow.diagnosis import Diagnosis
+from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import find_experts
 from peft_pcgrow.export import export_flat
 from peft_pcgrow.locus import Locus

@@ -4,27 +4,20 @@ Everything a map holds is a sum over routed rows, so maps of two corpora add up 
 the batches were. Shapes: L layers with experts, E experts.
 """
 
-import hashlib
-import json
-import math
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from peft_pcgrow import heatmap
+from peft_pcgrow import heatmap, map_file
+from peft_pcgrow.diagnosis import Diagnosis, judge
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.removable import Removable, StackLayout, coherent, removable
 from peft_pcgrow.separation import Separation
 
-FORMAT = 2
 # gradients are summed in so many folds, batches in turn: see `removable`
 FOLDS = 4
 SUMS = ("count", "weight", "mass", "square")
@@ -32,16 +25,6 @@ OPTIONAL = ("hops", "shared")
 COUNTERS = ("loss", "labels", "tokens", "batches")
 # what `score` and PCGrowConfig(select=...) can rank nodes by
 STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
-# a corpus is covered if a Muon step of this size at every node would remove at most this share of its loss. Text that a
-# model was trained on measured 0.3 to 0.4 %, text that it had never seen 3.5 % (see README)
-COVERED_STEP, COVERED_REMOVABLE = 0.02, 0.005
-# without weight gradients: below this share of a uniform guess's loss
-COVERED_SHARE = 0.1
-# what a node could recover is concentrated if half of it sits in at most this share of the nodes: one damaged expert
-# measured 1 to 3 % of the nodes, a new domain 7 %
-CONCENTRATED_RECOVERABLE = 0.05
-# without weight gradients, of the error mass; a flat map needs half of the nodes
-CONCENTRATED_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,37 +38,6 @@ class NodeError:
     error: float
     share: float
     coherent: float
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A verdict and the numbers that it was decided on.
-
-    Attributes:
-        verdict: "covered" (nothing to do), "concentrated" (deepen) or "distributed" (spawn).
-        loss: mean loss of the corpus, nats per label token.
-        statistic: what was compared with `covered_below`, in words, and `value`, what it is.
-        concentration: smallest share of all nodes that holds half of what could be recovered (without gradients: half of
-            the error mass).
-        concentrated_below: share up to which it counts as concentrated.
-        nodes: the (layer, expert) pairs of that share, most first.
-    """
-
-    verdict: str
-    loss: float
-    statistic: str
-    value: float
-    covered_below: float
-    concentration: float
-    concentrated_below: float
-    nodes: tuple[tuple[int, int], ...] = ()
-
-    def __str__(self) -> str:
-        return (
-            f"{self.verdict}: loss {self.loss:.3f} nats/token, {self.statistic} {self.value:.3g} (covered up to "
-            f"{self.covered_below:.3g}); half of it sits in {self.concentration:.1%} of the nodes (concentrated up to "
-            f"{self.concentrated_below:.0%})"
-        )
 
 
 @dataclass(eq=False)
@@ -166,8 +118,8 @@ class ErrorMap:
         """The `[L, E]` statistic that nodes are ranked by.
 
         "error" is the error mass, "square" twice the energy, "coherent" the norm of the summed weight gradient,
-        "removable" the loss decrease that a step there would bring (see `removable`); "gate" (summed routing weight) and
-        "frequency" (routed rows) are the scores of ESFT (arXiv:2407.01906).
+        "removable" the loss decrease that a step there would bring (see `removable`); "gate" (summed routing weight)
+        and "frequency" (routed rows) are the scores of ESFT (arXiv:2407.01906).
         """
         if statistic not in STATISTICS:
             raise ValueError(f"unknown statistic {statistic!r}; a map can rank by {', '.join(STATISTICS)}")
@@ -201,42 +153,29 @@ class ErrorMap:
         return self.diagnose()
 
     def diagnose(self, reference: "ErrorMap | None" = None, *, concentrated_below: float | None = None) -> Diagnosis:
-        """Covered, concentrated or distributed.
-
-        With weight gradients: covered if a Muon step of `COVERED_STEP` at every node removes at most `COVERED_REMOVABLE` of
-        the loss (to first order; the step counts held-out folds, so noise does not). Otherwise concentrated if half of what
-        the nodes could recover sits in at most `concentrated_below` of them (default `CONCENTRATED_RECOVERABLE`). At its
-        best step length a node recovers slope^2 / (2 curvature), and curvature grows with its rows: removable^2 / rows.
-
-        Without weight gradients: covered if the loss is at most a tenth of a uniform guess's, concentrated if half of the
-        error mass sits in at most `concentrated_below` (default `CONCENTRATED_SHARE`) of the nodes.
+        """Covered, concentrated or distributed: see `diagnosis.judge` for the thresholds.
 
         Args:
-            reference: map of text that the model has mastered: covered is what has at most its loss; and of the same
-                corpus before damage, for example, what could be recovered counts beyond it.
+            reference: map of text that the model has mastered: covered is what has at most its loss; what its nodes
+                could recover does not count. The same corpus before damage, for example.
         """
-        loss = self.loss / max(self.labels, 1)
+        recoverable = removed = None
         if self.gradient:
             removable = self.removable().estimate.clamp_min(0)
-            statistic, value = f"share of it that a step of {COVERED_STEP} removes", float(removable.sum())
-            value, limit = value * COVERED_STEP / max(loss, 1e-12), COVERED_REMOVABLE
+            removed = float(removable.sum())
             if reference is not None and reference.gradient and reference.layers == self.layers:
                 removable = (removable - reference.removable().estimate.clamp_min(0)).clamp_min(0)
-            weighed, share = removable.square() / self.count.clamp_min(1), CONCENTRATED_RECOVERABLE
-        else:
-            statistic, value, weighed, share = "loss", loss, self.mass, CONCENTRATED_SHARE
-            limit = COVERED_SHARE * math.log(self.base.get("vocabulary") or 1)
-        if reference is not None:
-            statistic, value, limit = "loss", loss, reference.loss / max(reference.labels, 1)
-        ordered, order = torch.sort(weighed.flatten(), descending=True, stable=True)
-        total = ordered.sum()
-        half = int((ordered.cumsum(0) < total / 2).sum()) + 1 if total > 0 else ordered.numel()
-        held = half / ordered.numel()
-        threshold = share if concentrated_below is None else concentrated_below
-        verdict = "covered" if value <= limit else "concentrated" if held <= threshold else "distributed"
-        experts = self.count.shape[1]
-        nodes = tuple((self.layers[i // experts], i % experts) for i in order[:half].tolist()) if total > 0 else ()
-        return Diagnosis(verdict, loss, statistic, value, limit, held, threshold, nodes)
+            recoverable = removable.square() / self.count.clamp_min(1)
+        return judge(
+            self.layers,
+            self.loss / max(self.labels, 1),
+            self.base.get("vocabulary") or 1,
+            self.mass,
+            recoverable,
+            removed,
+            reference.loss / max(reference.labels, 1) if reference is not None else None,
+            concentrated_below,
+        )
 
     def __add__(self, other: "ErrorMap") -> "ErrorMap":
         if not isinstance(other, ErrorMap):
@@ -289,35 +228,18 @@ class ErrorMap:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `error_map.safetensors` and `error_map.json` into the folder `path`, all or nothing."""
-        target = Path(path)
-        if target.exists() and not target.is_dir():
-            raise FileExistsError(f"{target} is a file; an error map is saved as a folder, give another name")
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in (*SUMS, "fold_labels")}
-        held = {name: getattr(self, name) for name in OPTIONAL}
-        tensors |= {name: tensor.cpu().contiguous() for name, tensor in held.items() if tensor is not None}
-        tensors |= {f"gradient.{name}": g.cpu().contiguous() for name, g in self.gradient.items()}
+        tensors = {name: getattr(self, name) for name in (*SUMS, "fold_labels")}
+        tensors |= {name: held for name in OPTIONAL if (held := getattr(self, name)) is not None}
+        tensors |= {f"gradient.{name}": gradient for name, gradient in self.gradient.items()}
         if self.separation is not None:
             tensors |= self.separation.to_tensors()
-        blob = save(tensors)
         facts = {
-            "format": FORMAT,
             "layers": list(self.layers),
             **{name: getattr(self, name) for name in COUNTERS},
             "base": self.base,
             "separation": self.separation.facts if self.separation else None,
-            "sha256": hashlib.sha256(blob).hexdigest(),
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            (staging / "error_map.safetensors").write_bytes(blob)
-            (staging / "error_map.json").write_text(json.dumps(facts, indent=2) + "\n")
-            target.mkdir(exist_ok=True)
-            # tensors first: an interruption leaves a checksum that does not fit, which load reports
-            for name in ("error_map.safetensors", "error_map.json"):
-                (staging / name).replace(target / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        map_file.write(Path(path), tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ErrorMap":
@@ -326,25 +248,8 @@ class ErrorMap:
         Raises:
             FileNotFoundError: no map there. ValueError: truncated, altered or of an unknown format.
         """
-        folder = Path(path)
-        files = folder / "error_map.json", folder / "error_map.safetensors"
-        if not all(file.is_file() for file in files):
-            raise FileNotFoundError(f"no error map in {folder}: expected {files[0].name} and {files[1].name} there")
-        damaged = f"the error map in {folder} is damaged (%s); measure it again"
-        blob = files[1].read_bytes()
+        tensors, facts = map_file.read(Path(path))
         try:
-            facts = json.loads(files[0].read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(damaged % f"{files[0].name} is not JSON: {error}") from error
-        if not isinstance(facts, dict):
-            raise ValueError(damaged % f"{files[0].name} holds no object")
-        if facts.get("format") != FORMAT:
-            found = facts.get("format")
-            raise ValueError(f"the error map in {folder} has format {found!r}; this version reads {FORMAT}")
-        if hashlib.sha256(blob).hexdigest() != facts.get("sha256"):
-            raise ValueError(damaged % f"{files[1].name} does not have the checksum noted beside it")
-        try:
-            tensors = load(blob)
             separated = facts.get("separation")
             separation = Separation.from_tensors(tensors, separated) if separated else None
             return cls(
@@ -355,8 +260,8 @@ class ErrorMap:
                 **{name: facts[name] for name in (*COUNTERS, "base")},
                 separation=separation,
             )
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(damaged % f"missing or unreadable entry: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(map_file.damaged(Path(path), f"missing or unreadable entry: {error}")) from error
 
     def plot(self, path: str | os.PathLike | None = None, by: str = "error", locus: Locus | None = None):
         """Draw layer x expert as a heat map; with `path`, save it there. Returns the matplotlib figure.

@@ -1,7 +1,7 @@
 """Measure: run a corpus through a model and record per node how wrong its prediction was."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -14,19 +14,17 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
 from peft_pcgrow.contrast import compare
-from peft_pcgrow.energy import GradientSketch, expert_error
-from peft_pcgrow.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
+from peft_pcgrow.energy import GradientSketch
+from peft_pcgrow.error_map import FOLDS, ErrorMap
+from peft_pcgrow.probe import IGNORED, ErrorProbe
 from peft_pcgrow.processes import everywhere, over_processes, process, processes
 from peft_pcgrow.sample import sample_text
 from peft_pcgrow.separation import Separation
-from peft_pcgrow.settle import LayerStack, Probe, Way
+from peft_pcgrow.settle import LayerStack, Way
 
-IGNORED = -100
 # expert parameters up to which summed gradients are kept whole (4 folds in fp32: 1 GiB); beyond, sketched to this
 EXACT_PARAMETERS = 2**26
 SKETCH_DIM = 64
-# nodes up to which their overlap is kept (fp32: 16 MiB)
-SHARED_NODES = 2048
 
 
 def measure_errors(
@@ -48,11 +46,11 @@ def measure_errors(
     """The error map of a corpus: one sweep over it, nothing is trained.
 
     Every token counts alike: the error is that of the summed token losses, so the map's sums are the same however the
-    corpus is cut into batches or padded. Batches go to the folds of `ErrorMap.gradient` in turn; fewer batches than folds
-    are cut between their texts.
+    corpus is cut into batches or padded. Batches go to the folds of `ErrorMap.gradient` in turn; fewer batches than
+    folds are cut between their texts.
 
-    Under torch.distributed (accelerate, torchrun) every process measures the batches it is given and gets the map of all
-    of them together; all processes must call.
+    Under torch.distributed (accelerate, torchrun) every process measures the batches it is given and gets the map of
+    all of them together; all processes must call.
 
     Args:
         model: a transformers causal LM with experts, in any floating dtype and on any device; with or without adapters.
@@ -63,8 +61,8 @@ def measure_errors(
         settle: how errors reach the nodes: "sweep" (exact); "relax" (exact to `settle_tol`, and the map holds how many
             hops each layer's tokens needed); "direct" (the top error for all layers below the top `settle_depth`: a
             forward pass and the output head, for a map that ranks nearly alike).
-        coherent: also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients and the memory
-            to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless settle="direct".
+        coherent: also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients and the
+            memory to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless settle="direct".
         sketch_dim: longest hidden side of a gradient that is kept whole (see `GradientSketch`); None decides by size.
             Second moments of the retain text are kept alike.
         retain: text whose behaviour must not change, as batches like the corpus's, at most `max_tokens` of it; or
@@ -76,8 +74,8 @@ def measure_errors(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: no experts in the model, not one label token in the corpus, too few texts to fit gates on, an unknown
-            way to settle, or a checkpoint of another model.
+        ValueError: no experts in the model, not one label token in the corpus, too few texts to fit gates on, an
+            unknown way to settle, or a checkpoint of another model.
         FloatingPointError: a loss that is NaN or infinite.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -94,7 +92,8 @@ def measure_errors(
         "settle": [settle, settle_depth] if settle == "direct" else settle,
     }
     resumed = _resume(checkpoint, base)
-    probe = _ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None, resumed)
+    probe = ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None, resumed)
+    probe.again = coherent or settle != "direct"
     device = next(model.parameters()).device
     if max_tokens is not None:
         max_tokens = -(-max_tokens // processes())
@@ -105,7 +104,7 @@ def measure_errors(
     bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
     done = 0
     try:
-        with _frozen(model), LayerStack(tree.layers, probe=probe, way=way):
+        with _frozen(model), probe.routing(), LayerStack(tree.layers, probe=probe, way=way):
             for number, pieces in enumerate(_batches(batches, device, max_tokens)):
                 for inputs, target in pieces:
                     if retain is not None:
@@ -129,8 +128,8 @@ def measure_errors(
         model.train(was_training)
     if not emap.labels:
         raise ValueError(
-            f"the corpus has no label token ({emap.tokens} tokens read): give batches with at least two tokens each, and "
-            "labels that are not all -100"
+            f"the corpus has no label token ({emap.tokens} tokens read): give batches with at least two tokens each, "
+            "and labels that are not all -100"
         )
     return emap
 
@@ -265,142 +264,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
-
-
-class _ErrorProbe(Probe):
-    """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
-
-    def __init__(self, tree: experts.Tree, sketch: GradientSketch | None, resumed: ErrorMap | None = None):
-        self.sites = {site.layer: site for site in tree.sites}
-        self.sketch = sketch
-        self.layouts = experts.stack_layouts(tree.sites[0].base)
-        self.keep = torch.ones(0, dtype=torch.bool)
-        self.sums = {site.layer: torch.zeros(len(SUMS), site.experts, dtype=torch.float64) for site in tree.sites}
-        self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
-        self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64)
-        nodes = sum(site.experts for site in tree.sites)
-        self.shared = torch.zeros(nodes, nodes) if nodes <= SHARED_NODES else None
-        # of the batch at hand: error norm of every token at every node, by layer
-        self._norms: dict[int, Tensor] = {}
-        self.hops: Tensor | None = None
-        self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
-        self._routed: tuple[Tensor, Tensor] | None = None
-        self._stacks: list[tuple[str, nn.Parameter, Sequence[int] | None]] = []
-        if resumed is not None:
-            for row, layer in enumerate(resumed.layers):
-                self.sums[layer] = torch.stack([getattr(resumed, name)[row] for name in SUMS])
-                self.gradient[layer] = {name: g[:, row].clone() for name, g in resumed.gradient.items()}
-            self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
-            self.loss, self.labels = resumed.loss, resumed.labels
-            self.tokens, self.batches = resumed.tokens, resumed.batches
-
-    @property
-    def fold(self) -> int:
-        """Of the batch at hand."""
-        return (self.batches - 1) % FOLDS
-
-    def begin(self, inputs: dict[str, Any], target: Tensor) -> None:
-        """Called before each batch."""
-        self.keep = inputs["attention_mask"].bool().reshape(-1)
-        labels = int((target[:, 1:] != IGNORED).sum())
-        self.labels += labels
-        self.tokens += int(self.keep.sum())
-        self.batches += 1
-        self.fold_labels[self.fold] += labels
-
-    @contextmanager
-    def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
-        self._routed, self._stacks, outputs = None, [], []
-        site = self.sites.get(index)
-        if site is None:
-            yield lambda: []
-            return
-        if self.sketch is not None:
-            self._stacks = list(_stacks_in_use(site))
-
-        def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self._routed = (args[1].detach(), args[2].detach())
-            outputs.append(output)
-
-        handle = site.module.register_forward_hook(seen)
-        for _, stack, _ in self._stacks:
-            stack.requires_grad_(True)
-        try:
-            yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
-        finally:
-            handle.remove()
-            for _, stack, _ in self._stacks:
-                stack.requires_grad_(False)
-
-    def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
-        if index not in self.sites:
-            return
-        if self._routed is None or not errors or errors[0] is None:
-            raise RuntimeError(
-                f"layer {index} ran without calling its experts: its MoE block was replaced by other code"
-            )
-        delta, routed = errors[0], self._routed
-        site = self.sites[index]
-        delta = delta.reshape(-1, delta.shape[-1])
-        sums = expert_error(delta, routed[0], routed[1], site.experts, self.keep.to(delta.device))
-        self.sums[index] += torch.stack(sums).cpu()
-        self._share(index, delta, *routed)
-        for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
-            if gradient is None or self.sketch is None:
-                continue
-            image = self.sketch(gradient, self.layouts[name].neurons).cpu()
-            held = self.gradient[index]
-            if name not in held:
-                held[name] = torch.zeros(FOLDS, site.experts, *image.shape[1:], dtype=image.dtype)
-            held[name][self.fold, list(chosen) if chosen is not None else slice(None)] += image
-
-    def _share(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
-        """Note how much error each token has at each node; add up products of nodes once all layers are in."""
-        if self.shared is None:
-            return
-        experts = self.sites[index].experts
-        norm = delta.float().norm(dim=-1, keepdim=True) * weight.abs().float() * self.keep.to(delta.device)[:, None]
-        routed = chosen < experts
-        held = torch.zeros(len(delta), experts, device=delta.device)
-        self._norms[index] = held.scatter_add_(1, torch.where(routed, chosen, 0), norm * routed)
-        if len(self._norms) == len(self.sites):
-            norms = torch.cat([self._norms[layer].to(delta.device) for layer in self.sites], dim=1)
-            self.shared += (norms.mT @ norms).cpu()
-            self._norms.clear()
-
-    def settled(self, hops: Sequence[Tensor]) -> None:
-        if self.hops is None:
-            self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64)
-        for row, needed in enumerate(hops):
-            self.hops[row] += torch.bincount(needed.cpu()[self.keep.cpu()], minlength=len(hops) + 1)
-
-    def result(self, base: dict[str, Any], separation: Separation | None) -> ErrorMap:
-        layers = tuple(self.sites)
-        sums = torch.stack([self.sums[layer] for layer in layers], dim=1)
-        gradient = {}
-        for name, like in (self.gradient[layers[0]] or {}).items():
-            per_layer = [self.gradient[layer].get(name, torch.zeros_like(like)) for layer in layers]
-            gradient[name] = torch.stack(per_layer, dim=1)
-        return ErrorMap(
-            layers,
-            *sums.clone(),
-            gradient=gradient,
-            **{name: getattr(self, name) for name in COUNTERS},
-            base=base,
-            separation=separation,
-            fold_labels=self.fold_labels.clone(),
-            hops=self.hops.clone() if self.hops is not None else None,
-            shared=self.shared.clone() if self.shared is not None else None,
-        )
-
-
-def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
-    """The tensors whose gradients are the experts' (name, tensor, experts of its slices; None for all of them)."""
-    in_use = getattr(site.module, "weights_in_use", None)
-    if in_use is None:
-        for name, stack in experts.expert_stacks(site.base).items():
-            yield name, stack, None
-    else:
-        for name, held in in_use().items():
-            for stack, chosen in held:
-                yield name, stack, chosen

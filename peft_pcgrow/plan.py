@@ -78,15 +78,16 @@ def choose(
     Args:
         layers: decoder layers with experts, L of them; experts: E.
         budget: share of the expert parameters in (0, 1].
-        select: a statistic of the map; "joint" (greedy by what each candidate could remove that those chosen before it could
-            not: `removable` times the part of the candidate's token errors that is orthogonal to theirs); "lowest" (least
-            error among the nodes that the domain reaches); "contested" (the smaller of the domain's and the retain text's
-            share of the layer's rows); "separable" (the error that a gate would let through at `gate_fpr`); or "random" (the
-            control; drawn from `seed`).
+        select: a statistic of the map; "joint" (greedy by what each candidate could remove that those chosen before it
+            could not: `removable` times the part of the candidate's token errors that is orthogonal to theirs);
+            "lowest" (least error among the nodes that the domain reaches); "contested" (the smaller of the domain's and
+            the retain text's share of the layer's rows); "separable" (the error that a gate would let through at
+            `gate_fpr`); or "random" (the control; drawn from `seed`).
         uniform: take the best `round(budget * E)` of each layer instead, at least one.
         error_map: needed for everything but "random" of whole experts; measured with retain= for "contested" and
             "separable", with weight gradients for "removable" and "joint".
-        resolution: "expert", "matrix" or "neurons"; the finer ones rank by "removable", "joint", "coherent" or "random".
+        resolution: "expert", "matrix" or "neurons"; the finer ones rank by "removable", "joint", "coherent" or
+            "random".
         block: neurons a block, at resolution "neurons".
         max_per_layer: candidates chosen in one layer at most.
         cost_weight: in [0, 1], how much the cost of a step counts: errors are carried down to the lowest chosen layer
@@ -170,9 +171,7 @@ def _score(emap: ErrorMap, select: str, gate_fpr: float, resolution: str, block:
     return emap.score(select)
 
 
-def _within(
-    found: Candidates, budget: float, rows: int, max_per_layer: int | None, cost_weight: float
-) -> list[int]:
+def _within(found: Candidates, budget: float, rows: int, max_per_layer: int | None, cost_weight: float) -> list[int]:
     """The best that fit into the budget, above the bound that pays best."""
     share = budget * found.total
     if bool((found.part < 0).all()):

@@ -1,15 +1,16 @@
 """What deepening could remove: the part of an error that a change of the node's weights would take away.
 
 Error mass counts every token's error, also what no weight change removes because tokens pull in different directions.
-The loss decrease that a step W - eta D buys is, to first order, eta <G, D>, with G the gradient of the mean loss. Muon's
-step is the one that buys most at unit spectral norm: D = U V^T of G = U S V^T, and the decrease is the nuclear norm of G
-(Bernstein & Newhouse 2024, arXiv:2409.20325). Measured on the corpus that D was taken from, it also counts noise, which
-always agrees with itself. So the corpus is cut into folds and the step taken from all folds but one is tried on that one:
+The loss decrease that a step W - eta D buys is, to first order, eta <G, D>, with G the gradient of the mean loss.
+Muon's step is the one that buys most at unit spectral norm: D = U V^T of G = U S V^T, and the decrease is the nuclear
+norm of G (Bernstein & Newhouse 2024, arXiv:2409.20325). Measured on the corpus that D was taken from, it also counts
+noise, which always agrees with itself. So the corpus is cut into folds, and the step taken from all folds but one is
+tried on that one:
 
     removable = mean_f <G_f, polar(sum_{g != f} G_g)>
 
-Noise in one fold is independent of the others' and drops out; the folds' spread gives the standard error. Shapes: F folds,
-L layers, E experts, N nodes or parts of them, I intermediate neurons.
+Noise in one fold is independent of the others' and drops out; the folds' spread gives the standard error. Shapes: F
+folds, L layers, E experts, N nodes or parts of them, I intermediate neurons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,8 @@ def divisors(width: int) -> list[int]:
 def polar(matrices: Tensor) -> Tensor:
     """U V^T of each matrix's singular value decomposition, `[..., a, b]`; zero where the matrix is.
 
-    Through the eigenvectors of the smaller Gram matrix, in fp64: much faster than a decomposition of many thin matrices.
+    Through the eigenvectors of the smaller Gram matrix, in fp64: much faster than a decomposition of many thin
+        matrices.
     """
     x = matrices.double()
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT

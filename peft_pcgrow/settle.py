@@ -82,6 +82,14 @@ class Probe:
         """Called with the gradients of the tensors that `watch` listed."""
         raise NotImplementedError
 
+    # whether layers that errors are not carried through exactly must run again for it all the same
+    again = True
+
+    def carried(self, index: int, delta: Tensor) -> None:
+        """Called instead of `watch` and `receive` where `"direct"` does not run a layer again, with the error at its
+        output, `[B, S, H]`."""
+        raise NotImplementedError
+
     def settled(self, hops: list[Tensor]) -> None:
         """Called by `"relax"` alone, before it watches the layers: for each of the L layers, bottom first, the first
         hop, `[B * S]` of 1 to L, at which a token's error at that layer's output changed by at most the tolerance."""
@@ -246,7 +254,7 @@ class LayerStack:
         """Which layers run again in the backward of a forward that begins now."""
         total = len(self.layers)
         if self.probe is not None:
-            return [True] * total
+            return [self.probe.again or index >= self._lowest_exact(self.way) for index in range(total)]
         holding = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
         lowest = holding.index(True) if any(holding) else total
         exact = max(0 if wants_bottom else lowest, self._lowest_exact(self.way))
@@ -290,10 +298,14 @@ class LayerStack:
         for position in range(len(runs) - 1, -1, -1):
             run, stored = runs[position]
             # layers below the lowest that trains are not among the runs
-            wants_below = run.index >= exact and (position > 0 or wants_bottom)
+            unseen = self.probe is not None and not self.probe.again and exact > 0
+            wants_below = run.index >= exact and (position > 0 or wants_bottom or unseen)
             if carried is not None:
                 below = self._settle_layer(run, stored, carried, trainable, wants_below, found)
                 carried = below if wants_below else carried
+        if self.probe is not None and not self.probe.again and carried is not None:
+            for index in range(exact - 1, -1, -1):
+                self.probe.carried(index, carried)
         return found, carried if wants_bottom else None
 
     def _settle_relaxed(

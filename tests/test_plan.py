@@ -11,14 +11,17 @@ LAYERS = (1, 2, 5)
 
 def a_map() -> ErrorMap:
     sums = {name: torch.rand(3, 8, dtype=torch.float64) for name in ("count", "weight", "mass", "square")}
-    return ErrorMap(LAYERS, **sums, gradient={"down_proj": torch.randn(3, 8, 4, 4)})
+    base = {"layouts": {"down_proj": [1, 1, False]}, "shapes": {"down_proj": [4, 4]}}
+    labels = torch.full((4,), 10.0, dtype=torch.float64)
+    gradient = torch.randn(3, 8, 4, 4) + torch.randn(4, 3, 8, 4, 4)
+    return ErrorMap(LAYERS, **sums, gradient={"down_proj": gradient}, base=base, fold_labels=labels)
 
 
-@pytest.mark.parametrize("select", ["error", "square", "coherent", "gate", "frequency"])
+@pytest.mark.parametrize("select", ["error", "square", "coherent", "removable", "gate", "frequency"])
 @pytest.mark.parametrize("budget", [0.01, 0.125, 0.5, 1.0])
 def test_takes_the_best_nodes(select, budget):
     emap = a_map()
-    locus = choose(LAYERS, 8, budget, select, emap)
+    locus = choose(LAYERS, 8, budget, select, emap).locus
     assert len(locus.nodes) == max(1, round(budget * 24))
     score = emap.score(select)
     inside = torch.zeros(3, 8, dtype=torch.bool)
@@ -31,17 +34,17 @@ def test_takes_the_best_nodes(select, budget):
 @pytest.mark.parametrize("select", ["error", "random"])
 def test_a_larger_budget_keeps_the_smaller_one(select):
     emap = a_map()
-    small, large = (set(choose(LAYERS, 8, budget, select, emap).nodes) for budget in (0.2, 0.6))
+    small, large = (set(choose(LAYERS, 8, budget, select, emap).locus.nodes) for budget in (0.2, 0.6))
     assert small < large
 
 
 def test_random_follows_its_seed():
-    first, again, other = (choose(LAYERS, 8, 0.25, "random", seed=seed) for seed in (3, 3, 4))
+    first, again, other = (choose(LAYERS, 8, 0.25, "random", seed=seed).locus for seed in (3, 3, 4))
     assert first == again
     assert first != other
     hits = torch.zeros(8)
     for seed in range(400):
-        for _, expert in choose(LAYERS, 8, 0.25, "random", seed=seed).nodes:
+        for _, expert in choose(LAYERS, 8, 0.25, "random", seed=seed).locus.nodes:
             hits[expert] += 1
     # 400 draws of 6 of 24 nodes: 300 a column, standard deviation under 15
     assert (hits - 300).abs().max() < 75

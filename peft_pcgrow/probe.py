@@ -1,0 +1,180 @@
+"""What the error map looks at in each layer while a corpus is settled, and sums up."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow import experts
+from peft_pcgrow.energy import GradientSketch, expert_error
+from peft_pcgrow.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
+from peft_pcgrow.separation import Separation
+from peft_pcgrow.settle import Probe
+
+# label of tokens that are not predicted
+IGNORED = -100
+# nodes up to which their overlap is kept (fp32: 16 MiB)
+SHARED_NODES = 2048
+
+
+class ErrorProbe(Probe):
+    """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
+
+    def __init__(self, tree: experts.Tree, sketch: GradientSketch | None, resumed: ErrorMap | None = None):
+        self.sites = {site.layer: site for site in tree.sites}
+        self.sketch = sketch
+        self.layouts = experts.stack_layouts(tree.sites[0].base)
+        self.keep = torch.ones(0, dtype=torch.bool)
+        self.sums = {site.layer: torch.zeros(len(SUMS), site.experts, dtype=torch.float64) for site in tree.sites}
+        self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
+        self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64)
+        nodes = sum(site.experts for site in tree.sites)
+        self.shared = torch.zeros(nodes, nodes) if nodes <= SHARED_NODES else None
+        # of the batch at hand: error norm of every token at every node, by layer
+        self._norms: dict[int, Tensor] = {}
+        self.hops: Tensor | None = None
+        self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
+        self._routed: tuple[Tensor, Tensor] | None = None
+        self._forward: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stacks: list[tuple[str, nn.Parameter, Sequence[int] | None]] = []
+        if resumed is not None:
+            for row, layer in enumerate(resumed.layers):
+                self.sums[layer] = torch.stack([getattr(resumed, name)[row] for name in SUMS])
+                self.gradient[layer] = {name: g[:, row].clone() for name, g in resumed.gradient.items()}
+            self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
+            self.loss, self.labels = resumed.loss, resumed.labels
+            self.tokens, self.batches = resumed.tokens, resumed.batches
+
+    @property
+    def fold(self) -> int:
+        """Of the batch at hand."""
+        return (self.batches - 1) % FOLDS
+
+    def begin(self, inputs: dict[str, Any], target: Tensor) -> None:
+        """Called before each batch."""
+        self.keep = inputs["attention_mask"].bool().reshape(-1)
+        labels = int((target[:, 1:] != IGNORED).sum())
+        self.labels += labels
+        self.tokens += int(self.keep.sum())
+        self.batches += 1
+        self.fold_labels[self.fold] += labels
+
+    @contextmanager
+    def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
+        self._routed, self._stacks, outputs = None, [], []
+        site = self.sites.get(index)
+        if site is None:
+            yield lambda: []
+            return
+        if self.sketch is not None:
+            self._stacks = list(_stacks_in_use(site))
+
+        def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._routed = (args[1].detach(), args[2].detach())
+            outputs.append(output)
+
+        handle = site.module.register_forward_hook(seen)
+        for _, stack, _ in self._stacks:
+            stack.requires_grad_(True)
+        try:
+            yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
+        finally:
+            handle.remove()
+            for _, stack, _ in self._stacks:
+                stack.requires_grad_(False)
+
+    def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
+        if index not in self.sites:
+            return
+        if self._routed is None or not errors or errors[0] is None:
+            raise RuntimeError(
+                f"layer {index} ran without calling its experts: its MoE block was replaced by other code"
+            )
+        self._add(index, errors[0], *self._routed)
+        for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
+            if gradient is None or self.sketch is None:
+                continue
+            image = self.sketch(gradient, self.layouts[name].neurons).cpu()
+            held = self.gradient[index]
+            if name not in held:
+                held[name] = torch.zeros(FOLDS, self.sites[index].experts, *image.shape[1:], dtype=image.dtype)
+            held[name][self.fold, list(chosen) if chosen is not None else slice(None)] += image
+
+    @contextmanager
+    def routing(self) -> Iterator[None]:
+        """Where layers do not run again, note in the forward itself how tokens were routed."""
+        handles = []
+        for site in () if self.again else self.sites.values():
+            handles.append(site.module.register_forward_hook(partial(self._note, site.layer)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._forward[index] = args[1].detach(), args[2].detach()
+
+    def carried(self, index: int, delta: Tensor) -> None:
+        if index in self.sites:
+            self._add(index, delta, *self._forward.pop(index))
+
+    def _add(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        delta, experts = delta.reshape(-1, delta.shape[-1]).to(weight.device), self.sites[index].experts
+        sums = expert_error(delta, chosen, weight, experts, self.keep.to(delta.device))
+        self.sums[index] += torch.stack(sums).cpu()
+        self._share(index, delta, chosen, weight)
+
+    def _share(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        """Note how much error each token has at each node; add up products of nodes once all layers are in."""
+        if self.shared is None:
+            return
+        experts = self.sites[index].experts
+        norm = delta.float().norm(dim=-1, keepdim=True) * weight.abs().float() * self.keep.to(delta.device)[:, None]
+        routed = chosen < experts
+        held = torch.zeros(len(delta), experts, device=delta.device)
+        self._norms[index] = held.scatter_add_(1, torch.where(routed, chosen, 0), norm * routed)
+        if len(self._norms) == len(self.sites):
+            norms = torch.cat([self._norms[layer].to(delta.device) for layer in self.sites], dim=1)
+            self.shared += (norms.mT @ norms).cpu()
+            self._norms.clear()
+
+    def settled(self, hops: Sequence[Tensor]) -> None:
+        if self.hops is None:
+            self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64)
+        for row, needed in enumerate(hops):
+            self.hops[row] += torch.bincount(needed.cpu()[self.keep.cpu()], minlength=len(hops) + 1)
+
+    def result(self, base: dict[str, Any], separation: Separation | None) -> ErrorMap:
+        layers = tuple(self.sites)
+        sums = torch.stack([self.sums[layer] for layer in layers], dim=1)
+        gradient = {}
+        for name, like in (self.gradient[layers[0]] or {}).items():
+            per_layer = [self.gradient[layer].get(name, torch.zeros_like(like)) for layer in layers]
+            gradient[name] = torch.stack(per_layer, dim=1)
+        return ErrorMap(
+            layers,
+            *sums.clone(),
+            gradient=gradient,
+            **{name: getattr(self, name) for name in COUNTERS},
+            base=base,
+            separation=separation,
+            fold_labels=self.fold_labels.clone(),
+            hops=self.hops.clone() if self.hops is not None else None,
+            shared=self.shared.clone() if self.shared is not None else None,
+        )
+
+
+def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
+    """The tensors whose gradients are the experts' (name, tensor, experts of its slices; None for all of them)."""
+    in_use = getattr(site.module, "weights_in_use", None)
+    if in_use is None:
+        for name, stack in experts.expert_stacks(site.base).items():
+            yield name, stack, None
+    else:
+        for name, held in in_use().items():
+            for stack, chosen in held:
+                yield name, stack, chosen
