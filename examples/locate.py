@@ -1,0 +1,265 @@
+"""Does the error map find where to grow? Four studies.
+
+select     gain at equal trained parameters: the map's choices at three resolutions, against gate score, frequency, gradient
+           norm, weight magnitude and chance.
+damage     a model that knows a text gets one expert damaged: does the map find it, and does deepening it alone repair it?
+stability  rank correlation between the maps of two halves of the corpus, by their size.
+hops       relaxation hops until the errors settle, per layer: text that the model knows against text that it does not.
+
+Gains are held-out losses before minus after, nats per token. One JSON object a row with --json; medians with --table.
+
+    python examples/locate.py --study select --budgets 0.06 --json > rows.jsonl
+    python examples/locate.py --table rows.jsonl
+"""
+
+import argparse
+import copy
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import compare
+import corpora
+from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+
+STUDIES = ("select", "damage", "stability", "hops")
+# arm: (select, resolution)
+MAPS = {
+    "removable": ("removable", "expert"),
+    "joint": ("joint", "expert"),
+    "removable, matrix": ("removable", "matrix"),
+    "removable, neurons": ("removable", "neurons"),
+    "error": ("error", "expert"),
+    "gradient norm": ("coherent", "expert"),
+    "gate": ("gate", "expert"),
+    "frequency": ("frequency", "expert"),
+    "random": ("random", "expert"),
+    "random, matrix": ("random", "matrix"),
+}
+ARMS = (*MAPS, "magnitude", "all")
+DAMAGES = ("permute", "noise", "negate", "zero")
+# a damaged expert counts if the loss rises by this share
+DAMAGE_RISE = 0.01
+# smallest number of rows of an expert that is damaged
+ROWS = 300
+
+
+def magnitude(model: nn.Module, budget: float) -> dict[int, list[int]]:
+    """The experts with the largest weights (Frobenius norm)."""
+    norms = {}
+    for site in find_experts(model).sites:
+        stacks = [p for p in site.base.parameters(recurse=False) if p.dim() == 3]
+        for expert in range(site.experts):
+            norms[site.layer, expert] = sum(float(stack[expert].detach().square().sum()) for stack in stacks)
+    locus: dict[int, list[int]] = {}
+    for layer, expert in sorted(norms, key=norms.__getitem__, reverse=True)[: max(1, round(budget * len(norms)))]:
+        locus.setdefault(layer, []).append(expert)
+    return locus
+
+
+def builder(arm: str, budget: float, emap: ErrorMap, args: argparse.Namespace) -> Callable:
+    def build(model: nn.Module, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        options: dict[str, Any] = {"settle": args.settle, "seed": seed}
+        if arm == "magnitude":
+            options["locus"] = magnitude(model, budget)
+        elif arm == "all":
+            options |= {"error_map": emap, "budget": 1.0}
+        else:
+            select, resolution = MAPS[arm]
+            options |= {"error_map": emap, "budget": budget, "select": select}
+            options |= {"resolution": resolution, "block": args.block}
+        lr = {"removable, neurons": args.neurons_lr, "all": args.all_lr}.get(arm, args.lr)
+        grown = get_peft_model(model, PCGrowConfig(**options))
+        return grown, create_pcgrow_optimizer(grown, lr=lr)
+
+    return build
+
+
+def select(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    before = compare.losses(corpora.new_model(task), task)
+    known: dict[tuple, dict[str, Any]] = {}
+    for seed in args.seeds:
+        shuffled = next(corpora.batches(task.domain_train, args.map_windows, 1, seed))
+        emap = measure_errors(corpora.new_model(task), shuffled.split(args.batch), progress=False)
+        for budget in args.budgets:
+            for arm in args.arms:
+                if arm == "all" and budget != args.budgets[0]:
+                    continue
+                setting = compare.Setting(arm, f"{budget:.0%}", builder(arm, budget, emap, args))
+                # arms that choose the same nodes train the same model
+                model, _ = setting.build(corpora.new_model(task), seed)
+                config = model.peft_config["default"]
+                key = (seed, arm == "all", json.dumps([config.locus, config.parts]))
+                if key not in known:
+                    known[key] = compare.finish(compare.train(setting, task, args, seed), before)
+                yield {**known[key], "study": "select", "arm": arm, "budget": budget, "locus": config.locus}
+
+
+def damaged(model: nn.Module, node: tuple[int, int], kind: str, seed: int) -> nn.Module:
+    """A copy of the model with one expert's weights broken."""
+    broken = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    base = next(site.base for site in find_experts(broken).sites if site.layer == node[0])
+    with torch.no_grad():
+        for name, stack in base.named_parameters(recurse=False):
+            weights = stack[node[1]]
+            if kind == "noise" and stack.dim() == 3:
+                weights += 2 * weights.std() * torch.randn(weights.shape, generator=generator)
+            elif name == "down_proj" and kind == "permute":
+                axis = 0 if base.is_transposed else 1
+                order = torch.randperm(weights.shape[axis], generator=generator)
+                weights.copy_(weights.index_select(axis, order))
+            elif name == "down_proj" and kind != "noise":
+                weights.mul_({"negate": -1.0, "zero": 0.0}[kind])
+    return broken
+
+
+def damage(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Damage one expert at a time; the domain must be text that the model knows."""
+    model = corpora.new_model(task)
+    batches = task.domain_train[: args.map_windows].split(args.batch)
+    healthy = measure_errors(model, batches, progress=False)
+    before = compare.losses(model, task)
+    nodes = [(healthy.layers[l], e) for l, e in (healthy.count >= ROWS).nonzero().tolist()]
+    for seed in args.seeds:
+        chosen = random.Random(seed)
+        found = 0
+        while found < args.damages:
+            node, kind = chosen.choice(nodes), chosen.choice(DAMAGES)
+            broken = damaged(model, node, kind, seed)
+            after = compare.losses(broken, task)
+            if after["domain"] < (1 + DAMAGE_RISE) * before["domain"]:
+                continue
+            found += 1
+            emap = measure_errors(broken, batches, progress=False)
+            row: dict[str, Any] = {"study": "damage", "seed": seed, "kind": kind, "node": node}
+            row |= {"verdict": emap.diagnosis.verdict, "verdict with reference": emap.diagnose(healthy).verdict}
+            excess = emap.removable().estimate - healthy.removable().estimate
+            for name, score in (
+                ("removable", emap.removable().estimate),
+                ("removable beyond the healthy map", excess),
+                ("error", emap.score("error")),
+                ("gradient norm", emap.coherent),
+                ("frequency", emap.score("frequency")),
+            ):
+                place = emap.layers.index(node[0]), node[1]
+                row[f"rank by {name}"] = int((score > score[place]).sum())
+            repaired = repair(broken, node, task, args, seed)
+            row |= {"healthy": before["domain"], "damaged": after["domain"], "repaired": repaired}
+            yield row
+
+
+def repair(broken: nn.Module, node: tuple[int, int], task: corpora.Task, args: argparse.Namespace, seed: int) -> float:
+    """Held-out loss after deepening one expert alone."""
+    grown = get_peft_model(broken, PCGrowConfig(locus={node[0]: [node[1]]}, settle=args.settle))
+    setting = compare.Setting("repair", "", lambda *_: (grown, create_pcgrow_optimizer(grown, lr=args.lr)))
+    model, _ = compare.fit(setting, task, argparse.Namespace(**{**vars(args), "steps": args.repair_steps}), seed)
+    return corpora.evaluate(model, task.domain_eval)
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    return score.flatten().argsort().argsort().double()
+
+
+def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Spearman's."""
+    return float(torch.corrcoef(torch.stack([ranks(one), ranks(other)]))[0, 1])
+
+
+def stability(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = corpora.new_model(task)
+    for seed in args.seeds:
+        for tokens in args.tokens:
+            count = tokens // args.length
+            drawn = next(corpora.batches(task.domain_train, 2 * count, 1, seed))
+            halves = [measure_errors(model, half.split(args.batch), progress=False) for half in drawn.chunk(2)]
+            row: dict[str, Any] = {"study": "stability", "seed": seed, "tokens": tokens}
+            for statistic in ("removable", "error", "coherent", "frequency"):
+                row[statistic] = correlation(*(half.score(statistic) for half in halves))
+            for resolution in ("matrix", "neurons"):
+                row[resolution] = correlation(*(half.removable(resolution, args.block).estimate for half in halves))
+            bounds = [half.removable().interval for half in halves]
+            means = [half.removable().estimate for half in halves]
+            inside = (bounds[0][0] <= means[1]) & (means[1] <= bounds[0][1])
+            row["other half within the interval"] = float(inside.double().mean())
+            yield row
+
+
+def hops(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = corpora.new_model(task)
+    texts = {"domain": task.domain_train, **{name: train for name, (train, _) in task.retain.items()}}
+    for seed in args.seeds:
+        for name, windows in texts.items():
+            drawn = next(corpora.batches(windows, args.map_windows, 1, seed)).split(args.batch)
+            emap = measure_errors(model, drawn, settle="relax", settle_tol=args.tol, coherent=False, progress=False)
+            assert emap.hops is not None
+            mean = (emap.hops * torch.arange(emap.hops.shape[1])).sum(1) / emap.hops.sum(1)
+            yield {
+                "study": "hops",
+                "seed": seed,
+                "text": name,
+                "loss": emap.loss / emap.labels,
+                "tol": args.tol,
+                "mean hops, bottom layer first": [round(value, 3) for value in mean.tolist()],
+            }
+
+
+def table(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row.get("study") == "select":
+            groups.setdefault((row["budget"], row["arm"]), []).append(row)
+    print("| budget | arm | seeds | gain | forgetting | trained |\n|---|---|---|---|---|---|")
+    for (budget, arm), group in sorted(groups.items(), key=lambda item: (item[0][0], -median(item[1], "gain"))):
+        trained = f"{group[0]['trained_parameters']:,}"
+        gain, forgetting = median(group, "gain"), median(group, "forgetting")
+        print(f"| {budget:.0%} | {arm} | {len(group)} | {gain:.3f} | {forgetting:.3f} | {trained} |")
+    found = [row for row in rows if row.get("study") == "damage"]
+    for name in [key for key in (found[0] if found else {}) if key.startswith("rank by")]:
+        print(f"{name}: first in {sum(row[name] == 0 for row in found)} of {len(found)}")
+
+
+def median(rows: list[dict], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    corpora.add_arguments(parser)
+    parser.set_defaults(seeds=[0, 1, 2, 3, 4])
+    add = parser.add_argument
+    add("--study", choices=STUDIES, default="select")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--budgets", type=float, nargs="+", default=[0.03, 0.06, 0.12, 0.25], help="shares of the expert parameters")
+    add("--lr", type=float, default=0.03, help="Muon's learning rate (default: %(default)s)")
+    add("--neurons-lr", type=float, default=0.015, help="the same for blocks of neurons (default: %(default)s)")
+    add("--all-lr", type=float, default=0.02, help="the same where all experts train (default: %(default)s)")
+    add("--block", type=int, default=16, help="neurons a block (default: %(default)s)")
+    add("--settle", default="sweep", help="sweep, or backprop: the same gradients (default: %(default)s)")
+    add("--map-windows", type=int, default=64, help="windows that a map is measured on (default: %(default)s)")
+    add("--damages", type=int, default=4, help="experts damaged a seed (default: %(default)s)")
+    add("--repair-steps", type=int, default=80)
+    add("--tokens", type=int, nargs="+", default=[4096, 16384, 65536], help="of each half, for stability")
+    add("--tol", type=float, default=0.1, help="tolerance of the relaxation (default: %(default)s)")
+    add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
+    args = parser.parse_args()
+    if args.table:
+        table(args.table)
+        return
+    task = corpora.load_task(args)
+    corpora.emit({"machine": corpora.machine(), "study": args.study}, args.json)
+    studies = {"select": select, "damage": damage, "stability": stability, "hops": hops}
+    for row in studies[args.study](task, args):
+        corpora.emit(row, args.json)
+
+
+if __name__ == "__main__":
+    main()
