@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.locus import Locus
+from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
 from peft_pcgrow.spawn import GROWTHS
@@ -50,6 +50,14 @@ class PCGrowConfig(PeftConfig):
         locus (`dict[int, list[int]]`, *optional*):
             The nodes to grow, decoder layer -> experts, instead of a map and a budget. Resolved when the adapter is
             created and stored in adapter_config.json.
+        resolution (`str`, defaults to `"expert"`):
+            How much of a chosen expert trains: `"expert"`: all of it; `"matrix"`: single matrices; `"neurons"`: blocks
+            of intermediate neurons. The rest stays as the base has it and takes no memory in the adapter.
+        block (`int`, defaults to `16`):
+            Intermediate neurons of a block, a divisor of their number in an expert.
+        parts (`dict[int, dict[int, list]]`, *optional*):
+            The parts to grow, decoder layer -> expert -> names of weight stacks (`"matrix"`; a bias goes with its
+            matrix) or numbers of blocks (`"neurons"`), instead of `locus`. All parts of each located expert by default.
         settle (`str`, defaults to `"sweep"`):
             `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
             through the model, with the same gradients (the control).
@@ -73,6 +81,9 @@ class PCGrowConfig(PeftConfig):
     router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
+    resolution: str = field(default="expert", metadata={"help": f"What trains: one of {', '.join(RESOLUTIONS)}."})
+    block: int = field(default=16, metadata={"help": "Intermediate neurons of a block."})
+    parts: Optional[dict] = field(default=None, metadata={"help": "Parts to grow: layer -> expert -> [parts]."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
     init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
@@ -118,6 +129,14 @@ class PCGrowConfig(PeftConfig):
             raise ValueError(f"unknown router={self.router!r}; choose from {', '.join(ROUTERS)}")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
+        if self.resolution not in RESOLUTIONS:
+            raise ValueError(f"unknown resolution={self.resolution!r}; choose from {', '.join(RESOLUTIONS)}")
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"block must be a number of intermediate neurons, 1 or more; got {self.block!r}")
+        if self.parts is not None:
+            self.parts = read_parts(self.parts, self.resolution)
+            if self.locus is not None and self.base is None:
+                raise ValueError("parts= says which experts grow: leave out locus=, which follows from it")
         check_share("gate_fpr", self.gate_fpr, "(0, 1)")
         check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:

@@ -1,7 +1,7 @@
 """Measure: run a corpus through a model and record per node how wrong its prediction was."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -191,7 +191,7 @@ class _ErrorProbe(Probe):
         self.sums = {site.layer: torch.zeros(4, site.experts, dtype=torch.float64) for site in tree.sites}
         self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
         self._routed: tuple[Tensor, Tensor] | None = None
-        self._stacks: list[tuple[str, nn.Parameter, Sequence[int] | None]] = []
+        self._stacks: list[tuple[str, Tensor, Sequence[int] | None]] = []
 
     @contextmanager
     def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
@@ -200,7 +200,10 @@ class _ErrorProbe(Probe):
         if site is None:
             yield lambda: []
             return
+        composed = ExitStack()
         if self.sketch is not None:
+            if (once := getattr(site.module, "composed_once", None)) is not None:
+                composed.enter_context(once())
             self._stacks = list(_stacks_in_use(site))
 
         def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -214,6 +217,7 @@ class _ErrorProbe(Probe):
             yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
         finally:
             handle.remove()
+            composed.close()
             for _, stack, _ in self._stacks:
                 stack.requires_grad_(False)
 
@@ -249,7 +253,7 @@ class _ErrorProbe(Probe):
         return ErrorMap(layers, count, weight, mass, square, gradient, loss, labels, tokens, base, separation)
 
 
-def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
+def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
     """The tensors whose gradients are the experts' (name, tensor, experts of its slices; None for all of them)."""
     in_use = getattr(site.module, "weights_in_use", None)
     if in_use is None:

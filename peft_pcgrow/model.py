@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, plan, spawn
+from peft_pcgrow import experts, parts, plan, spawn
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
@@ -69,7 +69,8 @@ class PCGrowModel(BaseTuner):
         if peft_config.base is None:
             # on a copy: a config that is refused can be changed and used again
             resolved = copy.copy(peft_config)
-            self._resolve(resolved, experts_at, measured)
+            self._resolve(resolved, allowed, measured)
+            self._check_donors(resolved)
             if resolved.router == "flat":
                 spawned = resolved.spawned or {}
                 newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
@@ -87,6 +88,8 @@ class PCGrowModel(BaseTuner):
             )
         locus = Locus(peft_config.locus or {})
         locus.check(experts_at)
+        if peft_config.parts is not None:
+            parts.check_parts(peft_config.parts, locus, peft_config.resolution, peft_config.block, allowed)
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
@@ -108,16 +111,18 @@ class PCGrowModel(BaseTuner):
         return given or config._measured
 
     @staticmethod
-    def _resolve(config: PCGrowConfig, experts_at: dict[int, int], emap: ErrorMap | None) -> None:
-        """Turn map, budget and options into nodes and sizes."""
+    def _resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorMap | None) -> None:
+        """Turn map, budget and options into nodes, parts and sizes."""
+        experts_at = {site.layer: site.experts for site in sites}
         layers = tuple(experts_at)
-        if config.locus is not None:
-            locus = Locus(config.locus)
+        by_hand = config.locus if config.parts is None else parts.locus_of(config.parts)
+        if by_hand is not None:
+            locus = Locus(by_hand)
             locus.check(experts_at)
         elif emap is None and config.select != "random":
             raise ValueError(
-                "PCGrowConfig needs error_map= (from measure_errors) and budget=, or locus={layer: [experts]}, or "
-                "select='random'"
+                "PCGrowConfig needs error_map= (from measure_errors) and budget=, or locus={layer: [experts]} (or "
+                "parts=), or select='random'"
             )
         else:
             here = emap.restrict(layers) if emap is not None else None
@@ -141,16 +146,30 @@ class PCGrowModel(BaseTuner):
             config.spawned = {str(layer): donors for layer, donors in spawn.kept(decisions, "spawn").items()}
             config.gate_window = int(separation.facts["window"])
         config.locus = locus.to_json()
+        # the parts of what is left of the locus: those given, or all
+        given = config.parts
+        if given is not None:
+            config.parts = {
+                layer: {str(e): given[layer][str(e)] for e in chosen} for layer, chosen in config.locus.items()
+            }
+            parts.check_parts(config.parts, locus, config.resolution, config.block, sites)
+        elif config.resolution != "expert":
+            config.parts = parts.all_parts(locus, config.resolution, config.block, sites)
         if config.protect:
             if emap is None or separation is None:
                 raise ValueError(spawn.NO_RETAIN.format(f"protect={config.protect}"))
-            config.protected = {
-                str(layer): {
-                    stack: separation.directions(emap.layers.index(layer), stack, list(chosen), config.protect).shape[2]
-                    for stack in separation.moment
-                }
-                for layer, chosen in locus.items()
-            }
+            config.protected = {}
+            for site in sites:
+                if site.layer in locus:
+                    pieces, row = _pieces(config, site), emap.layers.index(site.layer)
+                    found = parts.directions_of(separation, row, pieces, config.protect)
+                    config.protected[str(site.layer)] = {stack: held.shape[2] for stack, held in found.items()}
+
+    def _check_donors(self, config: PCGrowConfig) -> None:
+        """A newborn with parts has the rest from the base: nobody may have deepened its donor meanwhile."""
+        for layer in self.tuner_layers() if config.parts is not None else ():
+            donors = (config.spawned or {}).get(str(layer.layer_index), ())
+            layer.check_donors("the new adapter", donors, layer.deepened())
 
     @staticmethod
     def _birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:
@@ -162,13 +181,14 @@ class PCGrowModel(BaseTuner):
         gate: tuple[Gate, Tensor] | None = None
         if spawned and separation is not None:
             gate = separation.gate(row), separation.threshold[row]
-        directions = {}
-        for stack, rank in (config.protected or {}).get(str(site.layer), {}).items():
-            if separation is not None:
-                directions[stack] = separation.directions(row, stack, list(grown), config.protect)
-            else:
-                directions[stack] = torch.zeros(len(grown), experts.input_width(site.base, stack), rank)
-        return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions)
+        pieces = _pieces(config, site)
+        ranks = (config.protected or {}).get(str(site.layer), {})
+        if ranks and separation is not None:
+            directions = parts.directions_of(separation, row, pieces, config.protect)
+        else:
+            directions = parts.no_directions(site.base, pieces, ranks)
+        held = pieces if config.parts is not None else None
+        return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -267,13 +287,16 @@ class PCGrowModel(BaseTuner):
             layers = [layer for layer in self.tuner_layers() if name in layer.grown]
             if not layers:
                 continue
-            locus = Locus({layer.layer_index: layer.grown[name] for layer in layers})
+            config, locus = self.peft_config[name], Locus({layer.layer_index: layer.grown[name] for layer in layers})
             newborns = sum(len(layer.births[name].spawned) for layer in layers)
             parameters = sum(p.numel() for layer in layers for p in layer.bank(name).values())
+            what = f"{len(locus.nodes)} experts ({newborns} of them newborns)"
+            if config.parts is not None:
+                pieces = sum(parts.count(layer.births[name].pieces or {}) for layer in layers)
+                what = f"{pieces} parts (resolution={config.resolution!r}) of {what}"
             lines.append(
-                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts ({newborns} of them newborns) in "
-                f"{len(locus)} layers, {parameters:,} parameters, settle={self.peft_config[name].settle!r}: "
-                f"{locus.describe()}"
+                f"pcgrow: adapter {name!r} grows {what} in {len(locus)} layers, {parameters:,} parameters, "
+                f"settle={config.settle!r}: {locus.describe()}"
             )
         return "\n".join(lines)
 
@@ -331,6 +354,13 @@ class PCGrowModel(BaseTuner):
         verify(state_dict)
         state_dict = {key: torch.zeros_like(t) if key.endswith(f".{MARK}") else t for key, t in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _pieces(config: PCGrowConfig, site: experts.ExpertsSite) -> Mapping[str, experts.Pieces]:
+    """What an adapter's bank holds at a site."""
+    if config.parts is None:
+        return parts.whole(site.base, Locus(config.locus or {})[site.layer])
+    return parts.pieces_of(site.base, config.parts[str(site.layer)], config.resolution, config.block)
 
 
 def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:

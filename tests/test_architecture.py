@@ -19,7 +19,7 @@ FLOORS = [
     ["error_map"],
     ["settle", "plan"],
     ["experts", "sequence"],
-    ["rows", "flat"],
+    ["rows", "flat", "parts"],
     ["deepen", "spawn", "sample", "contrast"],
     ["measure"],
     ["register", "config", "layer", "guard", "model"],
