@@ -178,11 +178,10 @@ def intermediate_size(base: ExpertsModule) -> int:
     return input_width(base, "down_proj")
 
 
-def read_experts(base: ExpertsModule, experts: Sequence[int] | Tensor) -> dict[str, Tensor]:
+def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tensor]:
     """Copies of the slices of `experts`, `[len(experts), ...]` each."""
     return {
-        name: stack.detach()[torch.as_tensor(experts, device=stack.device)]
-        for name, stack in expert_stacks(base).items()
+        name: stack.detach()[torch.tensor(experts, device=stack.device)] for name, stack in expert_stacks(base).items()
     }
 
 

@@ -91,9 +91,9 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
     for layer, experts in parts.items():
         if not isinstance(experts, Mapping) or not experts:
             raise ValueError(f"layer {layer!r} in parts must map experts to [parts], as in {example}; got {experts!r}")
-        here = chosen.setdefault(_whole(layer, "layer"), {})
+        here = chosen.setdefault(_whole(layer, "layer", "parts"), {})
         for expert, listed in experts.items():
-            number = _whole(expert, "expert")
+            number = _whole(expert, "expert", "parts")
             what = f"layer {layer}, expert {expert} in parts"
             if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable) or not (listed := list(listed)):
                 raise ValueError(f"{what} must list at least one part, as in {example}; got {listed!r}")
@@ -101,21 +101,21 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
                 if unknown := [part for part in listed if not isinstance(part, str)]:
                     raise ValueError(f"{what} must name weight stacks, as in {example}; got {unknown[0]!r}")
             else:
-                listed = [_whole(part, "block") for part in listed]
+                listed = [_whole(part, "block", "parts") for part in listed]
             if number in here or len(set(listed)) < len(listed):
                 raise ValueError(f"{what} names a part twice, or is there twice: {listed!r}")
             here[number] = sorted(listed)
     return {str(layer): {str(e): chosen[layer][e] for e in sorted(chosen[layer])} for layer in sorted(chosen)}
 
 
-def _whole(value: Any, what: str) -> int:
+def _whole(value: Any, what: str, where: str = "the locus") -> int:
     # JSON turns the keys of an object into strings
     if isinstance(value, str):
         number = int(value) if value.isdigit() else -1
     else:
         number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
     if number < 0:
-        raise ValueError(f"{what} {value!r} in the locus is not a whole number >= 0")
+        raise ValueError(f"{what} {value!r} in {where} is not a whole number >= 0")
     return number
 
 

@@ -34,7 +34,9 @@ def all_parts(locus: Locus, resolution: str, block: int, sites: Iterable[Experts
     }
 
 
-def check_parts(parts: Mapping[str, Any], locus: Locus, resolution: str, block: int, sites: Iterable[ExpertsSite]):
+def check_parts(
+    parts: Mapping[str, Any], locus: Locus, resolution: str, block: int, sites: Iterable[ExpertsSite]
+) -> None:
     """Raise ValueError unless every part is there; `locus` are the experts that should have some, of `sites`."""
     bases = {site.layer: site.base for site in sites}
     if locus_of(parts).to_json() != locus.to_json():

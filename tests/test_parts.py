@@ -12,7 +12,7 @@ from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
 from peft_pcgrow.experts import expert_stacks, stack_inputs
 from peft_pcgrow.parts import compose, pieces_of, placed
-from tiny import ARCHITECTURES, build, logits, snapshot, tokens, train, trainable
+from tiny import ARCHITECTURES, assert_same, build, logits, snapshot, tokens, train, trainable
 
 BLOCK = 4
 PARTS = {
@@ -128,8 +128,7 @@ def test_only_the_pieces_move(name, resolution, dtype):
             for place in places:
                 assert moved[place.flatten()].any(), (site.layer, stack)
     model.unmerge_adapter()
-    after = snapshot(model)
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same(before, snapshot(model))
     assert torch.equal(logits(model), apart)
 
 
@@ -288,7 +287,7 @@ def test_map_of_a_grown_model_is_that_of_the_merged_one(name, resolution):
         ({"resolution": "matrix", "parts": {1: {0: [0]}}}, "must name weight stacks"),
         ({"resolution": "neurons", "parts": {1: {0: [1, 1]}}}, "names a part twice"),
         ({"resolution": "neurons", "parts": {1: {0: [1], "0": [2]}}}, "is there twice"),
-        ({"resolution": "neurons", "parts": {1: {0: [-1]}}}, "block -1 .*not a whole number >= 0"),
+        ({"resolution": "neurons", "parts": {1: {0: [-1]}}}, "block -1 in parts is not a whole number >= 0"),
         ({"resolution": "neurons", "parts": {1: {0: [1.5]}}}, "block 1.5 .*not a whole number >= 0"),
         ({"resolution": "neurons", "parts": {-1: {0: [1]}}}, "layer -1 .*not a whole number >= 0"),
         ({"resolution": "neurons", "block": 0}, "block must be a number of intermediate neurons, 1 or more"),
@@ -330,4 +329,4 @@ def test_what_this_model_does_not_have(settings, text):
     before = snapshot(model)
     with pytest.raises(ValueError, match=text):
         get_peft_model(model, PCGrowConfig(**settings))
-    assert snapshot(model).keys() == before.keys()
+    assert_same(before, snapshot(model))
