@@ -1,8 +1,8 @@
 """Does the error map find where to grow? Four studies.
 
-select     gain at equal trained parameters: the map's choices at three resolutions, against gate score, frequency, gradient
-           norm, weight magnitude and chance.
-damage     a model that knows a text gets one expert damaged: does the map find it, and does deepening it alone repair it?
+select     gain at equal trained parameters: the map's choices at three resolutions, against gate score, frequency,
+           gradient norm, weight magnitude and chance.
+damage     a model that knows a text gets one expert damaged: does the map find it, does deepening it alone repair it?
 stability  rank correlation between the maps of two halves of the corpus, by their size.
 hops       relaxation hops until the errors settle, per layer: text that the model knows against text that it does not.
 

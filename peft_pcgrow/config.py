@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.locus import Locus
+from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
 from peft_pcgrow.settle import WAYS, Way
@@ -29,9 +29,11 @@ class PCGrowConfig(PeftConfig):
         budget (`float`, defaults to `0.12`):
             Share of the expert parameters to grow, in (0, 1].
         select (`str`, defaults to `"error"`):
-            What the map ranks nodes by: `"error"`, `"square"`, `"coherent"`, or the controls `"gate"`, `"frequency"`
-            (both need a map) and `"random"` (needs none). For spawning, also the donor rules `"lowest"` (least error),
-            `"contested"` (used by domain and retain text alike) and `"separable"` (error that its gate lets through).
+            What the map ranks nodes by: `"error"`, `"square"`, `"coherent"`, `"removable"` (the loss decrease that a
+            step there would bring), `"joint"` (the same, greedily, counting what several nodes would fix alike once),
+            or the controls `"gate"`, `"frequency"` (both need a map) and `"random"` (needs none; at a finer resolution,
+            a map). For spawning, also the donor rules `"lowest"` (least error), `"contested"` (used by domain and
+            retain text alike) and `"separable"` (error that its gate lets through).
         grow (`str`, defaults to `"deepen"`):
             `"deepen"`: located experts are refined for all of their rows. `"spawn"`: each gets a newborn, a clone that
             takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
@@ -46,11 +48,24 @@ class PCGrowConfig(PeftConfig):
         router (`str`, defaults to `"branch"`):
             `"flat"` spawns equally many newborns in each layer, from the best donors there, so that [`export_flat`] can
             write a plain checkpoint; architectures that have no room for one are refused at once.
+        max_per_layer (`int`, *optional*):
+            At most so many nodes (or parts of them) in one layer.
+        cost_weight (`float`, defaults to `0.0`):
+            In [0, 1]: how much the cost of a step counts in the choice. Errors are carried down to the lowest chosen
+            layer only, so a locus near the top trains faster.
         seed (`int`, defaults to `0`):
             Seed of `select="random"`.
         locus (`dict[int, list[int]]`, *optional*):
             The nodes to grow, decoder layer -> experts, instead of a map and a budget. Resolved when the adapter is
             created and stored in adapter_config.json.
+        resolution (`str`, defaults to `"expert"`):
+            How much of a chosen expert trains: `"expert"`: all of it; `"matrix"`: single matrices; `"neurons"`: blocks
+            of intermediate neurons. The rest stays as the base has it and takes no memory in the adapter.
+        block (`int`, defaults to `16`):
+            Intermediate neurons of a block, a divisor of their number in an expert.
+        parts (`dict[int, dict[int, list]]`, *optional*):
+            The parts to grow, decoder layer -> expert -> names of weight stacks (`"matrix"`; a bias goes with its
+            matrix) or numbers of blocks (`"neurons"`), instead of `locus`. All parts of each located expert by default.
         settle (`str`, defaults to `"sweep"`):
             `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
             through the model, with the same gradients (the control). `"relax"`: the sweep's errors by parallel hops,
@@ -81,8 +96,13 @@ class PCGrowConfig(PeftConfig):
     gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
     protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy kept off, in [0, 1)."})
     router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
+    max_per_layer: Optional[int] = field(default=None, metadata={"help": "Nodes chosen in one layer at most."})
+    cost_weight: float = field(default=0.0, metadata={"help": "How much a step's cost counts, in [0, 1]."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
+    resolution: str = field(default="expert", metadata={"help": f"What trains: one of {', '.join(RESOLUTIONS)}."})
+    block: int = field(default=16, metadata={"help": "Intermediate neurons of a block."})
+    parts: Optional[dict] = field(default=None, metadata={"help": "Parts to grow: layer -> expert -> [parts]."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
     settle_tol: float = field(default=0.01, metadata={"help": "Change at which settle='relax' stops, in (0, 1)."})
@@ -120,6 +140,10 @@ class PCGrowConfig(PeftConfig):
         extend_peft_type()
         self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
         check_budget(self.budget)
+        if self.max_per_layer is not None and (not isinstance(self.max_per_layer, int) or self.max_per_layer < 1):
+            raise ValueError(f"max_per_layer must be a whole number >= 1 or None, got {self.max_per_layer!r}")
+        if not isinstance(self.cost_weight, (int, float)) or not 0 <= self.cost_weight <= 1:
+            raise ValueError(f"cost_weight must be a number in [0, 1], got {self.cost_weight!r}")
         if self.select not in SELECTIONS:
             raise ValueError(f"unknown select={self.select!r}; choose from {', '.join(SELECTIONS)}")
         if self.settle not in SETTLING:
@@ -131,6 +155,14 @@ class PCGrowConfig(PeftConfig):
             raise ValueError(f"unknown router={self.router!r}; choose from {', '.join(ROUTERS)}")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
+        if self.resolution not in RESOLUTIONS:
+            raise ValueError(f"unknown resolution={self.resolution!r}; choose from {', '.join(RESOLUTIONS)}")
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"block must be a number of intermediate neurons, 1 or more; got {self.block!r}")
+        if self.parts is not None:
+            self.parts = read_parts(self.parts, self.resolution)
+            if self.locus is not None and self.base is None:
+                raise ValueError("parts= says which experts grow: leave out locus=, which follows from it")
         check_share("gate_fpr", self.gate_fpr, "(0, 1)")
         check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:

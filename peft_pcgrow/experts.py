@@ -7,7 +7,7 @@ expert. `use_experts_implementation` marks such modules; they are found by that 
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -102,6 +102,84 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Pieces of one stack `[E, ...]`, N of them: whole slices, or neurons of an expert each.
+
+    Attributes:
+        experts: whose each piece is, `[N]` integer.
+        labels: what each is called beside its expert; empty for whole experts.
+        axis: axis of the stack that neurons lie along. places: where on it those of each piece lie, `[N, P]` integer;
+            None: pieces are whole slices.
+        inputs: whether the neurons are what enters the matrix.
+    """
+
+    experts: Tensor
+    labels: tuple[str, ...]
+    axis: int = 1
+    places: Tensor | None = None
+    inputs: bool = False
+
+    def to(self, device: torch.device, experts: Tensor | None = None) -> "Pieces":
+        """The same on a device; `experts`: where these are in another stack."""
+        places = None if self.places is None else self.places.to(device)
+        return replace(self, experts=(self.experts if experts is None else experts).to(device), places=places)
+
+    def read(self, stack: Tensor) -> Tensor:
+        """A copy of them, `[N, ...]`."""
+        found = stack.transpose(1, self.axis)[self._index(stack)].transpose(1, self.axis)
+        return found if self.places is None else found.contiguous()
+
+    def put(self, stack: Tensor, pieces: Tensor) -> Tensor:
+        """`stack` with `pieces [N, ...]` in their places: another tensor, of the same strides, differentiable."""
+        view, values = stack.transpose(1, self.axis), pieces.to(stack.device, stack.dtype).transpose(1, self.axis)
+        return view.index_put(self._index(stack), values).transpose(1, self.axis)
+
+    def write(self, stack: Tensor, pieces: Tensor) -> None:
+        """Overwrite them in place."""
+        values = pieces.to(stack.device, stack.dtype).transpose(1, self.axis)
+        stack.transpose(1, self.axis)[self._index(stack)] = values
+
+    def _index(self, stack: Tensor) -> tuple[Tensor, ...]:
+        experts = self.experts.to(stack.device)
+        return (experts,) if self.places is None else (experts.unsqueeze(1), self.places.to(stack.device))
+
+
+def neuron_places(base: ExpertsModule, stack: str, neurons: Tensor) -> tuple[int, Tensor] | None:
+    """The axis of a stack that intermediate neurons lie along, and the places of `neurons [..., N]` there.
+
+    Twice as many places as neurons where gate and up are one stack: gate first, then up, or in turns. None: what this
+    stack holds belongs to no neuron (the bias of the down projection).
+    """
+    first = first_matrix(base)
+    if stack == "down_proj":
+        return (1 if base.is_transposed else 2), neurons
+    if stack not in (first, f"{first}_bias"):
+        return None
+    axis = 2 if base.is_transposed and stack == first else 1
+    if not base.has_gate:
+        return axis, neurons
+    if base.is_concatenated:
+        return axis, torch.cat([neurons, neurons + intermediate_size(base)], dim=-1)
+    return axis, torch.stack([2 * neurons, 2 * neurons + 1], dim=-1).flatten(-2)
+
+
+def first_matrix(base: ExpertsModule) -> str:
+    """Name of the stack that tokens enter."""
+    return "gate_up_proj" if base.has_gate else "up_proj"
+
+
+def matrices(base: ExpertsModule) -> dict[str, list[str]]:
+    """The stacks of matrices, each with its own name and that of its bias, if it has one."""
+    names = expert_stacks(base)
+    return {name: [n for n in (name, f"{name}_bias") if n in names] for name in names if not name.endswith("_bias")}
+
+
+def intermediate_size(base: ExpertsModule) -> int:
+    """Intermediate neurons of an expert, I."""
+    return input_width(base, "down_proj")
+
+
 def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tensor]:
     """Copies of the slices of `experts`, `[len(experts), ...]` each."""
     return {
@@ -109,16 +187,23 @@ def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tenso
     }
 
 
-def write_experts(base: ExpertsModule, experts: Sequence[int], slices: Mapping[str, Tensor]) -> None:
-    """Overwrite the slices of `experts` in place, cast to the base's dtype."""
-    with torch.no_grad():
-        for name, stack in expert_stacks(base).items():
-            stack[torch.tensor(experts, device=stack.device)] = slices[name].to(stack.device, stack.dtype)
+def read_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
+    """Copies of some pieces of each stack."""
+    stacks = expert_stacks(base)
+    return {name: held.read(stacks[name].detach()) for name, held in pieces.items()}
+
+
+@torch.no_grad()
+def write_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces], values: Mapping[str, Tensor]) -> None:
+    """Overwrite some pieces of each stack in place, cast to the base's dtype."""
+    stacks = expert_stacks(base)
+    for name, held in pieces.items():
+        held.write(stacks[name], values[name])
 
 
 def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
     """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
-    first = "gate_up_proj" if base.has_gate else "up_proj"
+    first = first_matrix(base)
     weight = getattr(base, first)[expert].to(x.dtype)
     projected = x @ weight if base.is_transposed else x @ weight.mT
     if base.has_bias:
@@ -136,15 +221,13 @@ def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
     """Where the intermediate neurons are in each of the stacks."""
     layouts = {}
     for name in expert_stacks(base):
-        projection = name.removesuffix("_bias")
-        copies = 2 if projection == "gate_up_proj" else 1
-        interleaved = copies == 2 and not getattr(base, "is_concatenated", True)
-        if projection in ("gate_up_proj", "up_proj"):
-            axis = 1 if base.is_transposed and not name.endswith("_bias") else 0
-        else:
-            # the down projection's bias is the expert's, no neuron's
-            axis = None if name.endswith("_bias") else 0 if base.is_transposed else 1
-        layouts[name] = StackLayout(axis, copies, interleaved)
+        lying = neuron_places(base, name, torch.arange(2, device="cpu"))
+        if lying is None:
+            layouts[name] = StackLayout(None)
+            continue
+        axis, places = lying
+        copies = len(places) // 2
+        layouts[name] = StackLayout(axis - 1, copies, copies == 2 and int(places[2]) == 2)
     return layouts
 
 

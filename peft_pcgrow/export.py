@@ -189,15 +189,17 @@ def _build(
     paths = {module: name for name, module in base.named_modules()}
     for site in tree.sites:
         layer = grown.get(site.layer)
+        weights = {}
+        if layer is not None and not layer.disable_adapters:
+            weights = {adapter: layer.weights(adapter) for adapter in layer.active_banks()}
         prefix = paths[site.base].replace(".base_layer", "")
         for name in experts.expert_stacks(site.base):
             stack = state[f"{prefix}.{name}"]
-            if layer is not None and not layer.disable_adapters:
-                for adapter in layer.active_banks():
-                    birth, bank = layer.births[adapter], layer.bank(adapter)[name]
-                    for expert in set(birth.grown) - set(birth.spawned):
-                        stack[expert] = bank[birth.grown.index(expert)].to(stack.dtype)
-            more = [layer.bank(adapter)[name][place] for adapter, _, place in newborns[site.layer] if layer is not None]
+            for adapter, whole in weights.items():
+                birth = grown[site.layer].births[adapter]
+                for expert in set(birth.grown) - set(birth.spawned):
+                    stack[expert] = whole[name][birth.grown.index(expert)].to(stack.dtype)
+            more = [weights[adapter][name][place] for adapter, _, place in newborns[site.layer]]
             # experts that are never chosen still have to be somewhere
             more += [stack[0]] * (extra - len(more))
             state[f"{prefix}.{name}"] = torch.cat([stack, torch.stack([m.to(stack) for m in more])])

@@ -4,7 +4,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from peft_pcgrow.protect import keep_off
 logger = logging.getLogger("peft_pcgrow")
 _guards: "weakref.WeakSet[TrainingGuard]" = weakref.WeakSet()
 _hooked = False
+# layer, expert, and what a slice of a bank is called
+Node: TypeAlias = tuple[int, int, str]
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,7 +52,7 @@ class TrainingGuard:
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.checked: set[int] = set()
         # nodes that an error reached, by id of their weight, while an optimizer of this model stepped without them
-        self.left_out: dict[int, list[tuple[int, int]]] = {}
+        self.left_out: dict[int, list[Node]] = {}
         # by id of a bank's weight: its part along the directions that updates are kept off
         self.fixed: dict[int, Tensor] = {}
 
@@ -82,7 +84,7 @@ class TrainingGuard:
             for layer, adapter, weight, gradient in graded:
                 if id(weight) not in rates and id(weight) not in self.checked:
                     places = _reached(gradient).nonzero().flatten().tolist()
-                    self.left_out[id(weight)] = [(layer.layer_index, layer.grown[adapter][place]) for place in places]
+                    self.left_out[id(weight)] = [layer.node(adapter, weight, place) for place in places]
 
     @torch.no_grad()
     def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
@@ -100,6 +102,9 @@ class TrainingGuard:
             gradient.zero_()  # a bias: its input is 1 for all text
         else:
             keep_off(gradient, directions, None, transposed)
+            if directions.shape[1] == directions.shape[2]:
+                # all directions of a small block: what rounding leaves is no error that has to move anything
+                gradient[directions.any(dim=1).all(dim=1).to(gradient.device)] = 0
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -117,7 +122,7 @@ class TrainingGuard:
                 reached, bits = self.before.pop(id(weight))
                 self.checked.add(id(weight))
                 for place in (reached & (_bits(weight) == bits)).nonzero().flatten().tolist():
-                    still.append((layer.layer_index, layer.grown[adapter][place]))
+                    still.append(layer.node(adapter, weight, place))
         if still:
             _raise_unmoved(still, "its learning rate may be too small for the dtype of the bank")
 
@@ -135,12 +140,14 @@ def _refuse_nonfinite(graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tenso
     device = graded[0][-1].device
     finite = torch.stack([torch.isfinite(gradient).all().to(device) for *_, gradient in graded])
     if not bool(finite.all()):
-        layer, adapter, _, gradient = next(entry for entry, good in zip(graded, finite, strict=True) if not good)
+        layer, adapter, weight, gradient = next(entry for entry, good in zip(graded, finite, strict=True) if not good)
         broken = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()
+        nodes = [layer.node(adapter, weight, place) for place in broken]
+        whole = layer.births[adapter].pieces is None
+        named = f"layer {layer.layer_index}, experts {[node[1] for node in nodes]}" if whole else _names(nodes)
         raise FloatingPointError(
-            f"the gradient of layer {layer.layer_index}, experts {[layer.grown[adapter][place] for place in broken]} "
-            f"(adapter {adapter!r}) is NaN or infinite: the step is refused and no weight has changed. Look at the "
-            "loss of this batch, or lower the learning rate"
+            f"the gradient of {named} (adapter {adapter!r}) is NaN or infinite: the step is refused and no weight has "
+            "changed. Look at the loss of this batch, or lower the learning rate"
         )
 
 
@@ -158,10 +165,13 @@ def _reached(gradient: Tensor) -> Tensor:
     return _rows(gradient).any(dim=1)
 
 
-def _raise_unmoved(nodes: list[tuple[int, int]], why: str) -> None:
-    named = ", ".join(f"{layer}.{expert}" for layer, expert in sorted(set(nodes)))
+def _names(nodes: list[Node]) -> str:
+    return ", ".join(name for *_, name in sorted(set(nodes)))
+
+
+def _raise_unmoved(nodes: list[Node], why: str) -> None:
     raise RuntimeError(
-        f"after the first optimizer step, located node(s) {named} that received error have not moved; {why}"
+        f"after the first optimizer step, located node(s) {_names(nodes)} that received error have not moved; {why}"
     )
 
 

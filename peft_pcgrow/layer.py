@@ -1,6 +1,7 @@
 """PCGrowExperts: a PEFT tuner layer around an experts module, owner of the grown banks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_pcgrow import deepen, experts
+from peft_pcgrow import deepen, experts, parts
+from peft_pcgrow.experts import Pieces
 from peft_pcgrow.gate import RATES, Gate, at_rate
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
@@ -34,7 +36,8 @@ class Birth:
         window: tokens of context that the gate looks at (see `gate.Gate`).
         gate: the gate, and its threshold at each of `gate.RATES` `[F]`; None: unknown until an adapter file is loaded.
         gate_fpr: the rate in use.
-        directions: per stack, what updates are kept off, `[G, I, K]`.
+        directions: per stack, what updates are kept off, `[G, I, K]`, or by `parts.protected_inputs`.
+        pieces: what the bank holds of the experts, by stack; None: all of them, whole.
     """
 
     grown: tuple[int, ...]
@@ -43,6 +46,7 @@ class Birth:
     gate: tuple[Gate, Tensor] | None = None
     gate_fpr: float = 0.0
     directions: Mapping[str, Tensor] = field(default_factory=dict)
+    pieces: Mapping[str, Pieces] | None = None
 
 
 class PCGrowExperts(nn.Module, BaseTunerLayer):
@@ -68,6 +72,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.births: dict[str, Birth] = {}
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._slots: dict[tuple[str, torch.device], list[Tensor]] = {}
+        self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
+        # weights composed once for all forwards, while `composed_once` says so
+        self._composed: dict[str, dict[str, Tensor]] = {}
         # sha256 of an adapter's bank here, filled in when it is saved and compared when it is loaded
         self.pcgrow_checksum = BufferDict({}, persistent=True)
         # of each adapter that spawned here: see `gate.Gate`
@@ -87,7 +94,8 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
 
     def update_layer(self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool) -> None:
-        """Give `adapter_name` a bank with copies of the experts in use (perturbed unless `init_weights`)."""
+        """Give `adapter_name` a bank with copies of what it grows of the experts in use (perturbed unless
+        `init_weights`)."""
         self.births[adapter_name] = birth
         for name, weights in self.donors(birth).items():
             if not init_weights:
@@ -110,12 +118,14 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def donors(self, birth: Birth) -> dict[str, Tensor]:
-        """Copies of the chosen experts; of a newborn's donor, as an active adapter deepened it."""
-        weights = experts.read_experts(self.base_layer, birth.grown)
+        """Copies of the chosen experts, or their pieces; of a newborn's donor, as an active adapter deepened it."""
+        weights = experts.read_pieces(self.base_layer, self.pieces(birth))
+        if birth.pieces is not None:
+            return weights  # the rest of an expert is the base's, so its pieces are too
         for other in self.active_banks():
             theirs = self.births[other]
             for expert in set(birth.spawned) & (set(theirs.grown) - set(theirs.spawned)):
-                for name, weight in self.bank(other).items():
+                for name, weight in self.weights(other).items():
                     copied = weight.detach()[theirs.grown.index(expert)]
                     weights[name][birth.grown.index(expert)] = copied.to(weights[name].device, weights[name].dtype)
         return weights
@@ -132,9 +142,46 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return getattr(self, f"pcgrow_{name}")
 
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """Parameters of an adapter's bank by stack name, `[G, ...]`."""
+        """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece."""
         names = (name.removeprefix("pcgrow_") for name in self.adapter_layer_names)
-        return {name: self._banks(name)[adapter_name].weight for name in names}
+        return {name: self._banks(name)[adapter_name].weight for name in names if adapter_name in self._banks(name)}
+
+    def pieces(self, birth: Birth) -> Mapping[str, Pieces]:
+        """What a bank holds, by stack."""
+        return birth.pieces if birth.pieces is not None else parts.whole(self.base_layer, birth.grown)
+
+    def weights(self, adapter_name: str) -> Mapping[str, Tensor]:
+        """An adapter's experts, whole, `[G, ...]` by stack: its bank, or composed of that and the base."""
+        bank, birth = self.bank(adapter_name), self.births[adapter_name]
+        if birth.pieces is None:
+            return bank
+        if adapter_name in self._composed:
+            return self._composed[adapter_name]
+        key = (adapter_name, next(iter(bank.values())).device)
+        if key not in self._placed:
+            slot = deepen.slots(birth.grown, self.base_layer.num_experts, key[1])
+            self._placed[key] = parts.placed(birth.pieces, slot)
+        return parts.compose(self.base_layer, birth.grown, self._placed[key], bank)
+
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
+        for."""
+        self._composed = {
+            name: {stack: weight.detach() for stack, weight in self.weights(name).items()}
+            for name in self.active_banks()
+            if self.births[name].pieces is not None
+        }
+        try:
+            yield
+        finally:
+            self._composed = {}
+
+    def node(self, adapter_name: str, weight: nn.Parameter, place: int) -> tuple[int, int, str]:
+        """Layer, expert and name of a slice of a bank parameter: `2.5`, `2.5 down_proj` or `2.5 neurons 16-31`."""
+        held = self.pieces(self.births[adapter_name])[self.stack_of(adapter_name, weight)]
+        expert = int(held.experts[place])
+        return self.layer_index, expert, f"{self.layer_index}.{expert} {held.labels[place]}".rstrip()
 
     def spawned(self, adapter_name: str) -> tuple[int, ...]:
         """Donors of an adapter's newborns here."""
@@ -145,9 +192,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return next(name for name, held in self.bank(adapter_name).items() if held is weight)
 
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
-        """What updates of a stack are kept off, `[G, I, K]`; None for a bias."""
-        kept = self._buffers_of(f"protect_{stack}")
-        return dict(kept.items()).get(adapter_name)
+        """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
+        kept = dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
+        return kept if kept is None else parts.spread(self.pieces(self.births[adapter_name])[stack], kept)
 
     def is_protected(self, adapter_name: str) -> bool:
         return bool(self.births[adapter_name].directions)
@@ -156,13 +203,16 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         """Active adapters that grow experts here."""
         return [name for name in self.active_adapters if name in self.births]
 
-    def weights_in_use(self) -> dict[str, list[tuple[nn.Parameter, tuple[int, ...] | None]]]:
-        """Which tensors hold the weights in use: per stack, (tensor, experts in its slices; None for all)."""
-        in_use: dict[str, list[tuple[nn.Parameter, tuple[int, ...] | None]]] = {
+    def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
+        """Which tensors hold the weights in use: per stack, (tensor, experts in its slices; None for all).
+
+        Composed weights are in use only inside `composed_once`.
+        """
+        in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
             name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()
         }
         for adapter in [] if self.disable_adapters or self.merged else self.active_banks():
-            for name, weight in self.bank(adapter).items():
+            for name, weight in self.weights(adapter).items():
                 in_use[name].append((weight, self.grown[adapter]))
         return in_use
 
@@ -182,14 +232,14 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         )
 
     def _branches(self, adapter_name: str, hidden: Tensor) -> Iterator[deepen.Branch]:
-        birth, bank = self.births[adapter_name], self.bank(adapter_name)
+        birth, bank = self.births[adapter_name], self.weights(adapter_name)
         key = (adapter_name, hidden.device)
         if key not in self._slots:
             every = deepen.slots(birth.grown, self.base_layer.num_experts)
             newborn = torch.zeros_like(every, dtype=torch.bool)
             newborn[list(birth.spawned)] = True
-            parts = torch.where(newborn, every, -1), torch.where(newborn, -1, every)
-            self._slots[key] = [part.to(hidden.device) for part in parts]
+            both = torch.where(newborn, every, -1), torch.where(newborn, -1, every)
+            self._slots[key] = [slot.to(hidden.device) for slot in both]
         spawned, deepened = self._slots[key]
         if birth.spawned:
             yield deepen.Branch(spawned, bank, self.margin(adapter_name, hidden) > 0)
@@ -225,7 +275,8 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def check_disjoint(self, adapter_names: Sequence[str]) -> None:
-        """Raise ValueError if two of these adapters deepen the same expert here."""
+        """Raise ValueError if two of these adapters deepen the same expert here, or one deepens what a newborn with
+        parts takes the rest of its weights from."""
         owner: dict[int, str] = {}
         for name in adapter_names:
             birth = self.births.get(name, Birth(()))
@@ -236,27 +287,48 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
                         f"{self.layer_index} and cannot be active together: activate one of them"
                     )
                 owner[expert] = name
+        for name in adapter_names:
+            birth = self.births.get(name, Birth(()))
+            if birth.pieces is not None:
+                self.check_donors(f"adapter {name!r}", birth.spawned, owner)
+
+    def check_donors(self, who: str, donors: Sequence[int], owner: Mapping[int, str]) -> None:
+        """Raise ValueError if one of a newborn's donors is deepened by its `owner`."""
+        for expert in donors:
+            if expert in owner:
+                raise ValueError(
+                    f"{who} spawns parts of expert {expert} of layer {self.layer_index}, whose other "
+                    f"parts would change with adapter {owner[expert]!r}, which deepens it: activate one of them, or "
+                    "spawn with resolution='expert'"
+                )
+
+    def deepened(self) -> dict[int, str]:
+        """Which active adapter deepens an expert here."""
+        births = {name: self.births[name] for name in self.active_banks()}
+        return {e: name for name, birth in births.items() for e in birth.grown if e not in birth.spawned}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.births.pop(adapter_name, None)
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] != adapter_name}
+        self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write grown experts over the base's; the slices that they replace are kept for `unmerge`."""
+        """Write what has grown over the base's; the slices and pieces replaced are kept for `unmerge`."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.births]
         self.check_merge(safe_merge, names)
         for name in names:
             bank = {stack: weight.detach() for stack, weight in self.bank(name).items()}
-            self._originals[name] = experts.read_experts(self.base_layer, self.grown[name])
-            experts.write_experts(self.base_layer, self.grown[name], bank)
+            pieces = self.pieces(self.births[name])
+            self._originals[name] = experts.read_pieces(self.base_layer, pieces)
+            experts.write_pieces(self.base_layer, pieces, bank)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Put back, bit for bit, what the merges replaced."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            experts.write_experts(self.base_layer, self.grown[name], self._originals.pop(name))
+            experts.write_pieces(self.base_layer, self.pieces(self.births[name]), self._originals.pop(name))
 
     def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if merging these adapters here would fail; writes nothing."""
@@ -287,7 +359,8 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             name: [f"{expert} (newborn)" if expert in birth.spawned else expert for expert in birth.grown]
             for name, birth in self.births.items()
         }
-        return f"layer={self.layer_index}, grown={nodes}"
+        held = {name: parts.count(birth.pieces) for name, birth in self.births.items() if birth.pieces is not None}
+        return f"layer={self.layer_index}, grown={nodes}" + (f", parts={held}" if held else "")
 
     def __repr__(self) -> str:
         return "pcgrow." + super().__repr__()

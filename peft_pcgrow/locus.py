@@ -1,8 +1,11 @@
-"""The locus: the set of nodes chosen to change, as decoder layer -> experts."""
+"""The locus: the set of nodes chosen to change, as decoder layer -> experts, or down to parts of experts."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+# how fine an adapter may choose: whole experts, single matrices, or blocks of intermediate neurons
+RESOLUTIONS = ("expert", "matrix", "neurons")
 
 
 class Locus(Mapping[int, tuple[int, ...]]):
@@ -23,21 +26,10 @@ class Locus(Mapping[int, tuple[int, ...]]):
             if isinstance(experts, (str, bytes)) or not isinstance(experts, Iterable):
                 raise ValueError(f"layer {layer!r} in the locus must list its experts, got {experts!r}")
             if listed := list(experts):
-                chosen[self._whole(layer, "layer")] = tuple(sorted({self._whole(e, "expert") for e in listed}))
+                chosen[_whole(layer, "layer")] = tuple(sorted({_whole(e, "expert") for e in listed}))
         if not chosen:
             raise ValueError(f"the locus is empty ({nodes!r}): name at least one expert, or raise the budget")
         self._nodes = dict(sorted(chosen.items()))
-
-    @staticmethod
-    def _whole(value: Any, what: str) -> int:
-        # JSON turns the keys of an object into strings
-        if isinstance(value, str):
-            number = int(value) if value.isdigit() else -1
-        else:
-            number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
-        if number < 0:
-            raise ValueError(f"{what} {value!r} in the locus is not a whole number >= 0")
-        return number
 
     def __getitem__(self, layer: int) -> tuple[int, ...]:
         return self._nodes[layer]
@@ -76,6 +68,55 @@ class Locus(Mapping[int, tuple[int, ...]]):
     def describe(self) -> str:
         """One short line: `layer 3: 0 5 | layer 4: 1`."""
         return " | ".join(f"layer {layer}: {' '.join(map(str, experts))}" for layer, experts in self._nodes.items())
+
+
+def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
+    """Parts of experts, `{layer: {expert: [...]}}`, with sorted string keys and sorted lists, as JSON gives them back.
+
+    Args:
+        parts: lists name weight stacks at resolution "matrix", and hold numbers of blocks at "neurons".
+
+    Raises:
+        ValueError: whole experts have no parts, or a layer, expert, list or part that is none, empty or named twice.
+    """
+    if resolution == "expert":
+        raise ValueError(
+            f"parts={parts!r} chooses within experts, which resolution='expert' grows as a whole: use "
+            "resolution='matrix' or 'neurons', or locus= without parts="
+        )
+    example = "{3: {0: ['down_proj']}}" if resolution == "matrix" else "{3: {0: [0, 1]}}"
+    if not isinstance(parts, Mapping) or not parts:
+        raise ValueError(f"parts must map layer -> expert -> [parts], for example {example}; got {parts!r}")
+    chosen: dict[int, dict[int, list[Any]]] = {}
+    for layer, experts in parts.items():
+        if not isinstance(experts, Mapping) or not experts:
+            raise ValueError(f"layer {layer!r} in parts must map experts to [parts], as in {example}; got {experts!r}")
+        here = chosen.setdefault(_whole(layer, "layer", "parts"), {})
+        for expert, listed in experts.items():
+            number = _whole(expert, "expert", "parts")
+            what = f"layer {layer}, expert {expert} in parts"
+            if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable) or not (listed := list(listed)):
+                raise ValueError(f"{what} must list at least one part, as in {example}; got {listed!r}")
+            if resolution == "matrix":
+                if unknown := [part for part in listed if not isinstance(part, str)]:
+                    raise ValueError(f"{what} must name weight stacks, as in {example}; got {unknown[0]!r}")
+            else:
+                listed = [_whole(part, "block", "parts") for part in listed]
+            if number in here or len(set(listed)) < len(listed):
+                raise ValueError(f"{what} names a part twice, or is there twice: {listed!r}")
+            here[number] = sorted(listed)
+    return {str(layer): {str(e): chosen[layer][e] for e in sorted(chosen[layer])} for layer in sorted(chosen)}
+
+
+def _whole(value: Any, what: str, where: str = "the locus") -> int:
+    # JSON turns the keys of an object into strings
+    if isinstance(value, str):
+        number = int(value) if value.isdigit() else -1
+    else:
+        number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
+    if number < 0:
+        raise ValueError(f"{what} {value!r} in {where} is not a whole number >= 0")
+    return number
 
 
 def _ranges(values: list[int]) -> str:

@@ -12,15 +12,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, plan, spawn
+from peft_pcgrow import experts, parts
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.flat import check_flat
-from peft_pcgrow.gate import Gate
-from peft_pcgrow.guard import TrainingGuard, say
-from peft_pcgrow.layer import Birth, PCGrowExperts
+from peft_pcgrow.guard import TrainingGuard
+from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack, Way
 
@@ -69,7 +69,8 @@ class PCGrowModel(BaseTuner):
         if peft_config.base is None:
             # on a copy: a config that is refused can be changed and used again
             resolved = copy.copy(peft_config)
-            self._resolve(resolved, experts_at, measured)
+            resolve(resolved, allowed, measured)
+            self._check_donors(resolved)
             if resolved.router == "flat":
                 spawned = resolved.spawned or {}
                 newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
@@ -87,10 +88,12 @@ class PCGrowModel(BaseTuner):
             )
         locus = Locus(peft_config.locus or {})
         locus.check(experts_at)
+        if peft_config.parts is not None:
+            parts.check_parts(peft_config.parts, locus, peft_config.resolution, peft_config.block, allowed)
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
-        self._births = {site.name: self._birth(peft_config, site, measured) for site in allowed if site.layer in locus}
+        self._births = {site.name: birth(peft_config, site, measured) for site in allowed if site.layer in locus}
         self._tree = tree
 
     def _may_grow(self, config: PCGrowConfig, name: str) -> bool:
@@ -107,69 +110,11 @@ class PCGrowModel(BaseTuner):
             given.check_base({key: base[key] for key in ("model_type", "layers", "experts", "shapes", "routers")})
         return given or config._measured
 
-    @staticmethod
-    def _resolve(config: PCGrowConfig, experts_at: dict[int, int], emap: ErrorMap | None) -> None:
-        """Turn map, budget and options into nodes and sizes."""
-        layers = tuple(experts_at)
-        if config.locus is not None:
-            locus = Locus(config.locus)
-            locus.check(experts_at)
-        elif emap is None and config.select != "random":
-            raise ValueError(
-                "PCGrowConfig needs error_map= (from measure_errors) and budget=, or locus={layer: [experts]}, or "
-                "select='random'"
-            )
-        else:
-            here = emap.restrict(layers) if emap is not None else None
-            choice = plan.choose(
-                layers,
-                experts_at[layers[0]],
-                config.budget,
-                config.select,
-                here,
-                config.seed,
-                config.gate_fpr,
-                uniform=config.router == "flat",
-            )
-            locus = choice.locus
-        separation = emap.separation if emap is not None else None
-        if config.grow != "deepen":
-            if emap is None or separation is None:
-                raise ValueError(spawn.NO_RETAIN.format(f"grow={config.grow!r}"))
-            decisions = spawn.decide(emap, locus, config.grow, config.gate_fpr)
-            say(spawn.report(decisions, f"pcgrow: grow={config.grow!r} at gate_fpr={config.gate_fpr}"))
-            locus = Locus(spawn.kept(decisions, "spawn", "deepen"))
-            config.spawned = {str(layer): donors for layer, donors in spawn.kept(decisions, "spawn").items()}
-            config.gate_window = int(separation.facts["window"])
-        config.locus = locus.to_json()
-        if config.protect:
-            if emap is None or separation is None:
-                raise ValueError(spawn.NO_RETAIN.format(f"protect={config.protect}"))
-            config.protected = {
-                str(layer): {
-                    stack: separation.directions(emap.layers.index(layer), stack, list(chosen), config.protect).shape[2]
-                    for stack in separation.moment
-                }
-                for layer, chosen in locus.items()
-            }
-
-    @staticmethod
-    def _birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:
-        """What the adapter's nodes at `site` are; gates and directions are zeros where the map is not at hand."""
-        grown = Locus(config.locus or {})[site.layer]
-        spawned = tuple((config.spawned or {}).get(str(site.layer), ()))
-        separation = emap.separation if emap is not None else None
-        row = emap.layers.index(site.layer) if emap is not None else 0
-        gate: tuple[Gate, Tensor] | None = None
-        if spawned and separation is not None:
-            gate = separation.gate(row), separation.threshold[row]
-        directions = {}
-        for stack, rank in (config.protected or {}).get(str(site.layer), {}).items():
-            if separation is not None:
-                directions[stack] = separation.directions(row, stack, list(grown), config.protect)
-            else:
-                directions[stack] = torch.zeros(len(grown), experts.input_width(site.base, stack), rank)
-        return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions)
+    def _check_donors(self, config: PCGrowConfig) -> None:
+        """A newborn with parts has the rest from the base: nobody may have deepened its donor meanwhile."""
+        for layer in self.tuner_layers() if config.parts is not None else ():
+            donors = (config.spawned or {}).get(str(layer.layer_index), ())
+            layer.check_donors("the new adapter", donors, layer.deepened())
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -277,13 +222,16 @@ class PCGrowModel(BaseTuner):
             layers = [layer for layer in self.tuner_layers() if name in layer.grown]
             if not layers:
                 continue
-            locus = Locus({layer.layer_index: layer.grown[name] for layer in layers})
+            config, locus = self.peft_config[name], Locus({layer.layer_index: layer.grown[name] for layer in layers})
             newborns = sum(len(layer.births[name].spawned) for layer in layers)
             parameters = sum(p.numel() for layer in layers for p in layer.bank(name).values())
+            what = f"{len(locus.nodes)} experts ({newborns} of them newborns)"
+            if config.parts is not None:
+                pieces = sum(parts.count(layer.births[name].pieces or {}) for layer in layers)
+                what = f"{pieces} parts (resolution={config.resolution!r}) of {what}"
             lines.append(
-                f"pcgrow: adapter {name!r} grows {len(locus.nodes)} experts ({newborns} of them newborns) in "
-                f"{len(locus)} layers, {parameters:,} parameters, settle={self.peft_config[name].settle!r}: "
-                f"{locus.describe()}"
+                f"pcgrow: adapter {name!r} grows {what} in {len(locus)} layers, {parameters:,} parameters, "
+                f"settle={config.settle!r}: {locus.describe()}"
             )
         return "\n".join(lines)
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from peft_pcgrow.error_map import STATISTICS, ErrorMap
 from peft_pcgrow.gate import at_rate
-from peft_pcgrow.locus import Locus
-from peft_pcgrow.removable import RESOLUTIONS
+from peft_pcgrow.locus import RESOLUTIONS, Locus
 
 # rules for the donors of newborns, beside the map's own statistics
 DONORS = ("lowest", "contested", "separable")
@@ -26,11 +25,12 @@ class Choice:
 
     Attributes:
         locus: the nodes.
-        parts: layer -> expert -> names of matrices or indices of blocks of neurons; None: whole experts.
+        parts: layer -> expert -> names of matrices or indices of blocks of neurons, layers and experts as in a config
+            file; None: whole experts.
     """
 
     locus: Locus
-    parts: dict[int, dict[int, list]] | None = None
+    parts: dict[str, dict[str, list]] | None = None
 
 
 @dataclass(frozen=True)
@@ -257,14 +257,14 @@ def _best(found: Candidates, count: int, allowed: Tensor) -> list[int]:
 
 def _choice(found: Candidates, chosen: Sequence[int], layers: tuple[int, ...]) -> Choice:
     nodes: dict[int, list[int]] = {}
-    parts: dict[int, dict[int, list]] = {}
+    parts: dict[str, dict[str, list]] = {}
     for i in sorted(chosen):
         layer, expert, part = layers[int(found.layer[i])], int(found.expert[i]), int(found.part[i])
         if expert not in nodes.setdefault(layer, []):
             nodes[layer].append(expert)
         if part >= 0:
             named = found.names[part] if found.names else part
-            parts.setdefault(layer, {}).setdefault(expert, []).append(named)
+            parts.setdefault(str(layer), {}).setdefault(str(expert), []).append(named)
     return Choice(Locus(nodes), parts or None)
 
 

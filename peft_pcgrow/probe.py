@@ -1,7 +1,7 @@
 """What the error map looks at in each layer while a corpus is settled, and sums up."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ class ErrorProbe(Probe):
         self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
         self._routed: tuple[Tensor, Tensor] | None = None
         self._forward: dict[int, tuple[Tensor, Tensor]] = {}
-        self._stacks: list[tuple[str, nn.Parameter, Sequence[int] | None]] = []
+        self._stacks: list[tuple[str, Tensor, Sequence[int] | None]] = []
         if resumed is not None:
             for row, layer in enumerate(resumed.layers):
                 self.sums[layer] = torch.stack([getattr(resumed, name)[row] for name in SUMS])
@@ -69,7 +69,10 @@ class ErrorProbe(Probe):
         if site is None:
             yield lambda: []
             return
+        composed = ExitStack()
         if self.sketch is not None:
+            if (once := getattr(site.module, "composed_once", None)) is not None:
+                composed.enter_context(once())
             self._stacks = list(_stacks_in_use(site))
 
         def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -83,6 +86,7 @@ class ErrorProbe(Probe):
             yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
         finally:
             handle.remove()
+            composed.close()
             for _, stack, _ in self._stacks:
                 stack.requires_grad_(False)
 
@@ -168,7 +172,7 @@ class ErrorProbe(Probe):
         )
 
 
-def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, nn.Parameter, Sequence[int] | None]]:
+def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
     """The tensors whose gradients are the experts' (name, tensor, experts of its slices; None for all of them)."""
     in_use = getattr(site.module, "weights_in_use", None)
     if in_use is None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RESOLUTIONS = ("expert", "matrix", "neurons")
+from peft_pcgrow.locus import RESOLUTIONS
+
 # singular values below this share of the largest have no direction worth keeping
 CUTOFF = 1e-6
 # Student's t for a two-sided 95 % interval, by degrees of freedom

@@ -4,6 +4,7 @@ Measured beside an error map on text that the gates were not fitted on. Shapes: 
 false-positive rates, H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -52,12 +53,18 @@ class Separation:
         shares = [rows / rows.sum(1, keepdim=True).clamp_min(1) for rows in (self.domain_rows, self.retain_rows)]
         return torch.minimum(*shares)
 
-    def directions(self, row: int, stack: str, experts: list[int], share: float) -> Tensor:
-        """Main input directions of the retain text at some experts of a layer, `[N, I, K]`; zeros fill up to one K."""
+    def directions(
+        self, row: int, stack: str, experts: list[int], share: float, inputs: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Main input directions of the retain text at some experts of a layer, `[N, I, K]`; zeros fill up to one K.
+
+        Args:
+            inputs: only some inputs of each, `[P]` (then I is P).
+        """
         sketch = MomentSketch(int(self.facts["sketch"]))
         found = [
-            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch)
-            for e in experts
+            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch, chosen)
+            for e, chosen in zip(experts, inputs or [None] * len(experts), strict=True)
         ]
         widest = max((v.shape[1] for v in found), default=0)
         return torch.stack([torch.nn.functional.pad(v, (0, widest - v.shape[1])) for v in found])
