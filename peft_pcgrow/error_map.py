@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from peft_pcgrow import heatmap
+from peft_pcgrow import heatmap, lifecycle, node_table, page, page_html
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.separation import Separation
 
@@ -315,6 +315,59 @@ class ErrorMap:
                 f"{node.share:>16.2%} {node.coherent:>16.4g}"
             )
         return "\n".join(lines)
+
+    def lifecycle(self, before: "ErrorMap", locus: Locus | None = None) -> Tensor:
+        """What growing did to each node since `before`, `[L, E]` int8: the place of its stage in `lifecycle.STAGES`.
+
+        `before` is the map of the same corpus and base from before growth, `locus` what grew (`PCGrowConfig.locus`).
+        Generic, frontier, growing and converged are defined, with their thresholds, in `peft_pcgrow/lifecycle.py`.
+
+        Raises:
+            TypeError: `before` is no map. ValueError: it is of another base or corpus, or the locus has other nodes.
+        """
+        return lifecycle.stages(self, before, self._located(locus))
+
+    def page(
+        self, path: str | os.PathLike, before: "ErrorMap | None" = None, locus: Locus | None = None
+    ) -> None:
+        """Write one page on the map: error, frequency, coherent error and, where measured, gate separability per node.
+
+        With `before`, the map from before growth, also the change of the error and each node's `lifecycle`. Nodes of
+        `locus` are outlined. `path` ends in .html (self-contained, opens offline) or in .png, .pdf or .svg (needs
+        matplotlib); the file is written all or nothing.
+
+        Raises:
+            ValueError: another suffix, or what `lifecycle` raises. ImportError: matplotlib is missing.
+        """
+        suffix = page.suffix_of(path)
+        contents = node_table.contents(self, before, self._located(locus))
+        page.write(path, page_html.draw(contents) if suffix == ".html" else page.draw(contents, suffix))
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with one row per node: layer, expert, count, weight, error, share, square, coherent.
+
+        With a separation also domain_rows, retain_rows, contested, and recall and false_positive of a gate that takes
+        1 % of the retain rows. Raises ImportError without pandas.
+        """
+        return node_table.frame(self)
+
+    def scalars(self, prefix: str = "pcgrow/") -> dict[str, float]:
+        """A few plain numbers for `Trainer.log`: finite floats only, others are left out.
+
+        Loss and error per label token, share of the error in the top 5 % of the nodes and in each layer, half-mass
+        share, number of nodes that no row was routed to.
+        """
+        return node_table.scalars(self, prefix)
+
+    def _located(self, locus: Locus | None) -> Tensor:
+        """The nodes of a locus, `[L, E]` bool."""
+        mask = torch.zeros(self.count.shape, dtype=torch.bool)
+        if locus:
+            locus = Locus(locus)
+            locus.check(dict.fromkeys(self.layers, mask.shape[1]))
+            for layer, experts in locus.items():
+                mask[self.layers.index(layer), list(experts)] = True
+        return mask
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect"],
-    ["separation"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "lifecycle", "page"],
+    ["separation", "page_html", "node_table"],
     ["error_map"],
     ["settle", "plan"],
     ["experts", "sequence"],
