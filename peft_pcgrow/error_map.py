@@ -327,9 +327,7 @@ class ErrorMap:
         """
         return lifecycle.stages(self, before, self._located(locus))
 
-    def page(
-        self, path: str | os.PathLike, before: "ErrorMap | None" = None, locus: Locus | None = None
-    ) -> None:
+    def page(self, path: str | os.PathLike, before: "ErrorMap | None" = None, locus: Locus | None = None) -> None:
         """Write one page on the map: error, frequency, coherent error and, where measured, gate separability per node.
 
         With `before`, the map from before growth, also the change of the error and each node's `lifecycle`. Nodes of

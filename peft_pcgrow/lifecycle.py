@@ -23,7 +23,7 @@ MOVED = 0.15
 # share of its former error per row at which a node has converged: half of the force on its output, a quarter of its
 # energy
 CONVERGED = 0.5
-# the covered level, as a share of the mean error per row before: the tenth at which the diagnosis calls a corpus covered
+# the covered level, as a share of the mean error per row before: the diagnosis calls a corpus covered at the same tenth
 COVERED = 0.1
 # times the mean node's share of the error, above which a node weighs much: none does in a flat map
 HEAVY = 2.0

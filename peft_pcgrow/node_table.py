@@ -19,6 +19,7 @@ RATE = 0.01
 TOP = 8
 # share of the nodes whose share of the error goes to a log
 FEW = 0.05
+IN_LAYER = "in the layer"
 MEANINGS = {
     "generic": "no row of this corpus, or a light node whose error stayed",
     "frontier": f"over {HEAVY:g} times the mean node's error, not located, error stayed",
@@ -33,49 +34,49 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def contents(emap: Any, before: Any, located: Tensor) -> Page:
-    """The page of a map; with `before`, also what changed since that map. `located [L, E]` bool: the locus."""
-    rows = emap.count.sum(1, keepdim=True)
-    frequency, share, coherent = ratio(emap.count, rows), ratio(emap.mass, emap.mass.sum()), emap.coherent
-    busiest = "busiest expert"
+    """The page of a map; with `before`, also what changed since that map. `located [L, E]` bool: the locus.
+
+    A column with a hue is a panel: another panel is another `Column` here, and nothing else.
+    """
+    share, frequency = ratio(emap.mass, emap.mass.sum()), ratio(emap.count, emap.count.sum(1, keepdim=True))
     columns = [
         Column("count", "rows routed here", emap.count),
         Column("weight", "routed weight", emap.weight),
         Column("error", "error", emap.mass),
         Column("per_row", "error per row", ratio(emap.mass, emap.count)),
-        Column("share", "Error", share, "orange", "share of the whole model's error", True, share.sum(1), "in the layer"),
-        Column("frequency", "Frequency", frequency, "blue", "share of the layer's rows", True, frequency.amax(1), busiest),
-    ]  # fmt: skip
+        Column("share", "Share of error", share, "orange", "of the whole model", True, share.sum(1), IN_LAYER),
+        # a layer's rows are as many as its neighbour's: their sum would say nothing
+        Column("frequency", "Frequency", frequency, "blue", "of the layer's rows", True, frequency.amax(1), "busiest"),
+    ]
     if emap.gradient:
-        columns.append(Column("coherent", "Coherent error", coherent, "purple", "norm of the summed weight gradient",
-                              bars=coherent.sum(1), bars_label="in the layer"))  # fmt: skip
+        norm, what = emap.coherent, "norm of the summed weight gradient"
+        columns.append(Column("coherent", "Coherent error", norm, "purple", what, False, norm.sum(1), IN_LAYER))
     if emap.separation is not None:
         recall = at_rate(emap.separation.recall, RATE).double()
-        columns.append(Column("separability", "Gate separability", recall, "green", 
-                              f"domain rows let in at {RATE:.0%} of retain rows", True, recall.mean(1), "mean"))  # fmt: skip
-    loss = f"loss {emap.loss / max(emap.labels, 1):.3f} nats per label token"
+        what = f"domain rows let in, with {RATE:.0%} of the retain rows"
+        columns.append(Column("separability", "Gate separability", recall, "green", what, True, recall.mean(1), "mean"))
+    loss = f"{emap.loss / max(emap.labels, 1):.3f} nats per label token"
     if before is not None:
         check_pair(emap, before)
-        former = max(float(before.mass.sum()), torch.finfo(torch.float64).tiny)
-        # of one corpus: per token is by the same number of tokens
-        change = (emap.mass - before.mass) / former
+        # of one corpus: the same per token
+        change = (emap.mass - before.mass) / before.mass.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        stage, what = stages(emap, before, located), "what growing did to each node"
         columns += [
             Column("before", "error per row before", ratio(before.mass, before.count)),
-            Column("change", "Change of error", change, "change", "per token, of all error before", True, change.sum(1),
-                   "in the layer"),
-            Column("lifecycle", "Lifecycle", stages(emap, before, located), "stages",
-                   "what growing did to each node", bars_label="experts"),
-        ]  # fmt: skip
-        loss = f"loss {before.loss / max(before.labels, 1):.3f} → {loss.removeprefix('loss ')}"
+            Column("change", "Change of error", change, "change", "of all before", True, change.sum(1), IN_LAYER),
+            Column("lifecycle", "Lifecycle", stage, "stages", what, bars_label="experts"),
+        ]
+        loss = f"{before.loss / max(before.labels, 1):.3f} → {loss}"
     layers, experts = emap.count.shape
     facts = [
-        f"{layers} layers × {experts} experts, {emap.tokens:,} tokens, {loss}",
+        f"{layers} layers x {experts} experts, {emap.tokens:,} tokens, loss {loss}",
         f"Diagnosis: {emap.diagnosis}",
     ]
-    notes = []
+    notes, unrouted = [], int((emap.count == 0).sum())
     if located.any():
         notes.append(f"outlined: the locus ({int(located.sum())} nodes)")
-    if (emap.count == 0).any():
-        notes.append(f"grey: never routed ({int((emap.count == 0).sum())} nodes)")
+    if unrouted:
+        notes.append(f"grey: never routed ({unrouted} nodes)")
     if notes:
         facts.append("; ".join(notes).capitalize())
     top = emap.top(TOP)

@@ -6,6 +6,7 @@ Shapes: L layers with experts, E experts.
 import io
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,17 +122,12 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     """Write a file, all or nothing."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp keeps others out; a picture is as readable as any new file
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(staged).chmod(0o666 & ~mask)
-        Path(staged).replace(target)
+        (staging / target.name).write_bytes(content)
+        (staging / target.name).replace(target)
     finally:
-        Path(staged).unlink(missing_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def draw(page: Page, suffix: str) -> bytes:
@@ -156,7 +152,8 @@ def figure(page: Page) -> Any:
     across = 2 if len(panels) in (2, 4) else min(3, len(panels))
     down = -(-len(panels) // across)
     # all sizes in inches; a panel is as large as its cells need, within what fits a wall
-    wide, high = min(7.5, max(4.7, 2.4 + 0.045 * experts)), 1.4 + min(4.0, max(1.5, 0.25 * min(layers, 8), 0.08 * layers))
+    wide = min(6.4, max(4.7, 2.4 + 0.045 * experts))
+    high = 1.4 + min(3.6, max(1.5, 0.25 * min(layers, 8), 0.08 * layers))
     width = across * wide + 0.15
     facts = [part for line in page.facts for part in wrap(line, int(13 * width))]
     top = wrap(page.top, int(13.5 * width))
@@ -175,7 +172,7 @@ def figure(page: Page) -> Any:
         say(line, foot - 0.06 - 0.2 * i, fontsize=9, color=INK)
     for i, panel in enumerate(panels):
         left, low = 0.62 + wide * (i % across), height - head - high * (i // across + 1)
-        cells = wide - 0.85
+        cells = wide - 0.78
 
         def place(x: float, y: float, w: float, h: float, left: float = left, low: float = low, **options: Any) -> Any:
             return drawn.add_axes(((left + x) / width, (low + y) / height, w / width, h / height), **options)
@@ -196,10 +193,10 @@ def _draw_panel(page: Page, panel: Column, cells: Any, sums: Any, scale: Any) ->
 
     layers, experts = page.located.shape
     staged, unit = panel.hue == "stages", 100.0 if panel.percent else 1.0
-    colours = (
-        ListedColormap(STAGE_COLOURS) if staged else LinearSegmentedColormap.from_list(panel.hue, HUES[panel.hue])
-    )
-    colours.set_bad(NOWHERE)
+    if staged:
+        colours = ListedColormap(STAGE_COLOURS)
+    else:
+        colours = LinearSegmentedColormap.from_list(panel.hue, HUES[panel.hue]).with_extremes(bad=NOWHERE)
     low, high = limits(panel)
     values = unit * panel.values.double()
     shown = values if staged else values.masked_fill(~page.present, float("nan"))
@@ -246,7 +243,9 @@ def _draw_panel(page: Page, panel: Column, cells: Any, sums: Any, scale: Any) ->
         return
     if panel.bars is not None:
         bars = unit * panel.bars.double()
-        sums.barh(range(layers), bars.numpy(), height=0.8, color=[colours(0.15 if b < 0 else 0.7) for b in bars.tolist()])
+        sums.barh(
+            range(layers), bars.numpy(), height=0.8, color=[colours(0.15 if b < 0 else 0.7) for b in bars.tolist()]
+        )
         sums.axvline(0, color="#999999", linewidth=0.8)
     beyond = bool((panel.values.double().abs() > high).any())
     extend = "neither" if not beyond else "both" if low < 0 else "max"

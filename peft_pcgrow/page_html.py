@@ -10,7 +10,7 @@ from importlib.resources import files
 
 from torch import Tensor
 
-from peft_pcgrow.page import HUES, NOWHERE, STAGE_COLOURS, Page, limits, outline
+from peft_pcgrow.page import HUES, NOWHERE, STAGE_COLOURS, Column, Page, limits, outline
 
 # digits of the numbers in the file: 48 x 128 nodes stay below 1.5 MB
 DIGITS = 6
@@ -56,7 +56,7 @@ def _data(page: Page) -> dict:
                 "percent": column.percent,
                 "bars": None if column.bars is None else _numbers(column.bars),
                 "barsLabel": column.bars_label,
-                "limits": limits(column) if column.hue else None,
+                "limits": [_number(limit) for limit in limits(column)] if column.hue else None,
             }
             for column in page.columns
         ],
@@ -64,9 +64,14 @@ def _data(page: Page) -> dict:
 
 
 def _numbers(values: Tensor) -> list[float | int | None]:
-    """Flat, to `DIGITS` digits, whole numbers as such; None for what JSON has no number for."""
-    short = (float(f"{value:.{DIGITS}g}") if abs(value) % 1 else value for value in values.double().flatten().tolist())
-    return [None if not math.isfinite(v) else int(v) if v == int(v) else v for v in short]
+    return [_number(value) for value in values.double().flatten().tolist()]
+
+
+def _number(value: float) -> float | int | None:
+    """To `DIGITS` digits, whole numbers as such; None for what JSON has no number for."""
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) else float(f"{value:.{DIGITS}g}")
 
 
 def _node_table(page: Page) -> str:
@@ -78,12 +83,12 @@ def _node_table(page: Page) -> str:
     return f'<thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
 
 
-def _shown(page: Page, column, row: int, expert: int) -> str:
+def _shown(page: Page, column: Column, row: int, expert: int) -> str:
     value = float(column.values[row, expert])
     if column.hue == "stages":
         return escape(page.stages[int(value)][0])
     if not math.isfinite(value):
-        return "–"
+        return "&ndash;"
     if column.percent:
         return f"{value:.2%}"
     return f"{int(value):,}" if value == int(value) else f"{value:.4g}"

@@ -137,7 +137,7 @@ def test_wheel_holds_both_packages(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix in (".py", ".html", ".typed")}
     expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in KERNELS.rglob("*.py")}
     assert expected <= held
     outside = {name.split("/")[0] for name in held} - {"peft_pcgrow", "pcgrow_kernels"}
