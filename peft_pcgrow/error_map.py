@@ -325,7 +325,7 @@ class ErrorMap:
         Raises:
             TypeError: `before` is no map. ValueError: it is of another base or corpus, or the locus has other nodes.
         """
-        return lifecycle.stages(self, before, self._located(locus))
+        return lifecycle.stages(self, before, node_table.located(self, locus))
 
     def page(self, path: str | os.PathLike, before: "ErrorMap | None" = None, locus: Locus | None = None) -> None:
         """Write one page on the map: error, frequency, coherent error and, where measured, gate separability per node.
@@ -338,7 +338,7 @@ class ErrorMap:
             ValueError: another suffix, or what `lifecycle` raises. ImportError: matplotlib is missing.
         """
         suffix = page.suffix_of(path)
-        contents = node_table.contents(self, before, self._located(locus))
+        contents = node_table.contents(self, before, locus)
         page.write(path, page_html.draw(contents) if suffix == ".html" else page.draw(contents, suffix))
 
     def to_pandas(self) -> Any:
@@ -356,16 +356,6 @@ class ErrorMap:
         share, number of nodes that no row was routed to.
         """
         return node_table.scalars(self, prefix)
-
-    def _located(self, locus: Locus | None) -> Tensor:
-        """The nodes of a locus, `[L, E]` bool."""
-        mask = torch.zeros(self.count.shape, dtype=torch.bool)
-        if locus:
-            locus = Locus(locus)
-            locus.check(dict.fromkeys(self.layers, mask.shape[1]))
-            for layer, experts in locus.items():
-                mask[self.layers.index(layer), list(experts)] = True
-        return mask
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

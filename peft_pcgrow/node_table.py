@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_pcgrow.gate import at_rate
 from peft_pcgrow.lifecycle import CONVERGED, HEAVY, MOVED, STAGES, check_pair, stages
+from peft_pcgrow.locus import Locus
 from peft_pcgrow.page import Column, Page
 
 # false-positive rate of the gates whose recall is shown
@@ -28,16 +29,28 @@ MEANINGS = {
 }
 
 
+def located(emap: Any, locus: Locus | None) -> Tensor:
+    """The nodes of a locus, `[L, E]` bool; ValueError if the map has no such nodes."""
+    mask = torch.zeros(emap.count.shape, dtype=torch.bool)
+    if locus:
+        locus = Locus(locus)
+        locus.check(dict.fromkeys(emap.layers, mask.shape[1]))
+        for layer, experts in locus.items():
+            mask[emap.layers.index(layer), list(experts)] = True
+    return mask
+
+
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, 0 where whole is 0."""
     return torch.where(whole > 0, part / whole.where(whole > 0, torch.ones_like(whole)), 0.0)
 
 
-def contents(emap: Any, before: Any, located: Tensor) -> Page:
-    """The page of a map; with `before`, also what changed since that map. `located [L, E]` bool: the locus.
+def contents(emap: Any, before: Any, locus: Locus | None) -> Page:
+    """The page of a map; with `before`, also what changed since that map.
 
     A column with a hue is a panel: another panel is another `Column` here, and nothing else.
     """
+    inside = located(emap, locus)
     share, frequency = ratio(emap.mass, emap.mass.sum()), ratio(emap.count, emap.count.sum(1, keepdim=True))
     columns = [
         Column("count", "rows routed here", emap.count),
@@ -60,11 +73,11 @@ def contents(emap: Any, before: Any, located: Tensor) -> Page:
         check_pair(emap, before)
         # of one corpus: the same per token
         change = (emap.mass - before.mass) / before.mass.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        stage, what = stages(emap, before, located), "what growing did to each node"
+        stage, what = stages(emap, before, inside), "per token, of all error before"
         columns += [
             Column("before", "error per row before", ratio(before.mass, before.count)),
-            Column("change", "Change of error", change, "change", "of all before", True, change.sum(1), IN_LAYER),
-            Column("lifecycle", "Lifecycle", stage, "stages", what, bars_label="experts"),
+            Column("change", "Change of error", change, "change", what, True, change.sum(1), IN_LAYER),
+            Column("lifecycle", "Lifecycle", stage, "stages", "what growing did to each node", bars_label="experts"),
         ]
         loss = f"{before.loss / max(before.labels, 1):.3f} → {loss}"
     layers, experts = emap.count.shape
@@ -73,8 +86,8 @@ def contents(emap: Any, before: Any, located: Tensor) -> Page:
         f"Diagnosis: {emap.diagnosis}",
     ]
     notes, unrouted = [], int((emap.count == 0).sum())
-    if located.any():
-        notes.append(f"outlined: the locus ({int(located.sum())} nodes)")
+    if inside.any():
+        notes.append(f"outlined: the locus ({int(inside.sum())} nodes)")
     if unrouted:
         notes.append(f"grey: never routed ({unrouted} nodes)")
     if notes:
@@ -88,7 +101,7 @@ def contents(emap: Any, before: Any, located: Tensor) -> Page:
         layers=emap.layers,
         columns=columns,
         present=emap.count > 0,
-        located=located,
+        located=inside,
         stages=[(name, MEANINGS[name]) for name in STAGES],
         top_nodes=[(emap.layers.index(node.layer), node.expert) for node in emap.top(3 * TOP)],
     )

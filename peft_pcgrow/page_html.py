@@ -79,7 +79,7 @@ def _node_table(page: Page) -> str:
     rows = []
     for row, expert in page.top_nodes:
         cells = "".join(f"<td>{_shown(page, column, row, expert)}</td>" for column in page.columns)
-        rows.append(f'<tr><th scope="row">{page.layers[row]}.{expert}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{escape(f"{page.layers[row]}.{expert}")}</th>{cells}</tr>')
     return f'<thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
 
 
@@ -101,5 +101,5 @@ def _layer_table(page: Page) -> str:
     for row, layer in enumerate(page.layers):
         values = [(c.percent, float(c.bars[row])) for c in barred if c.bars is not None]
         cells = "".join(f"<td>{f'{value:.2%}' if percent else f'{value:.4g}'}</td>" for percent, value in values)
-        rows.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{escape(str(layer))}</th>{cells}</tr>')
     return f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
