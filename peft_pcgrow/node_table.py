@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow.gate import at_rate
-from peft_pcgrow.lifecycle import CONVERGED, HEAVY, MOVED, STAGES, check_pair, stages
+from peft_pcgrow.lifecycle import CONVERGED, HEAVY, MOVED, STAGES, stages
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.page import Column, Page
 
@@ -70,10 +70,9 @@ def contents(emap: Any, before: Any, locus: Locus | None) -> Page:
         columns.append(Column("separability", "Gate separability", recall, "green", what, True, recall.mean(1), "mean"))
     loss = f"{emap.loss / max(emap.labels, 1):.3f} nats per label token"
     if before is not None:
-        check_pair(emap, before)
-        # of one corpus: the same per token
-        change = (emap.mass - before.mass) / before.mass.sum().clamp_min(torch.finfo(torch.float64).tiny)
         stage, what = stages(emap, before, inside), "per token, of all error before"
+        # both maps hold as many tokens
+        change = (emap.mass - before.mass) / before.mass.sum().clamp_min(torch.finfo(torch.float64).tiny)
         columns += [
             Column("before", "error per row before", ratio(before.mass, before.count)),
             Column("change", "Change of error", change, "change", what, True, change.sum(1), IN_LAYER),
