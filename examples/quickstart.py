@@ -61,6 +61,7 @@ def main() -> None:
     model = get_peft_model(model, config)
     map_png = args.out / "map.png"
     emap.plot(map_png, locus=Locus(config.locus))
+    emap.page(map_png.with_suffix(".html"), locus=Locus(config.locus))
     train(model, task, args)
     after = losses(model, task)
     model.save_pretrained(args.out / "adapter")
@@ -81,7 +82,7 @@ def main() -> None:
     corpora.note(
         f"\ndomain loss {before['domain']:.3f} -> {after['domain']:.3f}, retain loss {before['retain']:.3f} -> "
         f"{after['retain']:.3f} nats/token; reload differs by {reload_difference:g}, merge by {merge_difference}\n"
-        f"map: {map_png}   adapter: {args.out / 'adapter'}"
+        f"map: {map_png} and .html   adapter: {args.out / 'adapter'}"
     )
     corpora.emit(
         {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pcgrow import heatmap, map_file
+from peft_pcgrow import heatmap, lifecycle, map_file, node_table, page, page_html
 from peft_pcgrow.diagnosis import Diagnosis, judge
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.removable import Removable, StackLayout, coherent, removable
@@ -97,6 +97,11 @@ class ErrorMap:
     def _layouts(self) -> dict[str, StackLayout]:
         return {name: StackLayout(*layout) for name, layout in self.base.get("layouts", {}).items()}
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether weight gradients were measured, so that `removable` can tell the parts of experts apart."""
+        return bool(self.gradient) and bool(self.fold_labels.any())
+
     def removable(self, resolution: str = "expert", block: int = 16) -> Removable:
         """The loss decrease that a step at each part alone would bring, with its standard error (see `removable`).
 
@@ -106,7 +111,7 @@ class ErrorMap:
         Raises:
             ValueError: a map without gradients, an unknown resolution, or a block that does not fit.
         """
-        if not self.gradient:
+        if not self.has_parts:
             raise ValueError("this map holds no weight gradients: measure_errors(model, batches, coherent=True)")
         key = resolution, block if resolution == "neurons" else 0
         if key not in self._removable:
@@ -160,10 +165,10 @@ class ErrorMap:
                 could recover does not count. The same corpus before damage, for example.
         """
         recoverable = removed = None
-        if self.gradient:
+        if self.has_parts:
             removable = self.removable().estimate.clamp_min(0)
             removed = float(removable.sum())
-            if reference is not None and reference.gradient and reference.layers == self.layers:
+            if reference is not None and reference.has_parts and reference.layers == self.layers:
                 removable = (removable - reference.removable().estimate.clamp_min(0)).clamp_min(0)
             recoverable = removable.square() / self.count.clamp_min(1)
         return judge(
@@ -301,6 +306,47 @@ class ErrorMap:
                 f"{node.share:>16.2%} {node.coherent:>16.4g}"
             )
         return "\n".join(lines)
+
+    def lifecycle(self, before: "ErrorMap", locus: Locus | None = None) -> Tensor:
+        """What growing did to each node since `before`, `[L, E]` int8: the place of its stage in `lifecycle.STAGES`.
+
+        `before` is the map of the same corpus and base from before growth, `locus` what grew (`PCGrowConfig.locus`).
+        Generic, frontier, growing and converged are defined, with their thresholds, in `peft_pcgrow/lifecycle.py`.
+
+        Raises:
+            TypeError: `before` is no map. ValueError: it is of another base or corpus, or the locus has other nodes.
+        """
+        return lifecycle.stages(self, before, node_table.located(self, locus))
+
+    def page(self, path: str | os.PathLike, before: "ErrorMap | None" = None, locus: Locus | None = None) -> None:
+        """Write one page on the map: error, frequency, coherent error and, where measured, gate separability per node.
+
+        With `before`, the map from before growth, also the change of the error and each node's `lifecycle`. Nodes of
+        `locus` are outlined. `path` ends in .html (self-contained, opens offline) or in .png, .pdf or .svg (needs
+        matplotlib); the file is written all or nothing.
+
+        Raises:
+            ValueError: another suffix, or what `lifecycle` raises. ImportError: matplotlib is missing.
+        """
+        suffix = page.suffix_of(path)
+        contents = node_table.contents(self, before, locus)
+        page.write(path, page_html.draw(contents) if suffix == ".html" else page.draw(contents, suffix))
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with one row per node: layer, expert, count, weight, error, share, square, coherent.
+
+        With a separation also domain_rows, retain_rows, contested, and recall and false_positive of a gate that takes
+        1 % of the retain rows. Raises ImportError without pandas.
+        """
+        return node_table.frame(self)
+
+    def scalars(self, prefix: str = "pcgrow/") -> dict[str, float]:
+        """A few plain numbers for `Trainer.log`: finite floats only, others are left out.
+
+        Loss and error per label token, share of the error in the top 5 % of the nodes and in each layer, the diagnosis'
+        concentration, number of nodes that no row was routed to.
+        """
+        return node_table.scalars(self, prefix)
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -14,9 +14,9 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute", "lifecycle", "page"],
     ["map_file", "diagnosis"],
-    ["separation", "relax", "removable"],
+    ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map"],
     ["settle", "plan", "processes"],
     ["experts", "sequence"],
@@ -139,7 +139,7 @@ def test_wheel_holds_both_packages(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed"}
+    expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix in (".py", ".html", ".typed")}
     expected |= {p.relative_to(ROOT / "kernels").as_posix() for p in KERNELS.rglob("*.py")}
     assert expected <= held
     outside = {name.split("/")[0] for name in held} - {"peft_pcgrow", "pcgrow_kernels"}
