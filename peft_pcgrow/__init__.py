@@ -3,6 +3,7 @@
 Importing the package registers the method `PCGROW` with PEFT.
 """
 
+from peft_pcgrow.callback import ErrorMapCallback
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import Diagnosis, ErrorMap
 from peft_pcgrow.experts import find_experts
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Diagnosis",
     "ErrorMap",
+    "ErrorMapCallback",
     "Locus",
     "Muon",
     "PCGrowConfig",
