@@ -3,6 +3,7 @@
 Importing the package registers the method `PCGROW` with PEFT.
 """
 
+from peft_pcgrow.callback import ErrorMapCallback
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.diagnosis import Diagnosis
 from peft_pcgrow.error_map import ErrorMap
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Diagnosis",
     "ErrorMap",
+    "ErrorMapCallback",
     "Locus",
     "Muon",
     "PCGrowConfig",

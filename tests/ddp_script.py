@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_pcgrow import PCGrowConfig
+from peft_pcgrow import ErrorMapCallback, PCGrowConfig
 from tiny import build, mixed, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
@@ -74,7 +75,7 @@ def poisoned(accelerator: Accelerator) -> str:
     return "nothing"
 
 
-def train(folder: Path, each: int) -> dict:
+def train(folder: Path, each: int, callbacks: list[TrainerCallback] | None = None) -> dict:
     """The same with transformers' Trainer, `each` rows per process and batch."""
     model = grow()
     arguments = TrainingArguments(
@@ -93,10 +94,24 @@ def train(folder: Path, each: int) -> dict:
         disable_tqdm=True,
     )
     data = [{"input_ids": row, "labels": row} for step in range(2 * STEPS) for row in batch(step)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"banks": banks(model), "losses": losses}
+
+
+class BySomeClocks(ErrorMapCallback):
+    """Process 1 finds measuring too slow, process 0 does not."""
+
+    def _time_share(self) -> float:
+        return float(dist.get_rank())
+
+
+def mapped(folder: Path, rank: int) -> dict:
+    """The Trainer's steps, and the steps that this process measured its own text after."""
+    callback = BySomeClocks([batch(10 + rank)], every=2, save_to=folder / "maps")
+    found = train(folder, ROWS // 2, [callback])
+    return found | {"steps": [step for step, _ in callback.maps], "map": callback.maps[0][1].mass}
 
 
 def main(folder: Path) -> None:
@@ -106,6 +121,7 @@ def main(folder: Path) -> None:
         "spawn": loop(accelerator, spawn=True),
         "poisoned": poisoned(accelerator),
         "trainer": train(folder, ROWS // 2),
+        "mapped": mapped(folder, accelerator.process_index),
     }
     torch.save(found, folder / f"rank{accelerator.process_index}.pt")
 

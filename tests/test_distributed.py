@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ddp_script
+from peft_pcgrow import measure_errors
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,18 @@ def test_trainer_equals_one_process(ranks, tmp_path):
     assert ranks[0]["trainer"]["losses"] == pytest.approx(single["losses"], rel=1e-3)
 
 
+def test_error_maps(ranks):
+    """All processes measure after the same steps, whatever their clocks say, and training is as without."""
+    start = ddp_script.grow()
+    for rank, found in enumerate(ranks):
+        assert found["mapped"]["steps"] == [0, 2, 4]
+        expected = measure_errors(start, [ddp_script.batch(10 + rank)], coherent=False, progress=False)
+        assert torch.equal(found["mapped"]["map"], expected.mass)
+        assert found["mapped"]["losses"] == found["trainer"]["losses"]
+        for name, bank in found["trainer"]["banks"].items():
+            assert torch.equal(found["mapped"]["banks"][name], bank), name
+
+
 def test_poison_on_one_process(ranks):
     """A NaN loss on one process refuses the step on both."""
     for found in ranks:
@@ -81,6 +94,6 @@ def test_poison_on_one_process(ranks):
 
 
 def test_announced_once(ranks):
-    """One line per training run, from the first process: three runs, three lines."""
+    """One line per training run, from the first process: four runs, four lines."""
     lines = [line for line in ranks[0]["stderr"].splitlines() if line.startswith("pcgrow: adapter 'default' grows 10 ")]
-    assert len(lines) == 3
+    assert len(lines) == 4

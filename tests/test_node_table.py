@@ -110,7 +110,7 @@ def test_table(tmp_path):
     node = table[(table.layer == 3) & (table.expert == 4)].iloc[0]
     assert node["coherent"] == float(emap.coherent[2, 4])
     assert node["recall"] == float(at_rate(emap.separation.recall, 0.01)[2, 4])
-    assert list(made(separation=None).to_pandas().columns) == list(table.columns[:8])
+    assert list(made(separation=None).to_pandas().columns) == list(table.columns[:11])
 
 
 def test_table_without_pandas(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from close import assert_close
-from invented import LOCUS, made
+from invented import LOCUS, PARTS, made
 from peft_pcgrow import ErrorMap, Locus, measure_errors
 from peft_pcgrow.gate import RATES, at_rate
 from peft_pcgrow.lifecycle import STAGES
@@ -163,7 +163,8 @@ def test_picture_shows_the_map(tmp_path, monkeypatch):
     axes = kept[0].axes
     shown = {each.get_title(loc="left"): each for each in axes if each.images}
     assert list(shown) == [
-        "Share of error", "Frequency", "Coherent error", "Removable error", "Gate separability", "Change of error", "Lifecycle",
+        "Share of error", "Frequency", "Coherent error", "Removable error", "Gate separability", "Change of error",
+        "Lifecycle",
     ]  # fmt: skip
     error = shown["Share of error"].images[0].get_array()
     assert error.mask.sum() == 1

@@ -30,9 +30,8 @@ def grow(settle: str = "sweep", **changes) -> PeftModel:
 
 def fit(model: PeftModel, folder, resume=None, **settings) -> Trainer:
     """Six steps of two micro-batches of two rows."""
-    beside = {
-        name: settings.pop(name) for name in ("compute_loss_func", "optimizers", "eval_dataset") if name in settings
-    }
+    names = ("compute_loss_func", "optimizers", "eval_dataset", "callbacks")
+    beside = {name: settings.pop(name) for name in names if name in settings}
     arguments = {
         "max_steps": 6,
         "per_device_train_batch_size": 2,
@@ -150,9 +149,8 @@ def test_best_model_at_the_end(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(losses.min()), rel=1e-6)
 
 
-def test_sft(tmp_path):
-    """TRL's SFTTrainer takes the config itself and trains as with backprop."""
-    trl = pytest.importorskip("trl")
+def sft(trl, folder, config: PCGrowConfig, callbacks=None, **settings) -> Trainer:
+    """TRL's SFTTrainer for four steps of four texts."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -165,30 +163,37 @@ def test_sft(tmp_path):
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )
     texts = [" ".join(f"w{i}" for i in row.tolist()) for row in tokens(16, 12)]
-    losses = {}
     # newer versions add a load-balancing loss unless told otherwise
     off = {name: 0.0 for name in ("router_aux_loss_coef",) if name in trl.SFTConfig.__dataclass_fields__}
+    arguments = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        **off,
+    }
+    return trl.SFTTrainer(
+        model=build(),
+        args=trl.SFTConfig(output_dir=str(folder), **{**arguments, **settings}),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        peft_config=config,
+        callbacks=callbacks,
+    )
+
+
+def test_sft(tmp_path):
+    """TRL's SFTTrainer takes the config itself and trains as with backprop."""
+    trl = pytest.importorskip("trl")
+    losses = {}
     for settle in ("sweep", "backprop"):
-        trainer = trl.SFTTrainer(
-            model=build(),
-            args=trl.SFTConfig(
-                output_dir=str(tmp_path / settle),
-                max_steps=4,
-                per_device_train_batch_size=4,
-                learning_rate=1e-2,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                disable_tqdm=True,
-                **off,
-            ),
-            train_dataset=Dataset.from_dict({"text": texts}),
-            processing_class=tokenizer,
-            peft_config=PCGrowConfig(locus=LOCUS, settle=settle),
-        )
+        trainer = sft(trl, tmp_path / settle, PCGrowConfig(locus=LOCUS, settle=settle))
         assert isinstance(trainer.model, PeftModel)
         trainer.train()
         losses[settle] = logged(trainer, "loss")
