@@ -101,6 +101,10 @@ def measure_errors(
     was_training = model.training
     # experts must not drop anything while they are measured
     model.eval()
+    for module in model.modules():
+        # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.train()
     bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
     done = 0
     try:

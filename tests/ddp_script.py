@@ -10,8 +10,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_pcgrow import ErrorMapCallback, PCGrowConfig
-from tiny import build, mixed, spawned, tokens
+from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, measure_errors
+from peft_pcgrow.error_map import SUMS
+from tiny import build, domain, mixed, retain, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
 STEPS, ROWS = 4, 4
@@ -114,6 +115,18 @@ def mapped(folder: Path, rank: int) -> dict:
     return found | {"steps": [step for step, _ in callback.maps], "map": callback.maps[0][1].mass}
 
 
+def mapped_whole(rank: int = 0, world: int = 1) -> ErrorMap:
+    """A map, with gates, of this process's share of a text."""
+    shares = [texts(16, seed=5).split(2)[rank * 8 // world : (rank + 1) * 8 // world] for texts in (domain, retain)]
+    return measure_errors(build(), shares[0], retain=shares[1], window=4, max_tokens=10_000, progress=False)
+
+
+def tensors(emap: ErrorMap) -> dict[str, Tensor]:
+    named = {name: getattr(emap, name) for name in (*SUMS, "fold_labels", "shared")}
+    named |= {"direction": emap.separation.direction, "down": emap.gradient["down_proj"]}
+    return named | {"labels": torch.tensor([emap.labels, emap.tokens, emap.batches])}
+
+
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     found = {
@@ -122,6 +135,7 @@ def main(folder: Path) -> None:
         "poisoned": poisoned(accelerator),
         "trainer": train(folder, ROWS // 2),
         "mapped": mapped(folder, accelerator.process_index),
+        "whole": tensors(mapped_whole(accelerator.process_index, 2)),
     }
     torch.save(found, folder / f"rank{accelerator.process_index}.pt")
 

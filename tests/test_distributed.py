@@ -76,15 +76,28 @@ def test_trainer_equals_one_process(ranks, tmp_path):
 
 
 def test_error_maps(ranks):
-    """All processes measure after the same steps, whatever their clocks say, and training is as without."""
-    start = ddp_script.grow()
-    for rank, found in enumerate(ranks):
+    """All processes measure after the same steps, whatever their clocks say, the map of what all of them were given.
+
+    Training is as without.
+    """
+    batches = [ddp_script.batch(10), ddp_script.batch(11)]
+    expected = measure_errors(ddp_script.grow(), batches, coherent=False, progress=False)
+    for found in ranks:
         assert found["mapped"]["steps"] == [0, 2, 4]
-        expected = measure_errors(start, [ddp_script.batch(10 + rank)], coherent=False, progress=False)
-        assert torch.equal(found["mapped"]["map"], expected.mass)
+        torch.testing.assert_close(found["mapped"]["map"], expected.mass)
+        assert torch.equal(found["mapped"]["map"], ranks[0]["mapped"]["map"])
         assert found["mapped"]["losses"] == found["trainer"]["losses"]
         for name, bank in found["trainer"]["banks"].items():
             assert torch.equal(found["mapped"]["banks"][name], bank), name
+
+
+def test_map_of_all_processes(ranks):
+    """Sums, folds, overlap and gates are those of one process that reads all of the text."""
+    whole = ddp_script.mapped_whole()
+    for found in ranks:
+        for name, tensor in ddp_script.tensors(whole).items():
+            torch.testing.assert_close(found["whole"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: n + t)
+            assert torch.equal(found["whole"][name], ranks[0]["whole"][name]), name
 
 
 def test_poison_on_one_process(ranks):
