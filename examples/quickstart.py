@@ -64,6 +64,9 @@ def main() -> None:
     emap.page(map_png.with_suffix(".html"), locus=Locus(config.locus))
     train(model, task, args)
     after = losses(model, task)
+    grown_map = measure_errors(model, task.domain_train[:MAP_WINDOWS].split(args.batch), retain=retain)
+    for suffix in (".png", ".html"):
+        grown_map.page(args.out / f"after{suffix}", before=emap, locus=Locus(config.locus))
     model.save_pretrained(args.out / "adapter")
 
     sample = task.domain_eval[:2]
@@ -82,7 +85,7 @@ def main() -> None:
     corpora.note(
         f"\ndomain loss {before['domain']:.3f} -> {after['domain']:.3f}, retain loss {before['retain']:.3f} -> "
         f"{after['retain']:.3f} nats/token; reload differs by {reload_difference:g}, merge by {merge_difference}\n"
-        f"map: {map_png} and .html   adapter: {args.out / 'adapter'}"
+        f"map: {map_png} and .html, before and after: {args.out / 'after.html'}   adapter: {args.out / 'adapter'}"
     )
     corpora.emit(
         {
