@@ -29,7 +29,7 @@ STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 
 @dataclass(frozen=True)
 class NodeError:
-    """One row of `ErrorMap.top`: sums over the corpus for one node."""
+    """One row of `ErrorMap.top`: sums over the corpus for one node, and its removable error (NaN if not measured)."""
 
     layer: int
     expert: int
@@ -38,6 +38,7 @@ class NodeError:
     error: float
     share: float
     coherent: float
+    removable: float = float("nan")
 
 
 @dataclass(eq=False)
@@ -138,6 +139,7 @@ class ErrorMap:
         """The `n` nodes with the highest score, highest first."""
         score, total, experts = self.score(by), float(self.mass.sum()), self.count.shape[1]
         coherent = self.coherent
+        removable = self.removable().estimate if self.has_parts else torch.full_like(coherent, float("nan"))
         order = torch.argsort(score.flatten(), descending=True, stable=True)[:n].tolist()
         return [
             NodeError(
@@ -148,6 +150,7 @@ class ErrorMap:
                 error=float(self.mass[i // experts, i % experts]),
                 share=float(self.mass[i // experts, i % experts]) / total if total else 0.0,
                 coherent=float(coherent[i // experts, i % experts]),
+                removable=float(removable[i // experts, i % experts]),
             )
             for i in order
         ]
@@ -299,11 +302,11 @@ class ErrorMap:
             lines.append(f"{layer:5d}  {share:5.1%}  {heatmap.bars((row / largest).tolist())}")
         if self.separation is not None:
             lines += ["", str(self.separation)]
-        lines += ["", "  node (layer.expert)      rows    routed weight   share of error   coherent error"]
+        lines += ["", "  node (layer.expert)      rows    routed weight   share of error   removable error"]
         for node in self.top(8):
             lines.append(
                 f"  {f'{node.layer}.{node.expert}':<20} {node.count:>8,} {node.weight:>16,.1f} "
-                f"{node.share:>16.2%} {node.coherent:>16.4g}"
+                f"{node.share:>16.2%} {node.removable:>17.4g}"
             )
         return "\n".join(lines)
 
