@@ -4,6 +4,7 @@ Importing the package registers the method `PCGROW` with PEFT.
 """
 
 from peft_pcgrow.config import PCGrowConfig
+from peft_pcgrow.curriculum import order_by_surprisal
 from peft_pcgrow.error_map import Diagnosis, ErrorMap
 from peft_pcgrow.experts import find_experts
 from peft_pcgrow.export import export_flat
@@ -26,6 +27,7 @@ __all__ = [
     "export_flat",
     "find_experts",
     "measure_errors",
+    "order_by_surprisal",
     "sample_text",
 ]
 
