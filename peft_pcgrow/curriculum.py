@@ -240,9 +240,7 @@ def _mean_losses(model: nn.Module, inputs: dict[str, Any], target: Tensor, indic
 def _has_branch(model: nn.Module) -> bool:
     layers = [layer for layer in model.modules() if isinstance(layer, PCGrowExperts) and not layer.disable_adapters]
     if any(layer.merged for layer in layers):
-        raise ValueError(
-            "relative=True compares with the base, and the adapter is merged into it: unmerge_adapter() first"
-        )
+        raise ValueError("relative=True needs the base, and an adapter is merged into it: call unmerge_adapter() first")
     return any(layer.active_banks() for layer in layers)
 
 
