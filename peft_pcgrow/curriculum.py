@@ -3,7 +3,7 @@
 import heapq
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,8 +65,9 @@ def order_by_surprisal(
         live: measure each window when its first example is asked for, with the weights of that moment: the result is an
             `IterableDataset` of length N, for a data loader without workers. Each pass over it measures again.
         batch_size: examples a forward pass.
-        collator: makes model inputs of a list of examples, one row each; needed where examples hold more than the
-            three columns above. A column of prerequisites is not shown to it. None pads on the right.
+        collator: makes model inputs of a list of examples, one row each: give the one you train with where it sets
+            labels, or the model takes more than the three columns above. A column of prerequisites is not shown to it.
+            None pads on the right and leaves other columns out.
         return_surprisal: also return the surprisals, fp64 `[N]`, in the order of the examples returned.
         progress: show a progress bar on standard error.
 
@@ -272,22 +273,26 @@ def _read_prerequisites(dataset: Any, given: Any) -> dict[int, set[int]]:
     if isinstance(given, Mapping):
         pairs = list(given.items())
     elif isinstance(given, str):
-        missing = [i for i in range(count) if given not in dataset[i]]
-        if missing:
-            raise ValueError(f"prerequisites={given!r} names a column, and example {missing[0]} has none of that name")
-        pairs = [(i, dataset[i][given]) for i in range(count)]
+        pairs = [(i, _column(dataset[i], given, i)) for i in range(count)]
     elif callable(given):
         pairs = [(i, given(dataset[i])) for i in range(count)]
     else:
         raise TypeError(f"prerequisites must map index -> [indices], be a function or a column's name; got {given!r}")
     needs = {}
     for i, listed in pairs:
-        if isinstance(listed, (str, bytes)) or not (listed is None or hasattr(listed, "__iter__")):
+        listed = () if listed is None else listed
+        if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):
             raise TypeError(f"the prerequisites of example {i!r} must be a list of indices; got {listed!r}")
-        wanted = {_index(j, count, f"a prerequisite of example {i!r}") for j in (() if listed is None else listed)}
+        wanted = {_index(j, count, f"a prerequisite of example {i!r}") for j in listed}
         if wanted:
             needs[_index(i, count, "a key of prerequisites")] = wanted
     return needs
+
+
+def _column(example: Any, name: str, i: int) -> Any:
+    if not isinstance(example, Mapping) or name not in example:
+        raise ValueError(f"prerequisites={name!r} names a column, and example {i} has none of that name")
+    return example[name]
 
 
 def _index(value: Any, count: int, what: str) -> int:
