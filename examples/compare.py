@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,22 +109,28 @@ def settings(args: argparse.Namespace, emap: ErrorMap) -> dict[str, list[Setting
     return groups
 
 
-def fit(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Train one setting with one seed: the model, and what is known of the run without evaluating."""
-    torch.manual_seed(seed)
-    model, optimizer = setting.build(corpora.new_model(task), seed)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[torch.Tensor]) -> list[float]:
+    """One clipped step on each batch `[B, S]`; the seconds of each."""
+    seconds = []
     model.train()
-    steps, seconds = corpora.batches(task.domain_train, args.batch, args.steps, seed), []
-    replays = mixed_replay(task, setting.replay, args.steps, seed)
-    for batch in steps:
-        ids = torch.cat([batch, next(replays)]) if setting.replay else batch
+    for ids in batches:
         started = time.perf_counter()
         model(input_ids=ids, labels=ids).loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def fit(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Train one setting with one seed: the model, and what is known of the run without evaluating."""
+    torch.manual_seed(seed)
+    model, optimizer = setting.build(corpora.new_model(task), seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    replays = mixed_replay(task, setting.replay, args.steps, seed)
+    steps = corpora.batches(task.domain_train, args.batch, args.steps, seed)
+    seconds = descend(model, optimizer, (torch.cat([b, next(replays)]) if setting.replay else b for b in steps))
     return model, {
         "arm": setting.arm,
         "setting": setting.name,

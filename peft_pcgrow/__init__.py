@@ -5,6 +5,7 @@ Importing the package registers the method `PCGROW` with PEFT.
 
 from peft_pcgrow.callback import ErrorMapCallback
 from peft_pcgrow.config import PCGrowConfig
+from peft_pcgrow.curriculum import order_by_surprisal
 from peft_pcgrow.diagnosis import Diagnosis
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import find_experts
@@ -29,6 +30,7 @@ __all__ = [
     "export_flat",
     "find_experts",
     "measure_errors",
+    "order_by_surprisal",
     "sample_text",
 ]
 

@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
-from peft_pcgrow.measure import IGNORED, read_batch
+from peft_pcgrow.measure import read_batch
 from peft_pcgrow.model import PCGrowModel
+from peft_pcgrow.probe import IGNORED
 
 # margins beyond this many nats tell a router no more
 CLIP = 8.0

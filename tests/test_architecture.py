@@ -24,7 +24,7 @@ FLOORS = [
     ["deepen", "spawn", "sample", "contrast"],
     ["probe"],
     ["measure"],
-    ["register", "config", "layer", "guard", "resolve", "model"],
+    ["register", "config", "layer", "curriculum", "guard", "resolve", "model"],
     ["optimizer", "export", "callback", "__init__"],
 ]
 # what a floor may know of the world outside, by the lowest floor that may
