@@ -1,10 +1,12 @@
-"""Does the error map find where to grow? Four studies.
+"""Does the error map find where to grow? Six studies.
 
 select     gain at equal trained parameters: the map's choices at three resolutions, against gate score, frequency,
            gradient norm, weight magnitude and chance.
 damage     a model that knows a text gets one expert damaged: does the map find it, does deepening it alone repair it?
+verdicts   on the domain and on each retain text, held out.
 stability  rank correlation between the maps of two halves of the corpus, by their size.
 hops       relaxation hops until the errors settle, per layer: text that the model knows against text that it does not.
+cost       seconds of a map by each way of settling, against a sweep that carries the errors and nothing else.
 
 Gains are held-out losses before minus after, nats per token. One JSON object a row with --json; medians with --table.
 
@@ -17,7 +19,9 @@ import copy
 import json
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,9 @@ from torch import nn
 import compare
 import corpora
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+from peft_pcgrow.settle import LayerStack
 
-STUDIES = ("select", "damage", "stability", "hops")
+STUDIES = ("select", "damage", "verdicts", "stability", "hops", "cost")
 # arm: (select, resolution)
 MAPS = {
     "removable": ("removable", "expert"),
@@ -122,7 +127,10 @@ def damaged(model: nn.Module, node: tuple[int, int], kind: str, seed: int) -> nn
 
 
 def damage(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Damage one expert at a time; the domain must be text that the model knows."""
+    """Damage one expert at a time; the domain must be text that the model knows (default: its training text)."""
+    if args.domain is None:
+        train, held_out = next(iter(task.retain.values()))
+        task = replace(task, domain_train=train, domain_eval=held_out)
     model = corpora.new_model(task)
     batches = task.domain_train[: args.map_windows].split(args.batch)
     healthy = measure_errors(model, batches, progress=False)
@@ -173,6 +181,14 @@ def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(one), ranks(other)]))[0, 1])
 
 
+def verdicts(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = corpora.new_model(task)
+    texts = {"domain": task.domain_eval, **{name: held_out for name, (_, held_out) in task.retain.items()}}
+    for name, windows in texts.items():
+        diagnosis = measure_errors(model, windows.split(args.batch), progress=False).diagnosis
+        yield {"study": "verdicts", "text": name, **{k: v for k, v in vars(diagnosis).items() if k != "nodes"}}
+
+
 def stability(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = corpora.new_model(task)
     for seed in args.seeds:
@@ -209,6 +225,48 @@ def hops(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any
                 "tol": args.tol,
                 "mean hops, bottom layer first": [round(value, 3) for value in mean.tolist()],
             }
+
+
+def cost(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = corpora.new_model(task)
+    batches = task.domain_train[: args.map_windows].split(args.batch)
+    layers = find_experts(model).layers
+
+    def sweep() -> None:
+        # the embedding's gradient needs the errors of all layers and nothing else of them
+        model.requires_grad_(False).train()
+        model.get_input_embeddings().requires_grad_(True)
+        with LayerStack(layers):
+            for ids in batches:
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+        model.requires_grad_(False)
+
+    ways: dict[str, dict[str, Any]] = {
+        "sweep": {},
+        "sweep, no gradients": {"coherent": False},
+        "direct": {"settle": "direct"},
+        "direct, gradients": {"settle": "direct", "coherent": True},
+        "relax": {"settle": "relax"},
+    }
+    maps: dict[str, ErrorMap] = {}
+    seconds: dict[str, list[float]] = {}
+    for _ in args.seeds:
+        for name, options in {"errors only": None, **ways}.items():
+            started = time.perf_counter()
+            if options is None:
+                sweep()
+            else:
+                maps[name] = measure_errors(model, batches, progress=False, **options)
+            seconds.setdefault(name, []).append(time.perf_counter() - started)
+    unit = statistics.median(seconds["errors only"])
+    for name, taken in seconds.items():
+        row = {"study": "cost", "way": name, "seconds": statistics.median(taken)}
+        row["relative"] = row["seconds"] / unit
+        for score in ("error", "removable"):
+            if name in maps and (score == "error" or maps[name].has_parts):
+                row[f"rank correlation, {score}"] = correlation(maps[name].score(score), maps["sweep"].score(score))
+        yield row
 
 
 def table(path: Path) -> None:
@@ -256,7 +314,7 @@ def main() -> None:
         return
     task = corpora.load_task(args)
     corpora.emit({"machine": corpora.machine(), "study": args.study}, args.json)
-    studies = {"select": select, "damage": damage, "stability": stability, "hops": hops}
+    studies = {study.__name__: study for study in (select, damage, verdicts, stability, hops, cost)}
     for row in studies[args.study](task, args):
         corpora.emit(row, args.json)
 

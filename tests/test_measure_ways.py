@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, find_experts, measure_errors
@@ -152,6 +153,22 @@ def test_labels_of_folds_and_the_overlap_of_nodes():
     # two experts of a layer share the tokens that were routed to both
     part = emap.restrict((2, 0))
     assert torch.equal(part.shared[:8, 8:], emap.shared[16:, :8])
+
+
+@pytest.mark.parametrize("settle", ["sweep", "direct"])
+def test_map_of_a_base_in_4_bits(settle, tmp_path):
+    """It is close to that of the weights before they were quantized, and the modules' modes are put back."""
+    pytest.importorskip("bitsandbytes")
+    model = build()
+    model.save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit).eval()
+    ids = tokens(16, 24).split(4)
+    one, other = measured(model, ids, settle=settle), measured(quantized, ids, settle=settle)
+    ranks = torch.stack([each.mass.flatten().argsort().argsort().double() for each in (one, other)])
+    assert torch.corrcoef(ranks)[0, 1] > 0.7
+    assert one.loss == pytest.approx(other.loss, rel=0.05)
+    assert not any(module.training for module in quantized.modules())
 
 
 def test_unknown_ways():
