@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")
+# what layers call their KV cache: transformers from 5.24 on, before, and of old
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 # layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
 _recomputed: set[int] = set()
 

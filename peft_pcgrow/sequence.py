@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow.gate import Rows
+from peft_pcgrow.recompute import CACHES
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Sequence:
         """From what decoder layer `index` is called with."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         shape = hidden.shape[0], hidden.shape[1]
-        mask, positions, cache = (kwargs.get(k) for k in ("attention_mask", "position_ids", "past_key_values"))
-        return cls(shape, mask, positions, cache, index)
+        held = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        return cls(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), held, index)
 
     def _entry(self) -> Any:
         """The layer's entry in the cache; some caches only have it when the layer's attention has run."""
