@@ -5,9 +5,14 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from torch import Tensor, nn
 
+from close import assert_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
-from tiny import ARCHITECTURES, build, snapshot, tokens
+from test_spawn import CASES as SPAWN_CASES
+from test_spawn import any_taken, moved
+from test_spawn import trained as spawn_trained
+from tiny import ARCHITECTURES, LOCUS, build, logits, mixed, snapshot, spawned, tokens
 
 CASES = [
     *[(name, torch.float32, implementation) for name in ARCHITECTURES for implementation in ("eager", "grouped_mm")],
@@ -128,3 +133,35 @@ def test_measuring_changes_nothing():
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.layers.modules())
+
+
+def first_output(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the experts of the first grown layer put out, `[B, S, H]`."""
+    found = []
+    site = next(site for site in find_experts(model).sites if site.layer == min(LOCUS))
+    handle = site.module.register_forward_hook(lambda module, args, output: found.append(output.view(*ids.shape, -1)))
+    logits(model, ids)
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize(("name", "implementation"), SPAWN_CASES)
+def test_other_text_keeps_its_bits(name, implementation):
+    """After training, a text of which no row is taken has the base's logits, a token before the first taken row the
+    base's output at the first grown layer; donors and gates stay.
+
+    Above, tokens that are routed otherwise change how many rows an expert gets, and with it how products round.
+    """
+    base, model = build(name, implementation=implementation), spawned(name, implementation=implementation)
+    before, lowest = logits(base, mixed()), first_output(base, mixed())
+    start = snapshot(model)
+    after = logits(spawn_trained(model), mixed())
+    untouched = ~any_taken(model, mixed()).cummax(dim=1).values
+    assert untouched.all(dim=1).any()
+    for text in mixed()[untouched.all(dim=1)]:
+        assert torch.equal(logits(model, text[None]), logits(base, text[None]))
+    assert torch.equal(first_output(model, mixed())[untouched], lowest[untouched])
+    assert_close("untouched tokens", after[untouched], before[untouched], "fp32")
+    assert moved(after, before)[~untouched].float().mean() > 0.5
+    changed = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, start[name])}
+    assert changed == {name for name in start if ".pcgrow_" in name and name.endswith(".weight")}

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_pcgrow import PCGrowConfig, measure_errors
-from tiny import LOCUS, assert_same, build, logits, snapshot, tokens, train
+from tiny import LOCUS, assert_same, build, logits, needs_native, snapshot, tokens, train
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss", "deepseek_v3"])
@@ -151,6 +151,7 @@ def test_two_adapters_from_files(tmp_path):
     assert torch.equal(logits(loaded), other)
 
 
+@needs_native
 def test_native_save(tmp_path):
     """An adapter added and saved by transformers alone is loaded by transformers and by PEFT."""
     build().save_pretrained(tmp_path / "base")

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from close import assert_all_close
 from peft_pcgrow import PCGrowConfig
-from tiny import LOCUS, assert_same, backward, build, grown, logits, snapshot, train, trainable
+from tiny import LOCUS, assert_same, backward, build, grown, logits, needs_native, snapshot, train, trainable
 
 OTHER = {1: [0, 2], 2: [5]}
 
@@ -96,6 +96,7 @@ def test_lora_on_attention_beside():
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@needs_native
 def test_native_adapters():
     """transformers' own add_adapter: PCGROW and LoRA side by side on a plain model, both trained."""
     found = {}
@@ -110,6 +111,7 @@ def test_native_adapters():
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@needs_native
 def test_two_native_adapters():
     """Two PCGROW adapters by transformers' own add_adapter, each a tuner of its own, switch and train in turn."""
     model = build(dtype=torch.float64)

@@ -69,21 +69,6 @@ def test_born_as_the_base(name, implementation):
     assert torch.equal(logits(model, mixed()), before)
 
 
-@pytest.mark.parametrize(("name", "implementation"), CASES)
-def test_other_text_keeps_its_bits(name, implementation):
-    """After training, every token up to a text's first taken row has the base's logits; donors and gates stay."""
-    before = logits(build(name, implementation=implementation), mixed())
-    model = spawned(name, implementation=implementation)
-    start = snapshot(model)
-    after = logits(trained(model), mixed())
-    untouched = ~any_taken(model, mixed()).cummax(dim=1).values
-    assert untouched.all(dim=1).any()
-    assert torch.equal(after[untouched], before[untouched])
-    assert moved(after, before)[~untouched].float().mean() > 0.5
-    changed = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, start[name])}
-    assert changed == {name for name in start if ".pcgrow_" in name and name.endswith(".weight")}
-
-
 @pytest.mark.parametrize("window", [0, 1, 8])
 def test_a_gate_takes_what_its_definition_says(window):
     """At the one grown layer a token's output changes if and only if its evidence, by hand, is above the threshold."""

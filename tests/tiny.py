@@ -6,8 +6,11 @@ are larger than a fresh initialisation's and no router bias is left at zero, so 
 
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 
+import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -27,10 +30,16 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts, measure_errors
 from peft_pcgrow.gate import at_rate
 
+# transformers 5.24 came out before the PEFT that its own integration asks for
+needs_native = pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers' own add_adapter refuses this PEFT; it asks for {MIN_PEFT_VERSION}",
+)
 # nodes to grow in any of the models
 LOCUS = {1: [1, 4], 2: [0, 3, 7]}
 VOCABULARY, HIDDEN, EXPERTS, PAD = 128, 32, 8, 0
