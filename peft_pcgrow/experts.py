@@ -94,8 +94,11 @@ def find_experts(model: nn.Module) -> Tree:
 
 
 def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
-    """The weights that have one slice per expert, by name (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, ...)."""
-    return {
+    """The weights that have one slice per expert, by name (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, ...).
+
+    Of packed experts, stand-ins that decode the experts they are indexed with (see `compress.packed`).
+    """
+    return getattr(base, "packed_stacks", {}) | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
         if parameter.dim() > 1 and parameter.shape[0] == base.num_experts
@@ -189,8 +192,16 @@ def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tenso
 
 def read_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
     """Copies of some pieces of each stack."""
-    stacks = expert_stacks(base)
-    return {name: held.read(stacks[name].detach()) for name, held in pieces.items()}
+    stacks, found = expert_stacks(base), {}
+    for name, held in pieces.items():
+        stack = stacks[name].detach()
+        if isinstance(stack, Tensor):
+            found[name] = held.read(stack)
+        else:
+            # packed: decode the experts in question only
+            chosen, places = torch.unique(held.experts, return_inverse=True)
+            found[name] = held.to(stack.device, places).read(stack[chosen])
+    return found
 
 
 @torch.no_grad()
@@ -231,9 +242,16 @@ def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
     return layouts
 
 
+def is_packed(base: ExpertsModule) -> bool:
+    """Whether `compress` has packed these experts."""
+    return hasattr(base, "packed_stacks")
+
+
 def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized afterwards."""
     if getattr(base.config, "quantization_config", None) is not None or hasattr(base, "parametrizations"):
+        return True
+    if is_packed(base):
         return True
     return not all(stack.is_floating_point() for stack in expert_stacks(base).values())
 

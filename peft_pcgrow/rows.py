@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import _batched_linear, _grouped_linear
 
-from peft_pcgrow.experts import ExpertsModule, expert_stacks
+from peft_pcgrow.experts import ExpertsModule, expert_stacks, is_packed
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 
 
 def _implementation(base: ExpertsModule) -> str:
+    if is_packed(base):
+        return "eager"
     return getattr(base.config, "_experts_implementation", None) or "eager"
 
 
@@ -93,6 +95,8 @@ def _with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Expert
     """`base` with the stacks of `bank`, cast to the base's dtype, in the place of its own."""
     if bank is None:
         return base
+    if is_packed(base):
+        return base.replaced({name: weight.to(base.pcgrow_like.dtype) for name, weight in bank.items()})
     module = copy.copy(base)
     # a shallow copy shares its dicts with the base: give it its own before anything is put into them
     stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}

@@ -1,0 +1,286 @@
+"""Experts that are kept packed: each in a form of its own, read one at a time, never as a whole stack in 16 bits.
+
+A packed experts module still is an instance of its architecture's class, follows the experts contract, and looks as if
+it held stacks `[E, ...]` of full width (see `PackedStack`), so that it can be measured and grown like any other.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from peft_pcgrow import experts
+from peft_pcgrow.compress import codec
+from peft_pcgrow.experts import ExpertsModule
+
+PREFIX = "pcgrow_packed_"
+# intermediate neurons are kept in multiples of this: what grouped matrix products take in 16 bits
+MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one expert is stored.
+
+    Attributes:
+        width: bits a weight, of `codec.WIDTHS`.
+        neurons: intermediate neurons that are left, a multiple of `MULTIPLE`; 0: the expert is removed and adds
+            nothing to its tokens. None: all.
+        sparsity: None, or one of `codec.SPARSITIES` (with 16 bits).
+    """
+
+    width: int = 16
+    neurons: int | None = None
+    sparsity: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.width not in codec.WIDTHS:
+            raise ValueError(f"width={self.width!r}: experts are stored in {', '.join(map(str, codec.WIDTHS))} bits")
+        if self.sparsity is not None and (self.sparsity not in codec.SPARSITIES or self.width != 16):
+            raise ValueError(
+                f"sparsity={self.sparsity!r} at {self.width} bits: it is {' or '.join(codec.SPARSITIES)}, at 16 bits"
+            )
+        if self.neurons is not None and (self.neurons < 0 or self.neurons % MULTIPLE):
+            raise ValueError(
+                f"{self.neurons} neurons: grouped matrix products need multiples of {MULTIPLE}; the nearest is "
+                f"{max(0, round(self.neurons / MULTIPLE) * MULTIPLE)}"
+            )
+
+    def __str__(self) -> str:
+        if self.neurons == 0:
+            return "removed"
+        sparse = f", {self.sparsity} sparse" if self.sparsity else ""
+        thin = f", {self.neurons} neurons" if self.neurons is not None else ""
+        return f"{self.width} bit{sparse}{thin}"
+
+
+WHOLE = Form()
+
+
+def matrix_shape(base: ExpertsModule, stack: str, form: Form) -> tuple[int, int]:
+    """Outputs and inputs of one of an expert's matrices in a form."""
+    shape = experts.expert_stacks(base)[stack].shape
+    outputs, inputs = (shape[2], shape[1]) if base.is_transposed else (shape[1], shape[2])
+    if form.neurons is None:
+        return outputs, inputs
+    copies = outputs // experts.intermediate_size(base)
+    return (outputs, form.neurons) if stack == "down_proj" else (copies * form.neurons, inputs)
+
+
+def form_bytes(base: ExpertsModule, form: Form) -> int:
+    """Bytes of one expert's matrices in a form."""
+    shapes = (matrix_shape(base, stack, form) for stack in experts.matrices(base))
+    return sum(codec.size(*shape, form.width, form.sparsity) for shape in shapes)
+
+
+def first_neurons(base: ExpertsModule, stack: str, count: int) -> tuple[int, Tensor]:
+    """The axis of a stack that neurons lie along, and where the first ones lie: what is left of an expert comes first."""
+    lying = experts.neuron_places(base, stack, torch.arange(count, device=experts.expert_stacks(base)[stack].device))
+    assert lying is not None, f"{stack} holds no neurons"
+    return lying
+
+
+class PackedStack:
+    """What a stack of matrices `[E, ...]` looks like to those who read single experts of it; it is never whole.
+
+    `stack[expert]` and `stack[LongTensor]` decode, in the layout and dtype of the stack that was packed, zeros in the
+    place of neurons that are gone.
+    """
+
+    requires_grad = is_meta = False
+
+    def __init__(self, owner: "PackedExperts", name: str, shape: torch.Size):
+        self._owner, self.name, self.shape = owner, name, shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._owner.pcgrow_like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._owner.pcgrow_like.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def detach(self) -> "PackedStack":
+        return self
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: Any) -> Tensor:
+        if isinstance(chosen, Tensor) and chosen.dim() == 1:
+            found = [self[int(expert)] for expert in chosen]
+            return torch.stack(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return self._owner.full_matrix(self.name, int(chosen))
+
+
+class _PackedLinear(torch.autograd.Function):
+    """`x [R, I]` times a packed matrix, `[R, O]`; in the backward the matrix is read again, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: "PackedExperts", stack: str, expert: int) -> Tensor:
+        ctx.source = module, stack, expert
+        return linear(x, module.matrix(stack, expert).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        module, stack, expert = ctx.source
+        return gradient @ module.matrix(stack, expert).to(gradient.dtype), None, None, None
+
+
+class PackedExperts:
+    """Mixed into an architecture's experts class by `pack`; see there."""
+
+    pcgrow_like: Tensor
+    forms: tuple[Form, ...]
+    # stacks to use instead of the packed ones, `[G, ...]` in the base's layout, by name
+    dense: Mapping[str, Tensor] | None
+
+    @property
+    def packed_stacks(self) -> dict[str, Any]:
+        module: Any = self
+        return {
+            name: (self.dense or {}).get(name, PackedStack(self, name, shape))
+            for name, shape in module.pcgrow_shapes.items()
+        }
+
+    def matrix(self, stack: str, expert: int) -> Tensor:
+        """One expert's matrix `[O, I]` without the neurons that are gone, as it is stored."""
+        module: Any = self
+        form, shape = self.forms[expert], matrix_shape(self, stack, self.forms[expert])
+        start = module.pcgrow_offsets[stack][expert]
+        data = module._buffers[PREFIX + stack][start : start + codec.size(*shape, form.width, form.sparsity)]
+        return codec.decode(data, *shape, form.width, form.sparsity)
+
+    def full_matrix(self, stack: str, expert: int) -> Tensor:
+        """The same in the stack's own layout and dtype, zeros where neurons are gone."""
+        module: Any = self
+        shape, form = module.pcgrow_shapes[stack][1:], self.forms[expert]
+        full = torch.zeros(shape, dtype=self.pcgrow_like.dtype, device=self.pcgrow_like.device)
+        if form.neurons == 0:
+            return full
+        found = self.matrix(stack, expert).to(full.dtype)
+        found = found.mT if module.is_transposed else found
+        if form.neurons is None:
+            return found.contiguous()
+        axis, places = first_neurons(module, stack, form.neurons)
+        return full.index_copy(axis - 1, places, found)
+
+    def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
+        """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
+        module: Any = copy.copy(self)
+        named = module.pcgrow_shapes
+        module.__dict__["_parameters"] = {
+            **module._parameters,
+            **{name: stack for name, stack in stacks.items() if name not in named},
+        }
+        module.dense = {name: stack for name, stack in stacks.items() if name in named}
+        module.num_experts = len(next(iter(stacks.values())))
+        return module
+
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Inside, the weights are dense leaves, the same in every forward: their gradients can be asked for."""
+        every = torch.arange(len(self.forms))
+        self.dense = {name: stack[every] for name, stack in self.packed_stacks.items()}
+        try:
+            yield
+        finally:
+            self.dense = None
+
+    def _product(self, x: Tensor, stack: str, expert: int) -> Tensor:
+        module: Any = self
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.dense is not None:
+            weight = self.dense[stack][expert].to(x.dtype)
+            y = linear(x, weight.mT if module.is_transposed else weight)
+        else:
+            y = _PackedLinear.apply(x, self, stack, expert)
+        if not module.has_bias:
+            return y
+        bias, left = getattr(module, f"{stack}_bias")[expert], self.forms[expert].neurons
+        if stack != "down_proj" and self.dense is None and left is not None:
+            bias = bias[first_neurons(module, f"{stack}_bias", left)[1]]
+        return y + bias.to(y.dtype)
+
+    def run_expert(self, x: Tensor, expert: int) -> Tensor:
+        """An expert's output for tokens `x [R, H]`, not weighted."""
+        module: Any = self
+        inner = self._product(x, experts.first_matrix(module), expert)
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        y = self._product(inner, "down_proj", expert)
+        return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        module: Any = self
+        total = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            # sentinels of expert parallelism, and experts that are gone
+            if expert >= module.num_experts or (self.dense is None and self.forms[expert].neurons == 0):
+                continue
+            token, choice = torch.where(top_k_index == expert)
+            y = self.run_expert(hidden_states[token], expert)
+            total = total.index_add(0, token, (y * top_k_weights[token, choice, None]).to(total.dtype))
+        return total
+
+
+@cache
+def packed_class(kind: type) -> type:
+    return type(f"Packed{kind.__name__}", (PackedExperts, kind), {"__module__": kind.__module__})
+
+
+def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+    """Turn an experts module into a packed one, in place.
+
+    Args:
+        base: an experts module, not packed yet.
+        forms: of each expert.
+        data: per stack of matrices, what `codec.encode` made of each expert. None: buffers of the right sizes whose
+            values are still to be loaded.
+
+    Raises:
+        ValueError: as many forms as experts are needed.
+    """
+    if len(forms) != base.num_experts:
+        raise ValueError(f"{len(forms)} forms for {base.num_experts} experts")
+    expert_stacks = experts.expert_stacks(base)
+    stacks = {name: expert_stacks[name] for name in experts.matrices(base)}
+    like = next(iter(stacks.values()))
+    buffers, offsets = {}, {}
+    for name in stacks:
+        sizes = [codec.size(*matrix_shape(base, name, form), form.width, form.sparsity) for form in forms]
+        offsets[name] = [sum(sizes[:expert]) for expert in range(len(sizes))]
+        if data is None:
+            buffers[name] = torch.zeros(sum(sizes), dtype=torch.uint8, device=like.device)
+        else:
+            assert [len(piece) for piece in data[name]] == sizes
+            buffers[name] = torch.cat(list(data[name])).to(like.device)
+    gone = [expert for expert, form in enumerate(forms) if form.neurons == 0]
+    for stack in expert_stacks.values():
+        if stack.dim() == 2 and not stack.is_meta:
+            stack.data[gone] = 0
+    base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
+    base.pcgrow_offsets = offsets
+    base.forms, base.dense = tuple(forms), None
+    for name, buffer in buffers.items():
+        del base._parameters[name]
+        base.register_buffer(PREFIX + name, buffer)
+    # tells the dtype and device that the stacks would have
+    base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
+    base.__class__ = packed_class(type(base))
