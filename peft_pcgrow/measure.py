@@ -98,17 +98,10 @@ def measure_errors(
     if max_tokens is not None:
         max_tokens = -(-max_tokens // processes())
     seen: list[dict[str, Any]] = []
-    was_training = model.training
-    # experts must not drop anything while they are measured
-    model.eval()
-    for module in model.modules():
-        # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.train()
     bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
     done = 0
     try:
-        with _frozen(model), probe.routing(), LayerStack(tree.layers, probe=probe, way=way):
+        with held_still(model), probe.routing(), LayerStack(tree.layers, probe=probe, way=way):
             for number, pieces in enumerate(_batches(batches, device, max_tokens)):
                 for inputs, target in pieces:
                     if retain is not None:
@@ -116,7 +109,7 @@ def measure_errors(
                     done += int(inputs["attention_mask"].sum())
                     if done > probe.tokens:
                         probe.begin(inputs, target)
-                        probe.loss += _settle(model, inputs, target)
+                        probe.loss += settle_batch(model, inputs, target)
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{probe.loss / max(probe.labels, 1):.3f}")
                 if checkpoint is not None and (number + 1) % checkpoint_every == 0:
@@ -126,10 +119,10 @@ def measure_errors(
         emap = over_processes(probe.result(base, None), device)
         if checkpoint is not None:
             probe.result(base, None).save(_own_folder(checkpoint))
-        emap.separation = _separate(model, tree, seen, retain, max_tokens, window, sketch_dim, progress)
+        with held_still(model):
+            emap.separation = _separate(model, tree, seen, retain, max_tokens, window, sketch_dim, progress)
     finally:
         bar.close()
-        model.train(was_training)
     if not emap.labels:
         raise ValueError(
             f"the corpus has no label token ({emap.tokens} tokens read): give batches with at least two tokens each, "
@@ -221,7 +214,7 @@ def _separate(
     return compare(model, tree, domain, batches, window, sketch_dim, progress)
 
 
-def _settle(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
+def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
     """Sum the token losses of one batch, carry their error down, return the sum in nats."""
     with torch.enable_grad():
         logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -258,9 +251,15 @@ def read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter trains while the map is measured; the probe asks for the gradients it wants."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def held_still(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, no parameter training: whoever measures asks for the gradients that it wants."""
+    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    # experts must not drop anything while they are measured
+    model.eval()
+    for module in model.modules():
+        # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.train()
     for p in trainable:
         p.requires_grad_(False)
     try:
@@ -268,3 +267,4 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
+        model.train(was_training)
