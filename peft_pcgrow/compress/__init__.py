@@ -1,1 +1,6 @@
 """Compress: collapse what has converged. Quantizing, thinning, sparsifying and skipping by one budget."""
+
+from peft_pcgrow.compress.apply import CompressionReport, apply, stored_bytes
+from peft_pcgrow.compress.plan import CompressionPlan, NodePlan, plan
+
+__all__ = ["CompressionPlan", "CompressionReport", "NodePlan", "apply", "plan", "stored_bytes"]

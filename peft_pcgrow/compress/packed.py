@@ -86,6 +86,22 @@ def first_neurons(base: ExpertsModule, stack: str, count: int) -> tuple[int, Ten
     return lying
 
 
+def full_matrix(base: ExpertsModule, stack: str, form: Form, matrix: Tensor | None) -> Tensor:
+    """One expert's matrix `[O, I]` (None: the expert is gone) in the layout of the stack, zeros where neurons are
+    gone."""
+    whole = experts.expert_stacks(base)[stack]
+    if matrix is not None:
+        matrix = matrix.to(whole.dtype)
+        matrix = matrix.mT if base.is_transposed else matrix
+        if form.neurons is None:
+            return matrix.contiguous()
+    full = torch.zeros(whole.shape[1:], dtype=whole.dtype, device=whole.device)
+    if matrix is None:
+        return full
+    axis, places = first_neurons(base, stack, form.neurons or 0)
+    return full.index_copy(axis - 1, places, matrix)
+
+
 class PackedStack:
     """What a stack of matrices `[E, ...]` looks like to those who read single experts of it; it is never whole.
 
@@ -169,17 +185,13 @@ class PackedExperts:
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
+        found = self.matrix(stack, expert).to(self.pcgrow_like.dtype) if self.forms[expert].neurons != 0 else None
+        return full_matrix(self, stack, self.forms[expert], found)
+
+    def packed_buffers(self) -> dict[str, Tensor]:
+        """What is stored, by stack."""
         module: Any = self
-        shape, form = module.pcgrow_shapes[stack][1:], self.forms[expert]
-        full = torch.zeros(shape, dtype=self.pcgrow_like.dtype, device=self.pcgrow_like.device)
-        if form.neurons == 0:
-            return full
-        found = self.matrix(stack, expert).to(full.dtype)
-        found = found.mT if module.is_transposed else found
-        if form.neurons is None:
-            return found.contiguous()
-        axis, places = first_neurons(module, stack, form.neurons)
-        return full.index_copy(axis - 1, places, found)
+        return {name: module._buffers[PREFIX + name] for name in module.pcgrow_shapes}
 
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
         """The module with dense stacks, `[G, ...]` by name, in the place of its own."""

@@ -1,0 +1,182 @@
+"""One sweep over some text that notes, for every node, what entered it and which error reached its output.
+
+Shapes: N tokens, K experts per token, H hidden.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from peft_pcgrow import experts
+from peft_pcgrow.measure import held_still, read_batch, settle_batch
+from peft_pcgrow.probe import IGNORED
+from peft_pcgrow.recompute import hidden_of
+from peft_pcgrow.settle import LayerStack, Probe
+
+
+@dataclass
+class LayerSample:
+    """What one decoder layer was given, all tokens that are not padding, one text after the other.
+
+    Attributes:
+        x: what entered the experts, `[N, H]`. index, weight: how tokens were routed, `[N, K]`.
+        error: dLoss/d(experts' output), of the summed token losses, `[N, H]`.
+        text: which of the texts each token is from, `[N]`. row: which sequence, `[N]`.
+        skipped: first-order change of the summed loss if the layer's update to the residual stream were left out,
+            `[N]`.
+    """
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    error: Tensor
+    text: Tensor
+    row: Tensor
+    skipped: Tensor
+
+
+@dataclass
+class Calibration:
+    """What some texts looked like to a model.
+
+    Attributes:
+        names: of the texts. labels: predicted tokens of each. losses: mean loss of each, nats per token.
+        layers: by decoder layer.
+        batches: the texts themselves, as `(inputs, labels)`, to measure losses on again.
+    """
+
+    names: tuple[str, ...]
+    labels: list[int]
+    losses: list[float]
+    layers: dict[int, LayerSample]
+    batches: list[list[tuple[dict[str, Any], Tensor]]] = field(default_factory=list)
+
+
+class _NodeProbe(Probe):
+    """Collects `LayerSample`s while layers are settled."""
+
+    def __init__(self, tree: experts.Tree):
+        self.sites = {site.layer: site for site in tree.sites}
+        self.found: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in self.sites}
+        self.keep = self.rows = torch.ones(0)
+        self.text = 0
+
+    def begin(self, inputs: dict[str, Any], text: int, first_row: int) -> None:
+        mask = inputs["attention_mask"].bool()
+        self.keep, self.text = mask.reshape(-1), text
+        self.rows = (first_row + torch.arange(len(mask), device=mask.device))[:, None].expand_as(mask).reshape(-1)
+
+    @contextmanager
+    def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
+        site, outputs, self._seen = self.sites.get(index), [], []
+        if site is None:
+            yield lambda: []
+            return
+
+        def entered(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._seen = [args[0].detach(), args[1], args[2].detach()]
+            outputs.insert(0, output)
+
+        def left(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = hidden_of(output, module)
+            self._seen.append((before - after).detach())
+            outputs.append(after)
+
+        handles = [
+            site.module.register_forward_hook(entered),
+            site.decoder_layer.register_forward_hook(left, with_kwargs=True),
+        ]
+        try:
+            yield lambda: outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
+        if index not in self.sites:
+            return
+        if len(self._seen) < 4 or len(errors) < 2 or errors[0] is None or errors[1] is None:
+            raise RuntimeError(f"layer {index} ran without calling its experts: its MoE block was replaced")
+        x, chosen, weight, step = self._seen
+        change = (step.float() * errors[1].float()).sum(-1).reshape(-1)
+        pieces = x.reshape(-1, x.shape[-1]), chosen, weight, errors[0].reshape(-1, x.shape[-1]), self.rows, change
+        self.found[index].append(tuple(piece[self.keep].cpu() for piece in pieces))
+
+
+def calibrate(
+    model: nn.Module, texts: Mapping[str, Iterable[Any]], max_tokens: int | None = None, progress: bool = True
+) -> Calibration:
+    """Sweep over each text, with nothing trained.
+
+    Args:
+        texts: name -> batches as for `measure_errors`.
+        max_tokens: of each text, at most so many (to the end of a batch); what is noted is 2 H + 2 K numbers a token
+            and layer, on the CPU.
+
+    Raises:
+        ValueError: no text, or one without a token to predict.
+    """
+    tree = experts.find_experts(model)
+    probe = _NodeProbe(tree)
+    device = next(model.parameters()).device
+    labels, losses, read, row = [], [], [], 0
+    if not texts:
+        raise ValueError("no text to calibrate on: give domain= or retain= batches")
+    with held_still(model), LayerStack(tree.layers, probe=probe):
+        for number, (name, batches) in enumerate(texts.items()):
+            held = list(_some(batches, device, max_tokens))
+            count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target in held)
+            if not count:
+                raise ValueError(f"the {name} text has no token to predict: give batches of at least two tokens each")
+            loss = 0.0
+            for inputs, target in tqdm(held, desc=f"calibrating on {name}", unit="batch", disable=not progress):
+                probe.begin(inputs, number, row)
+                loss += settle_batch(model, inputs, target)
+                row += len(target)
+            for noted in probe.found.values():
+                for i, piece in enumerate(noted):
+                    if len(piece) == 6:
+                        noted[i] = (*piece, torch.full((len(piece[0]),), number))
+            labels.append(count)
+            losses.append(loss / count)
+            read.append(held)
+    layers = {}
+    for layer, noted in probe.found.items():
+        x, index, weight, error, rows, skipped, text = (torch.cat(column) for column in zip(*noted, strict=True))
+        layers[layer] = LayerSample(x, index, weight, error, text, rows, skipped)
+    return Calibration(tuple(texts), labels, losses, layers, read)
+
+
+def _some(
+    batches: Iterable[Any], device: torch.device, max_tokens: int | None
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    tokens = 0
+    for batch in batches:
+        inputs, target = read_batch(batch, device)
+        yield inputs, target
+        tokens += int(inputs["attention_mask"].sum())
+        if max_tokens is not None and tokens >= max_tokens:
+            return
+
+
+@torch.no_grad()
+def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Tensor]]]) -> list[float]:
+    """Mean loss of each text, nats per predicted token."""
+    found = []
+    with held_still(model):
+        for held in batches:
+            total = count = 0.0
+            for inputs, target in held:
+                logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+                wanted = target[:, 1:].reshape(-1)
+                total += float(cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum"))
+                count += int((wanted != IGNORED).sum())
+            found.append(total / count)
+    return found

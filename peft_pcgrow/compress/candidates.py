@@ -1,0 +1,220 @@
+"""What each expert of a layer could become, and what each choice would do to the loss.
+
+Every form is made for real (rounded, thinned, with its errors made up for) and run on the calibration rows; what is
+predicted from that is the change of the loss. Shapes: E experts, F forms, S texts, R rows, H hidden, I neurons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_pcgrow import experts
+from peft_pcgrow.compress import codec
+from peft_pcgrow.compress.calibrate import LayerSample
+from peft_pcgrow.compress.packed import MULTIPLE, WHOLE, Form, form_bytes
+from peft_pcgrow.compress.thin import compensated, elimination_order
+
+# what can predict the change of the loss, see `Candidates.damage`
+STATISTICS = ("fisher", "output", "isotropic", "weights", "gradient")
+# rows of an expert that forms are tried on, at least
+TRIED = 512
+# share of the rows' mean that moments of rarely used experts are drawn towards
+SHRINKAGE = 0.05
+
+
+@dataclass
+class Candidates:
+    """The forms that the experts of one layer could take.
+
+    Attributes:
+        forms: F of them. bytes: of one expert in each, `[F]`.
+        damage: by statistic, `[E, F, S]`, summed over each text's rows y = p f(x) with errors delta:
+            "fisher": sum (dy . delta)^2 / 2, the second-order change of the loss by the empirical Fisher matrix, in
+            nats; "isotropic": the same if errors had no direction, sum |dy|^2 |delta|^2 / (2 H); "gradient": the
+            first-order change |sum dy . delta|; "output": sum |dy|^2; "weights": |dW|^2 / |W|^2.
+        data: what to store, by form and then by stack, a list of E; None for `WHOLE`.
+        spread: sum of |dy / p|^2 over an expert's rows of all texts over their number, `[E, F]`.
+        kept: the neurons that are left, by form, `[E, P]`.
+    """
+
+    forms: tuple[Form, ...]
+    bytes: Tensor
+    damage: dict[str, Tensor]
+    spread: Tensor
+    data: dict[Form, dict[str, list[Tensor]]]
+    kept: dict[Form, Tensor]
+
+
+def forms_of(base: experts.ExpertsModule, methods: Sequence[str]) -> tuple[Form, ...]:
+    """The forms that some methods offer, `WHOLE` first."""
+    neurons = experts.intermediate_size(base)
+    widths = codec.WIDTHS if "quantize" in methods else (16,)
+    counts: list[int | None] = [None]
+    if "thin" in methods:
+        shares = (0.875, 0.75, 0.625, 0.5, 0.25)
+        counts += sorted({int(share * neurons) // MULTIPLE * MULTIPLE for share in shares} - {0, neurons})[::-1]
+    found = [Form(width, count) for count in counts for width in widths]
+    if "thin" in methods:
+        found.append(Form(neurons=0))
+    if "sparsify" in methods:
+        found += [Form(sparsity=kind) for kind in codec.SPARSITIES]
+    return tuple(dict.fromkeys([WHOLE, *found]))
+
+
+@torch.no_grad()
+def candidates(
+    base: experts.ExpertsModule, sample: LayerSample | None, forms: Sequence[Form], texts: int
+) -> Candidates:
+    """Make and try all forms of one layer's experts.
+
+    Args:
+        sample: calibration rows; None: plain rounding, and neurons by the size of their weights.
+    """
+    stacks = {name: experts.expert_stacks(base)[name].detach() for name in experts.matrices(base)}
+    plain = {name: (w.mT if base.is_transposed else w).float() for name, w in stacks.items()}
+    rows = [_rows(base, sample, expert) for expert in range(base.num_experts)] if sample is not None else []
+    moments = _moments(base, rows) if sample is not None else {}
+    first, count = experts.first_matrix(base), base.num_experts
+    order = _order(plain["down_proj"], moments)
+    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64) for name in STATISTICS}
+    spread = torch.zeros(count, len(forms), dtype=torch.float64)
+    data: dict[Form, dict[str, list[Tensor]]] = {}
+    kept_by_form: dict[Form, Tensor] = {}
+    for place, form in enumerate(forms):
+        weights, inner = dict(plain), moments.get("down_proj")
+        kept = None
+        if form.neurons is not None:
+            # in the order they stand, so that all of them is no change
+            kept = kept_by_form[form] = order[:, order.shape[1] - form.neurons :].sort(dim=1).values
+            if form.neurons:
+                weights, inner = _thinned(base, plain, inner, kept)
+            else:
+                weights = {name: w[:, :0] for name, w in plain.items()}
+        data[form] = {}
+        for name, weight in weights.items():
+            moment = inner if name == "down_proj" else moments.get(name)
+            data[form][name] = [weight.new_empty(0, dtype=torch.uint8)] * count
+            if form.neurons != 0:
+                data[form][name] = list(codec.encode(weight, form.width, form.sparsity, moment))
+                weights[name] = torch.stack(
+                    [codec.decode(d, *weight.shape[1:], form.width, form.sparsity).float() for d in data[form][name]]
+                )
+        for expert in range(count):
+            if form.neurons is None:
+                square = sum(float((weights[n][expert] - plain[n][expert]).square().sum()) for n in plain)
+                whole = sum(float(w[expert].square().sum()) for w in plain.values())
+                damage["weights"][expert, place] = square / whole
+            else:
+                damage["weights"][expert, place] = 1 - form.neurons / experts.intermediate_size(base)
+            if sample is None or form == WHOLE or not len(rows[expert][0]):
+                continue
+            x, p, error, text, before, scale = rows[expert]
+            after = torch.zeros_like(before)
+            if form.neurons != 0:
+                bias = kept[expert] if kept is not None else None
+                after = _run(base, x, {n: w[expert] for n, w in weights.items()}, expert, bias, first)
+            change = (after - before) * p[:, None]
+            along = (change * error).sum(-1).double()
+            size, errors = change.square().sum(-1).double(), error.square().sum(-1).double()
+            spread[expert, place] = float((size / p.square().clamp_min(1e-12)).mean())
+            for name, values in (
+                ("fisher", along.square() / 2),
+                ("isotropic", size * errors / (2 * x.shape[1])),
+                ("output", size),
+                ("gradient", along),
+            ):
+                damage[name][expert, place].index_add_(0, text, values * scale)
+    damage["gradient"] = damage["gradient"].abs()
+    sizes = torch.tensor([form_bytes(base, form) for form in forms], dtype=torch.float64)
+    return Candidates(tuple(forms), sizes, damage, spread, data, kept_by_form)
+
+
+def _rows(base: experts.ExpertsModule, sample: LayerSample, expert: int) -> tuple:
+    """Inputs, routing weights, errors, texts and outputs of (some) rows, and how many each stands for."""
+    token, choice = torch.where(sample.index == expert)
+    total = len(token)
+    # second moments of H inputs need some multiple of H rows
+    most = max(TRIED, 2 * sample.x.shape[1])
+    if total > most:
+        some = torch.arange(most) * total // most
+        token, choice = token[some], choice[some]
+    device = experts.expert_stacks(base)["down_proj"].device
+    x, error = sample.x[token].to(device).float(), sample.error[token].to(device).float()
+    p = sample.weight[token, choice].to(device).float()
+    plain = {n: experts.expert_stacks(base)[n][expert].float() for n in experts.matrices(base)}
+    matrices = {n: w.mT if base.is_transposed else w for n, w in plain.items()}
+    before = _run(base, x, matrices, expert, None, experts.first_matrix(base))
+    return x, p, error, sample.text[token].to(device), before, total / max(len(token), 1)
+
+
+def _run(
+    base: experts.ExpertsModule, x: Tensor, weights: dict[str, Tensor], expert: int, kept: Tensor | None, first: str
+) -> Tensor:
+    """An expert's output with these matrices `[O, I]`."""
+
+    def product(inputs: Tensor, name: str) -> Tensor:
+        y = inputs @ weights[name].mT
+        if not base.has_bias:
+            return y
+        bias = getattr(base, f"{name}_bias")[expert].float()
+        if name == first and kept is not None:
+            bias = bias[neurons_at(base, name, kept)]
+        return y + bias
+
+    inner = product(x, first)
+    inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
+    y = product(inner, "down_proj")
+    return base.post_expert_norm(y) if base.has_post_expert_norm else y
+
+
+def neurons_at(base: experts.ExpertsModule, stack: str, neurons: Tensor) -> Tensor:
+    """Where neurons lie along a stack."""
+    lying = experts.neuron_places(base, stack, neurons)
+    assert lying is not None
+    return lying[1]
+
+
+def _moments(base: experts.ExpertsModule, rows: list[tuple]) -> dict[str, Tensor]:
+    """Second moments `[E, I, I]` of what enters each matrix, rows weighted by p^2 |delta|^2: by what an error of the
+    output costs there. Those of experts with few rows are drawn towards all experts' mean."""
+    found: dict[str, list[Tensor]] = {}
+    first = experts.first_matrix(base)
+    for expert, (x, p, error, *_) in enumerate(rows):
+        cost = error.square().sum(-1)
+        cost = (p.square() * cost / cost.mean().clamp_min(1e-30)).sqrt()
+        inputs = experts.stack_inputs(base, x, expert)
+        for name, entering in inputs.items():
+            weighted = entering.float() * cost[:, None]
+            found.setdefault(name, []).append((weighted.mT @ weighted).double())
+    stacked = {name: torch.stack(each) for name, each in found.items()}
+    for moment in stacked.values():
+        mean = moment.sum(0) / max(sum(len(row[0]) for row in rows), 1)
+        count = torch.tensor([max(len(row[0]), 1) for row in rows], dtype=moment.dtype, device=moment.device)
+        moment += SHRINKAGE * mean * count[:, None, None]
+    assert first in stacked
+    return stacked
+
+
+def _order(down: Tensor, moments: dict[str, Tensor]) -> Tensor:
+    """Neurons in the order to remove them, `[E, I]`."""
+    if moments:
+        return elimination_order(down, moments["down_proj"], MULTIPLE)
+    return down.square().sum(1).argsort(dim=1)
+
+
+def _thinned(
+    base: experts.ExpertsModule, plain: dict[str, Tensor], inner: Tensor | None, kept: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Matrices `[E, ...]` of the neurons `kept [E, P]`, and the second moments of what enters the down projection."""
+    first = experts.first_matrix(base)
+    places = neurons_at(base, first, kept)
+    entering = torch.gather(plain[first], 1, places[:, :, None].expand(-1, -1, plain[first].shape[2]))
+    if inner is None:
+        down = torch.gather(plain["down_proj"], 2, kept[:, None].expand(-1, plain["down_proj"].shape[1], -1))
+        return {first: entering, "down_proj": down}, None
+    down = compensated(plain["down_proj"], inner, kept)
+    left = torch.gather(inner, 1, kept[:, :, None].expand(-1, -1, inner.shape[2]))
+    left = torch.gather(left, 2, kept[:, None].expand(-1, kept.shape[1], -1))
+    return {first: entering, "down_proj": down}, left
