@@ -273,7 +273,7 @@ def table(path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row.get("study") == "select":
+        if "gain" in row:
             groups.setdefault((row["budget"], row["arm"]), []).append(row)
     print("| budget | arm | seeds | gain | forgetting | trained |\n|---|---|---|---|---|---|")
     for (budget, arm), group in sorted(groups.items(), key=lambda item: (item[0][0], -median(item[1], "gain"))):

@@ -162,7 +162,7 @@ def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) ->
 
 
 def _stages(plan: CompressionPlan, count: int) -> list[list[NodePlan]]:
-    """The nodes, least predicted change per byte saved first, in stages that save alike. Skipping layers comes first."""
+    """The nodes, least predicted change per byte saved first, in stages that save alike; layers first."""
     changed = [node for node in plan.nodes if node.form != WHOLE]
     ordered = sorted(changed, key=lambda node: node.predicted / max(node.before - node.after, 1))
     saved, stages = 0, [[] for _ in range(min(count, max(len(ordered), 1)))]
@@ -176,9 +176,7 @@ def _stages(plan: CompressionPlan, count: int) -> list[list[NodePlan]]:
 class _Writer:
     """Makes the forms of a plan and puts what they compute into the model, or takes it back."""
 
-    def __init__(
-        self, model: nn.Module, tree: experts.Tree, plan: CompressionPlan, calibration: Calibration | None
-    ):
+    def __init__(self, model: nn.Module, tree: experts.Tree, plan: CompressionPlan, calibration: Calibration | None):
         self.model, self.plan = model, plan
         self.sites = {site.layer: site for site in tree.sites}
         self.forms = {site.layer: [WHOLE] * site.experts for site in tree.sites}

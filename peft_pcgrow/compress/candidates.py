@@ -53,7 +53,7 @@ def forms_of(base: experts.ExpertsModule, methods: Sequence[str]) -> tuple[Form,
     widths = codec.WIDTHS if "quantize" in methods else (16,)
     counts: list[int | None] = [None]
     if "thin" in methods:
-        shares = (0.875, 0.75, 0.625, 0.5, 0.25)
+        shares = (0.75, 0.5, 0.25)
         counts += sorted({int(share * neurons) // MULTIPLE * MULTIPLE for share in shares} - {0, neurons})[::-1]
     found = [Form(width, count) for count in counts for width in widths]
     if "thin" in methods:
@@ -99,7 +99,10 @@ def candidates(
             if form.neurons != 0:
                 data[form][name] = list(codec.encode(weight, form.width, form.sparsity, moment))
                 weights[name] = torch.stack(
-                    [codec.decode(d, *weight.shape[1:], form.width, form.sparsity).float() for d in data[form][name]]
+                    [
+                        codec.decode(d, weight.shape[1], weight.shape[2], form.width, form.sparsity).float()
+                        for d in data[form][name]
+                    ]
                 )
         for expert in range(count):
             if form.neurons is None:

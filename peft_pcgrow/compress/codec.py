@@ -27,8 +27,7 @@ _NF4 = (
 # Max (1960), for unit variance
 _LLOYD_MAX = {3: (0.2451, 0.7560, 1.3440, 2.1520), 2: (0.4528, 1.5104)}
 # scales tried, as shares of a block's largest weight
-_SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8), 3: tuple(1 - 0.05 * i for i in range(10))}
-_SHRINK[2] = tuple(1 - 0.05 * i for i in range(14))
+_SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.0, 0.85, 0.7, 0.6, 0.5)}
 # added to the mean of a second moment's diagonal before it is inverted
 DAMP = 0.01
 # columns after whose rounding the rest is corrected at once
@@ -103,7 +102,7 @@ def decode(data: Tensor, outputs: int, inputs: int, width: int, sparsity: str | 
 def rounded(weights: Tensor, width: int, sparsity: str | None = None, moment: Tensor | None = None) -> Tensor:
     """Matrices `[N, O, I]` as they read back after `encode`, in fp32."""
     data = encode(weights, width, sparsity, moment)
-    return torch.stack([decode(row, *weights.shape[1:], width, sparsity).float() for row in data])
+    return torch.stack([decode(row, weights.shape[1], weights.shape[2], width, sparsity).float() for row in data])
 
 
 def _words(count: int) -> int:
@@ -171,11 +170,11 @@ def _compensate(
     of the inverse moment).
     """
     width_in = weights.shape[2]
-    damped = moment.double()
+    damped = moment.double().clone()
     mean = damped.diagonal(dim1=1, dim2=2).mean(dim=1)
     # inputs that no text excites: any answer is right, the plain one is taken
-    ridge = (DAMP * mean).clamp_min(1e-12)[:, None, None] * torch.eye(width_in, dtype=damped.dtype, device=damped.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped + ridge))
+    damped.diagonal(dim1=1, dim2=2).add_((DAMP * mean).clamp_min(1e-12)[:, None])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     left, chosen = weights.clone(), torch.empty_like(weights)
     for start in range(0, width_in, COLUMNS):

@@ -32,7 +32,8 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> Callable[[], None]:
     if not left:
         raise ValueError(f"skipping all {len(before)} layers leaves no model")
     values = {name: getattr(config, name) for name in vars(config) if name in ("num_hidden_layers", "layer_types")}
-    places = [(module, module.layer_idx) for layer in before for module in layer.modules() if hasattr(module, "layer_idx")]
+    modules: list[Any] = [module for layer in before for module in layer.modules() if hasattr(module, "layer_idx")]
+    places = [(module, module.layer_idx) for module in modules]
 
     def undo() -> None:
         _fill(layers, before)

@@ -1,0 +1,209 @@
+"""Survey: try every form of every expert once, then plan for as many budgets as wanted."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow import experts
+from peft_pcgrow.compress.allocate import allocate
+from peft_pcgrow.compress.calibrate import Calibration, calibrate
+from peft_pcgrow.compress.candidates import STATISTICS, candidates, forms_of
+from peft_pcgrow.compress.packed import Form
+from peft_pcgrow.compress.plan import CompressionPlan, NodePlan
+from peft_pcgrow.compress.skip import can_skip, skip_damage
+from peft_pcgrow.error_map import ErrorMap
+
+METHODS = ("quantize", "thin", "sparsify", "skip")
+# what forms are chosen by: predicted damage, or at random (the control)
+SELECTIONS = (*STATISTICS, "random")
+
+
+@dataclass
+class Survey:
+    """What every form of every expert would do, on some texts. Shapes: L layers, E experts, F forms, S texts.
+
+    Attributes:
+        layers: decoder layer of each row. forms: F of them, the first one is the whole expert.
+        bytes: `[L, F]`. damage: by statistic, per label token, `[L, E, F, S]` (see `candidates.Candidates`).
+        by_map: predicted from the error map in place of the domain's text, `[L, E, F]`; None: there was a text, or no
+            map.
+        skips: predicted damage of leaving out each layer, `[L]`; None: not asked for, or not possible.
+        calibration: what the texts looked like. methods: that were asked for. base: what tells the model from another.
+    """
+
+    layers: tuple[int, ...]
+    forms: tuple[Form, ...]
+    bytes: Tensor
+    damage: dict[str, Tensor]
+    by_map: Tensor | None
+    skips: Tensor | None
+    calibration: Calibration
+    methods: tuple[str, ...]
+    base: dict[str, Any]
+
+    def score(self, select: str = "fisher", seed: int = 0) -> Tensor:
+        """What forms are chosen by, `[L, E, F]`: the mean of the texts (and of the map's)."""
+        if select == "random":
+            generator = torch.Generator().manual_seed(seed)
+            shape = self.damage["fisher"].shape[:2]
+            noise = torch.rand(*shape, 1, generator=generator, dtype=torch.float64)
+            return noise * (self.bytes[:, None, :1] - self.bytes[:, None])
+        texts = list(self.damage[select].unbind(-1))
+        if self.by_map is not None and select in ("fisher", "isotropic"):
+            texts.append(self.by_map)
+        return torch.stack(texts).mean(0)
+
+    def plan(self, target: float, select: str = "fisher", seed: int = 0) -> CompressionPlan:
+        """A plan for one budget; arguments and errors as of `plan`."""
+        check_target(target)
+        if select not in SELECTIONS:
+            raise ValueError(f"unknown select={select!r}; choose from {', '.join(SELECTIONS)}")
+        damage = self.score(select, seed)
+        sizes = self.bytes[:, None].expand_as(damage)
+        total = float(sizes[..., 0].sum())
+        choice, skipped = allocate(damage, sizes, target * total), []
+        if self.skips is not None and select in ("fisher", "isotropic"):
+            choice, skipped = self._with_skips(choice, damage, sizes, target * total)
+        if choice is None:
+            least = float(sizes.min(-1).values.sum()) / total
+            raise ValueError(
+                f"target={target} is out of reach of {', '.join(self.methods)}: the smallest forms of all experts take "
+                f"{least:.4f} of their bytes in 16 bit; ask for that, or add methods"
+            )
+        predicted = self.score()
+        nodes = []
+        for row, layer in enumerate(self.layers):
+            for expert, form in enumerate(choice[row].tolist() if layer not in skipped else ()):
+                before, after = int(self.bytes[row, 0]), int(self.bytes[row, form])
+                nodes.append(
+                    NodePlan(layer, expert, self.forms[form], before, after, float(predicted[row, expert, form]))
+                )
+        names, losses = list(self.calibration.names), self.calibration.losses
+        return CompressionPlan(
+            nodes, skipped, target, int(total), select, names, losses, self.base, calibration=self.calibration
+        )
+
+    def _with_skips(
+        self, choice: Tensor | None, damage: Tensor, sizes: Tensor, budget: float
+    ) -> tuple[Tensor | None, list[int]]:
+        """Leave out layers, the most nearly identical first, as long as the rest, with more bytes each, gains by it."""
+        skips = self.skips
+        assert skips is not None
+
+        def cost(chosen: Tensor | None, gone: Tensor) -> float:
+            if chosen is None:
+                return float("inf")
+            rest = damage.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            return float(rest[~gone].sum() + skips[gone].sum())
+
+        gone = torch.zeros(len(self.layers), dtype=torch.bool)
+        for row in skips.argsort().tolist()[:-1]:
+            tried = gone.clone()
+            tried[row] = True
+            left = ~tried[:, None, None]
+            chosen = allocate(damage * left, sizes * left, budget)
+            if cost(chosen, tried) >= cost(choice, gone):
+                break
+            choice, gone = chosen, tried
+        return choice, [layer for layer, out in zip(self.layers, gone.tolist(), strict=True) if out]
+
+
+def survey(
+    model: nn.Module,
+    emap: ErrorMap | None = None,
+    *,
+    methods: Sequence[str] = ("quantize", "thin"),
+    retain: Iterable[Any] | None = None,
+    domain: Iterable[Any] | None = None,
+    max_tokens: int | None = 65_536,
+    progress: bool = True,
+) -> Survey:
+    """Try every form of every expert on calibration text, for `Survey.plan`; arguments and errors as of `plan`."""
+    tree = _check(model, emap, methods)
+    texts = {name: batches for name, batches in (("domain", domain), ("retain", retain)) if batches is not None}
+    calibration = calibrate(model, texts, max_tokens, progress)
+    forms = forms_of(tree.sites[0].base, methods)
+    labels = torch.tensor(calibration.labels, dtype=torch.float64)
+    found = []
+    for site in tree.sites:
+        tried = candidates(site.base, calibration.layers[site.layer], forms, len(labels))
+        # what would be stored is made again by `apply`: of all forms together it would be larger than the model
+        tried.data.clear()
+        found.append(tried)
+    damage = {name: torch.stack([each.damage[name] for each in found]) / labels for name in STATISTICS}
+    by_map = None
+    if emap is not None and domain is None:
+        # without the domain's text: its squared error at each node, spread evenly over the H directions
+        hidden = next(iter(calibration.layers.values())).x.shape[1]
+        reach = emap.square / (2 * hidden * max(emap.labels, 1))
+        by_map = torch.stack([each.spread for each in found]) * reach.unsqueeze(-1)
+    layers = tuple(site.layer for site in tree.sites)
+    skips = None
+    if "skip" in methods and can_skip(model):
+        skips = torch.stack([skip_damage(calibration, layer).mean() for layer in layers])
+    sizes = torch.stack([each.bytes for each in found])
+    base = experts.describe_base(model, tree)
+    return Survey(layers, forms, sizes, damage, by_map, skips, calibration, tuple(methods), base)
+
+
+def plan(
+    model: nn.Module, emap: ErrorMap | None = None, *, target: float, select: str = "fisher", **options: Any
+) -> CompressionPlan:
+    """Choose a form for every expert so that all of them together take `target` of their bytes in 16 bit.
+
+    One sweep over the texts notes what enters every node and which error comes back; then each expert is tried in every
+    form on its own rows, and the forms are chosen whose predicted changes of the loss add up to the least. For several
+    budgets, `survey` once and call its `plan`.
+
+    Args:
+        model: a transformers causal LM with experts in full precision; other modules may be quantized. Not changed.
+        emap: its error map on the domain; used for the domain's share where `domain` gives no text: the map knows how
+            much squared error reaches each node, the retain text how far each form moves its output.
+        target: share of the experts' bytes in 16 bit, in (0, 1].
+        select: the statistic to choose by, of `SELECTIONS`.
+        methods: of `METHODS`, "quantize" and "thin" by default. "thin" may remove experts altogether; "skip" takes out
+            whole decoder layers.
+        retain, domain: batches as for `measure_errors`, at least one of them.
+        max_tokens: of each text, at most, 65,536 by default. progress: show progress bars.
+
+    Returns:
+        A `CompressionPlan`.
+
+    Raises:
+        ValueError: a target that the methods cannot reach (the nearest is named), no text, a map of another model,
+            an unknown method or statistic, experts that are packed already, or a model with grown experts.
+    """
+    check_target(target)
+    if select not in SELECTIONS:
+        raise ValueError(f"unknown select={select!r}; choose from {', '.join(SELECTIONS)}")
+    return survey(model, emap, **options).plan(target, select)
+
+
+def check_target(target: float) -> None:
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
+        raise ValueError(f"target must be a share of the experts' bytes in 16 bit, in (0, 1]; got {target!r}")
+
+
+def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> experts.Tree:
+    unknown = [method for method in methods if method not in METHODS]
+    if isinstance(methods, str) or unknown or not methods:
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}, as a tuple or list; got {methods!r}")
+    tree = experts.find_experts(model)
+    for site in tree.sites:
+        if site.module is not site.base:
+            raise ValueError(
+                f"{site.name} has an adapter around it: compress what merge_and_unload() gives, or grow on a quantized "
+                "base with PCGrowConfig(base_quantization=...)"
+            )
+        if experts.is_packed(site.base):
+            raise ValueError(f"{site.name} is packed already: plan on the model in full precision")
+    if len({site.experts for site in tree.sites}) > 1:
+        raise ValueError("layers with different numbers of experts cannot be planned together yet")
+    if emap is not None:
+        base, same = experts.describe_base(model, tree), ("model_type", "layers", "experts", "shapes")
+        if any(emap.base.get(key) != base[key] for key in same) or experts.other_routers(emap.base, base):
+            raise ValueError("the error map was measured on another model: measure_errors(model, batches) on this one")
+    return tree
