@@ -14,7 +14,7 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute", "lifecycle", "page"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute", "lifecycle", "page", "staging"],
     ["map_file", "diagnosis"],
     ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map"],
@@ -25,7 +25,7 @@ FLOORS = [
     ["probe", "compress.persist"],
     ["measure"],
     ["register", "config", "layer", "curriculum", "guard", "resolve", "model"],
-    ["optimizer", "export", "callback", "__init__"],
+    ["optimizer", "export", "compress.plain", "callback", "__init__"],
 ]
 # what a floor may know of the world outside, by the lowest floor that may
 OUTSIDE = {"transformers": 5, "peft": 9, "accelerate": 10, "bitsandbytes": 9}

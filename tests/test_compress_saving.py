@@ -11,12 +11,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-import peft_pcgrow
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
 from peft_pcgrow.compress.packed import PREFIX, Form
-from peft_pcgrow.compress.persist import VERSION, note_packing, read_forms, register_packed, write_forms
+from peft_pcgrow.compress.persist import (
+    VERSION,
+    PackedQuantizer,
+    note_packing,
+    read_forms,
+    register_packed,
+    write_forms,
+)
 from peft_pcgrow.experts import is_packed, is_quantized
 from test_packed import FORMS, packed
 from tiny import ARCHITECTURES, EXPERTS, LOCUS, assert_same, build, logits, needs_native, snapshot, tokens, train
@@ -49,6 +56,8 @@ def test_comes_back(name, layers, dtype, tmp_path):
     loaded, facts = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not any(facts.values()), facts
     assert_same(snapshot(model), snapshot(loaded))
+    # what is not packed sums in another order otherwise
+    loaded.set_experts_implementation("eager")
     assert torch.equal(logits(loaded), logits(model))
     for ours, theirs in zip(find_experts(model).sites, find_experts(loaded).sites, strict=True):
         assert is_packed(ours.base) == is_packed(theirs.base) == is_quantized(theirs.base)
@@ -98,13 +107,14 @@ def test_files_hold_the_packed_bytes_only(tmp_path):
 
 
 def test_other_dtype_keeps_the_packed_bytes(tmp_path):
-    """Loaded in bf16, the packed bytes are those of the fp32 model; the logits are near."""
-    model = saved(tmp_path, forms=[Form(8)] * EXPERTS)
+    """Loaded in bf16, it is the bf16 model with the packed bytes of the fp32 one."""
+    held = {name: tensor for name, tensor in snapshot(saved(tmp_path)).items() if PREFIX in name}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_same(*({k: v for k, v in snapshot(each).items() if PREFIX in k} for each in (model, loaded)))
     assert {site.base.pcgrow_like.dtype for site in find_experts(loaded).sites} == {torch.bfloat16}
-    want = logits(packed(build(dtype=torch.bfloat16), [Form(8)] * EXPERTS))
-    assert_close("logits", logits(loaded), want, "bf16")
+    want = packed(build(dtype=torch.bfloat16))
+    want.load_state_dict(held, strict=False)
+    assert_same(snapshot(want), snapshot(loaded))
+    assert torch.equal(logits(loaded), logits(want))
 
 
 def test_a_layer_without_any_expert(tmp_path):
@@ -142,7 +152,6 @@ def test_adapters_on_packed_experts(name, loader, tmp_path):
     loaded = LOADERS[loader](tmp_path / "base", tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), before)
-    assert "pcgrow" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -198,9 +207,10 @@ def test_forms_in_few_characters():
 
 
 def test_registered_once():
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    assert before["pcgrow"] is PackedQuantizer
     register_packed()
-    register_packed()
-    assert peft_pcgrow.find_experts(compressed()).sites
+    assert before == AUTO_QUANTIZER_MAPPING
 
 
 @pytest.mark.parametrize(

@@ -128,18 +128,14 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-class _Unwritable:
+class _Unwritable(HfQuantizer):
     """Mixed into the quantizer that loaded a model whose experts were packed afterwards."""
 
-    # Python changes the class of an object only to one of the same layout
-    __slots__ = ()
-
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        held: Any = self
         if getattr(model, "_hf_peft_config_loaded", False):
             # adapters alone are written
-            return super().get_state_dict_and_metadata(model)  # type: ignore[misc]
-        method = getattr(held.quantization_config, "quant_method", "another method")
+            return super().get_state_dict_and_metadata(model)
+        method = getattr(self.quantization_config, "quant_method", "another method")
         raise ValueError(
             f"{type(model).__name__} was loaded quantized by {getattr(method, 'value', method)} and its experts were "
             "packed afterwards; no checkpoint format holds both. Load it in bf16, compress that, and save; adapters "
