@@ -249,13 +249,15 @@ def is_packed(base: ExpertsModule) -> bool:
     return hasattr(base, "packed_stacks")
 
 
+def loaded_quantized(config: Any) -> bool:
+    """Whether a model of this config was loaded quantized; that some of its experts are packed does not count."""
+    noted = getattr(config, "quantization_config", None)
+    return noted is not None and getattr(noted, "quant_method", None) != PACKED_METHOD
+
+
 def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
-    noted = getattr(base.config, "quantization_config", None)
-    # that other layers of it are packed says nothing about this one
-    if noted is not None and getattr(noted, "quant_method", None) != PACKED_METHOD:
-        return True
-    if hasattr(base, "parametrizations") or is_packed(base):
+    if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
         return True
     return not all(stack.is_floating_point() for stack in expert_stacks(base).values())
 

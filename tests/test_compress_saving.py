@@ -100,7 +100,8 @@ def test_saved_in_pieces_and_again(tmp_path):
 def test_files_hold_the_packed_bytes_only(tmp_path):
     model = saved(tmp_path, forms=[Form(2)] * EXPERTS)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        held = {key: file.get_slice(key) for key in file.keys() if ".experts." in key}
+        names = file.keys()
+        held = {key: file.get_slice(key) for key in names if ".experts." in key}
         assert all(PREFIX in key and piece.get_dtype() == "U8" for key, piece in held.items())
     assert len(held) == 2 * len(find_experts(model).sites)
     assert set(written(tmp_path)["quantization_config"]["layers"].values()) == {f"{EXPERTS}x2"}
@@ -156,7 +157,7 @@ def test_adapters_on_packed_experts(name, loader, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_adapters(checkpointing, tmp_path, recwarn):
-    """Trainer refuses quantized models whose method it does not know to be trainable; and nothing is said to be cast."""
+    """Trainer refuses quantized models whose method cannot train; and nothing is said to be cast."""
     saved(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PCGrowConfig(locus=LOCUS))
     assert not [w for w in recwarn if "fp32" in str(w.message)]

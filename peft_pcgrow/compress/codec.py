@@ -103,7 +103,8 @@ def decode(data: Tensor, outputs: int, inputs: int, width: int, sparsity: str | 
 def rounded(weights: Tensor, width: int, sparsity: str | None = None, moment: Tensor | None = None) -> Tensor:
     """Matrices `[N, O, I]` as they read back after `encode`, in fp32."""
     data = encode(weights, width, sparsity, moment)
-    return torch.stack([decode(row, *weights.shape[1:], width, sparsity).float() for row in data])
+    outputs, inputs = weights.shape[1:]
+    return torch.stack([decode(row, outputs, inputs, width, sparsity).float() for row in data])
 
 
 def _words(count: int) -> int:
@@ -174,7 +175,9 @@ def _compensate(
     damped = moment.double()
     mean = damped.diagonal(dim1=1, dim2=2).mean(dim=1)
     # inputs that no text excites: any answer is right, the plain one is taken
-    ridge = (DAMP * mean).clamp_min(1e-12)[:, None, None] * torch.eye(width_in, dtype=damped.dtype, device=damped.device)
+    ridge = (DAMP * mean).clamp_min(1e-12)[:, None, None] * torch.eye(
+        width_in, dtype=damped.dtype, device=damped.device
+    )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped + ridge))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     left, chosen = weights.clone(), torch.empty_like(weights)

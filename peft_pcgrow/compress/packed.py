@@ -80,7 +80,7 @@ def form_bytes(base: ExpertsModule, form: Form) -> int:
 
 
 def first_neurons(base: ExpertsModule, stack: str, count: int) -> tuple[int, Tensor]:
-    """The axis of a stack that neurons lie along, and where the first ones lie: what is left of an expert comes first."""
+    """The axis of a stack that neurons lie along, and where the first ones lie: what is left of an expert is first."""
     lying = experts.neuron_places(base, stack, torch.arange(count, device=experts.expert_stacks(base)[stack].device))
     assert lying is not None, f"{stack} holds no neurons"
     return lying

@@ -1,4 +1,4 @@
-"""Packed experts in checkpoints: transformers' own `save_pretrained` and `from_pretrained`, by its plug-in for quantizers.
+"""Packed experts in checkpoints: transformers' `save_pretrained` and `from_pretrained`, by its plug-in for quantizers.
 
 `config.json` says under `quantization_config` in which form each expert is, so that packed modules of the right sizes
 are there before the weights are read; the bytes are tensors of the checkpoint like any others.
@@ -11,13 +11,13 @@ from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_pcgrow import experts
@@ -86,6 +86,7 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Builds packed experts before a checkpoint is loaded, and has their forms written when one is saved."""
 
+    quantization_config: PackedConfig
     # nothing is packed while a plain checkpoint is loaded
     requires_calibration = True
 
@@ -155,14 +156,12 @@ def note_packing(model: PreTrainedModel) -> None:
     if not forms:
         raise ValueError(f"{type(model).__name__} has no packed experts: compress it first")
     held: Any = model
-    quantizer = getattr(held, "hf_quantizer", None)
-    config = getattr(held.config, "quantization_config", None)
-    if config is not None and not isinstance(config, PackedConfig):
-        if isinstance(quantizer, _Unwritable):
-            return
-        quantizer = PackedQuantizer(config) if quantizer is None else copy.copy(quantizer)
-        held.hf_quantizer = quantizer
-        quantizer.__class__ = type(type(quantizer).__name__, (_Unwritable, type(quantizer)), {})
+    quantizer: Any = getattr(held, "hf_quantizer", None)
+    if experts.loaded_quantized(held.config):
+        if not isinstance(quantizer, _Unwritable):
+            known = held.config.quantization_config
+            quantizer = held.hf_quantizer = copy.copy(quantizer or PackedQuantizer(known))
+            quantizer.__class__ = type(type(quantizer).__name__, (_Unwritable, type(quantizer)), {})
         return
     config = PackedConfig({str(layer): write_forms(each) for layer, each in forms.items()})
     held.config.quantization_config = config
