@@ -53,8 +53,8 @@ class PlainReport:
         gone = f"; what went to the {self.removed} removed experts of each layer goes to others" if self.removed else ""
         return (
             f"plain checkpoint with {self.experts} experts of {self.neurons} neurons a layer, {self.bytes / 1e6:.1f} "
-            f"MB ({self.compressed_bytes / 1e6:.1f} MB compressed): logits differ by up to {self.difference:.1e} from the "
-            f"compressed model's, KL {self.kl:.1e} nats/token{gone}; reloaded logits differ by "
+            f"MB ({self.compressed_bytes / 1e6:.1f} MB compressed): logits differ by up to {self.difference:.1e} from "
+            f"the compressed model's, KL {self.kl:.1e} nats/token{gone}; reloaded logits differ by "
             f"{self.reload_difference:.1e}"
         )
 
