@@ -97,6 +97,21 @@ def test_saved_in_pieces_and_again(tmp_path):
     assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_offloaded_to_disk(name, buffers, tmp_path):
+    """gpt-oss has biases beside its packed bytes."""
+    model = saved(tmp_path / "packed", name)
+    names = ["lm_head", *(f"model.{part}" for part in ("embed_tokens", "norm", "rotary_emb"))]
+    places = dict.fromkeys(names, "cpu")
+    places |= {f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(model.config.num_hidden_layers)}
+    settings = {"device_map": places, "offload_folder": tmp_path / "disk", "offload_buffers": buffers}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **settings)
+    held = find_experts(loaded).sites[1].base._buffers[f"{PREFIX}down_proj"]
+    assert held.is_meta == buffers
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_files_hold_the_packed_bytes_only(tmp_path):
     model = saved(tmp_path, forms=[Form(2)] * EXPERTS)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -246,6 +261,11 @@ def test_refuses_incomplete_files(tmp_path):
 def test_refuses_a_model_without_packed_experts():
     with pytest.raises(ValueError, match="no packed experts"):
         note_packing(build())
+
+
+def test_refuses_to_dequantize():
+    with pytest.raises(NotImplementedError, match="export_plain"):
+        compressed().dequantize()
 
 
 def test_refuses_to_pack_while_loading(tmp_path):

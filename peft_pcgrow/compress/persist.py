@@ -108,7 +108,9 @@ class PackedQuantizer(HfQuantizer):
         for site in experts.find_experts(model).sites:
             if experts.is_packed(site.base):
                 held = {**site.base._parameters, **{n: b for n, b in site.base._buffers.items() if PREFIX in n}}
-                lost = [name for name, tensor in held.items() if not getattr(tensor, "_is_hf_initialized", False)]
+                # on meta: offloaded
+                real = {name: tensor for name, tensor in held.items() if tensor is not None and not tensor.is_meta}
+                lost = [name for name, tensor in real.items() if not getattr(tensor, "_is_hf_initialized", False)]
                 if lost:
                     raise ValueError(
                         f"the checkpoint has no {', '.join(lost)} for the packed experts {site.name}, or of another "
@@ -120,6 +122,12 @@ class PackedQuantizer(HfQuantizer):
         # experts may have been packed since
         note_packing(model)
         return None, {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        raise NotImplementedError(
+            "packed experts are not written out in place: export_plain(model, folder, batches, dequantize=True) makes "
+            "a plain checkpoint, where its format can hold them"
+        )
 
     def is_serializable(self) -> bool:
         return True
