@@ -1,9 +1,10 @@
 """Grow mixture-of-experts models with PEFT: measure where they err, and refine only those experts.
 
-Importing the package registers the method `PCGROW` with PEFT.
+Importing the package registers the method `PCGROW` with PEFT, and checkpoints of packed experts with transformers.
 """
 
 from peft_pcgrow.callback import ErrorMapCallback
+from peft_pcgrow.compress.persist import register_packed
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.curriculum import order_by_surprisal
 from peft_pcgrow.diagnosis import Diagnosis
@@ -35,3 +36,4 @@ __all__ = [
 ]
 
 register(PCGrowConfig, PCGrowModel)
+register_packed()

@@ -17,6 +17,8 @@ from peft_pcgrow.removable import StackLayout
 
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
+# how configs call that experts are packed (see `compress.persist`)
+PACKED_METHOD = "pcgrow"
 # an nn.Module that follows the contract above: no class of transformers' says so, type checkers cannot either
 ExpertsModule: TypeAlias = Any
 
@@ -247,17 +249,23 @@ def is_packed(base: ExpertsModule) -> bool:
     return hasattr(base, "packed_stacks")
 
 
+def loaded_quantized(config: Any) -> bool:
+    """Whether a model of this config was loaded quantized; that some of its experts are packed does not count."""
+    noted = getattr(config, "quantization_config", None)
+    return noted is not None and getattr(noted, "quant_method", None) != PACKED_METHOD
+
+
 def is_quantized(base: ExpertsModule) -> bool:
-    """Whether the model was loaded quantized, or these stacks were quantized afterwards."""
-    if getattr(base.config, "quantization_config", None) is not None or hasattr(base, "parametrizations"):
-        return True
-    if is_packed(base):
+    """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
+    if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
         return True
     return not all(stack.is_floating_point() for stack in expert_stacks(base).values())
 
 
 def was_cast_up(base: ExpertsModule) -> bool:
     """Whether a model loaded quantized holds these stacks in fp32 (transformers loads them in 16 bit)."""
+    if is_packed(base):
+        return False
     return is_quantized(base) and all(stack.dtype == torch.float32 for stack in expert_stacks(base).values())
 
 

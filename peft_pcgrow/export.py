@@ -9,11 +9,8 @@ newborns are filled up with experts that a selection bias of -inf, where the rou
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import read_batch
 from peft_pcgrow.model import PCGrowModel
 from peft_pcgrow.probe import IGNORED
+from peft_pcgrow.staging import check_empty, staged
 
 # margins beyond this many nats tell a router no more
 CLIP = 8.0
@@ -75,9 +73,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
         FileExistsError: `folder` has something in it.
         RuntimeError: the reloaded checkpoint computes something else.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty: give a new folder for the checkpoint")
+    target = check_empty(folder)
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, PCGrowModel):
         raise ValueError(f"export_flat takes a PeftModel grown by peft_pcgrow, got {type(model).__name__}")
@@ -99,9 +95,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
         flat = _build(base, tree, grown, newborns, rows, extra, tuner.active_adapters)
     finally:
         model.train(was_training)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with staged(target) as staging:
         flat.save_pretrained(staging)
         again = type(flat).from_pretrained(staging, dtype=next(flat.parameters()).dtype).to(device).eval()
         again.set_experts_implementation(base.config._experts_implementation)
@@ -111,11 +105,6 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
                 f"the checkpoint's logits differ by {report.reload_difference} from those of the model that it was "
                 f"written from: this version of transformers does not keep {type(flat).__name__}'s weights as they are"
             )
-        target.mkdir(exist_ok=True)
-        for file in staging.iterdir():
-            file.replace(target / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 

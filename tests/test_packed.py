@@ -23,9 +23,11 @@ def plain(base: nn.Module, stack: str) -> Tensor:
     return weight.mT if base.is_transposed else weight
 
 
-def packed(model: nn.Module, forms=FORMS) -> nn.Module:
-    """Every layer's experts in these forms; of thinned experts, the first neurons are kept."""
+def packed(model: nn.Module, forms=FORMS, layers=None) -> nn.Module:
+    """Every layer's experts, or those of some, in these forms; of thinned experts, the first neurons are kept."""
     for site in find_experts(model).sites:
+        if layers is not None and site.layer not in layers:
+            continue
         data = {}
         for stack in matrices(site.base):
             data[stack] = []

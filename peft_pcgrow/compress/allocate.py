@@ -1,5 +1,7 @@
 """Spend bytes where they save the most: a multiple-choice knapsack, relaxed to the convex hulls of its choices."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def allocate(damage: Tensor, sizes: Tensor, budget: float) -> Tensor | None:
         hull = _hull(harm, size)
         choice.append(hull[0])
         spent += size[hull[0]]
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in pairwise(hull):
             slope = (harm[after] - harm[before]) / (size[before] - size[after])
             steps.append((slope, item, before, after))
     steps.sort()

@@ -13,6 +13,7 @@ from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
 from peft_pcgrow.compress.candidates import candidates, neurons_at
 from peft_pcgrow.compress.packed import WHOLE, Form, first_neurons, full_matrix, matrix_shape, pack
+from peft_pcgrow.compress.persist import note_packing
 from peft_pcgrow.compress.plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.skip import drop_layers
 
@@ -119,7 +120,8 @@ def apply(
             break
         after = found
         done += nodes
-    writer.pack(done)
+    writer.pack()
+    note_packing(model)
     skipped = tuple(plan.skipped) if writer.dropped else ()
     site_bytes = sum(
         buffer.numel() for site in experts.find_experts(model).sites for buffer in site.base.packed_buffers().values()
@@ -230,7 +232,7 @@ class _Writer:
         return take_back
 
     @torch.no_grad()
-    def pack(self, done: Sequence[NodePlan]) -> None:
+    def pack(self) -> None:
         """Replace the dense stacks by what is stored."""
         for layer, site in self.sites.items():
             if self.dropped and layer in self.plan.skipped:

@@ -46,9 +46,8 @@ def levels(width: int) -> Tensor:
 def size(outputs: int, inputs: int, width: int, sparsity: str | None = None) -> int:
     """Bytes that `encode` makes of one matrix."""
     weights = outputs * inputs
-    if sparsity == "half":
-        return _words(weights // 2 * 2) + _words(-(-weights // 8))
-    if sparsity == "2:4":
+    if sparsity is not None:
+        # a bit for each weight, or two for each that is kept: as many
         return _words(weights // 2 * 2) + _words(-(-weights // 8))
     if width == 16:
         return _words(weights * 2)
