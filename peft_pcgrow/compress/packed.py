@@ -19,7 +19,8 @@ from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.experts import ExpertsModule
 
-PREFIX = "pcgrow_packed_"
+# not the adapters' prefix, by which loaders tell their tensors from the base's
+PREFIX = "packed_"
 # intermediate neurons are kept in multiples of this: what grouped matrix products take in 16 bits
 MULTIPLE = 8
 
@@ -80,7 +81,7 @@ def form_bytes(base: ExpertsModule, form: Form) -> int:
 
 
 def first_neurons(base: ExpertsModule, stack: str, count: int) -> tuple[int, Tensor]:
-    """The axis of a stack that neurons lie along, and where the first ones lie: what is left of an expert comes first."""
+    """The axis of a stack that neurons lie along, and where the first ones lie: what an expert has left comes first."""
     lying = experts.neuron_places(base, stack, torch.arange(count, device=experts.expert_stacks(base)[stack].device))
     assert lying is not None, f"{stack} holds no neurons"
     return lying
@@ -134,13 +135,13 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: "PackedExperts", stack: str, expert: int) -> Tensor:
         ctx.source = module, stack, expert
-        return linear(x, module.matrix(stack, expert).to(x.dtype))
+        return linear(x, module.matrix(stack, expert, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         module, stack, expert = ctx.source
-        return gradient @ module.matrix(stack, expert).to(gradient.dtype), None, None, None
+        return gradient @ module.matrix(stack, expert, gradient.dtype), None, None, None
 
 
 class PackedExperts:
@@ -159,13 +160,13 @@ class PackedExperts:
             for name, shape in module.pcgrow_shapes.items()
         }
 
-    def matrix(self, stack: str, expert: int) -> Tensor:
-        """One expert's matrix `[O, I]` without the neurons that are gone, as it is stored."""
+    def matrix(self, stack: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's matrix `[O, I]` without the neurons that are gone, as `codec.decode` reads it."""
         module: Any = self
         form, shape = self.forms[expert], matrix_shape(self, stack, self.forms[expert])
         start = module.pcgrow_offsets[stack][expert]
         data = module._buffers[PREFIX + stack][start : start + codec.size(*shape, form.width, form.sparsity)]
-        return codec.decode(data, *shape, form.width, form.sparsity)
+        return codec.decode(data, *shape, form.width, form.sparsity, dtype)
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
@@ -174,7 +175,7 @@ class PackedExperts:
         full = torch.zeros(shape, dtype=self.pcgrow_like.dtype, device=self.pcgrow_like.device)
         if form.neurons == 0:
             return full
-        found = self.matrix(stack, expert).to(full.dtype)
+        found = self.matrix(stack, expert, full.dtype)
         found = found.mT if module.is_transposed else found
         if form.neurons is None:
             return found.contiguous()
@@ -275,6 +276,7 @@ def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence
     for stack in expert_stacks.values():
         if stack.dim() == 2 and not stack.is_meta:
             stack.data[gone] = 0
+    base.pcgrow_names = tuple(expert_stacks)
     base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
     base.pcgrow_offsets = offsets
     base.forms, base.dense = tuple(forms), None
