@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -16,7 +17,20 @@ from peft_pcgrow.compress.quantize import BITS, quantize_experts, storage_bytes
 from peft_pcgrow.error_map import SUMS
 from peft_pcgrow.experts import describe_base, expert_stacks, matrices
 from test_packed import plain, unpacked
-from tiny import ARCHITECTURES, EXPERTS, LOCUS, assert_same, build, domain, grown, retain, snapshot, tokens, trainable
+from tiny import (
+    ARCHITECTURES,
+    EXPERTS,
+    LOCUS,
+    assert_same,
+    build,
+    domain,
+    grown,
+    logits,
+    retain,
+    snapshot,
+    tokens,
+    trainable,
+)
 
 # ---- packing a model
 
@@ -75,6 +89,16 @@ def test_what_describes_a_base_stays(name):
         grow = PCGrowConfig(error_map=emap, budget=0.2, base_quantization="nf4")
         adapted = get_peft_model(copy.deepcopy(base), grow)
         assert list(adapted.state_dict()) == list(get_peft_model(copy.deepcopy(model), grow).state_dict())
+
+
+def test_experts_behind_accelerates_hooks():
+    """As a model spread over several devices has them."""
+    model, plain_model = build(), build()
+    for site in find_experts(model).sites:
+        add_hook_to_module(site.base, AlignDevicesHook(execution_device="cpu"))
+    for each in (model, plain_model):
+        quantize_experts(each)
+    assert torch.equal(logits(model), logits(plain_model))
 
 
 def test_refused():

@@ -286,3 +286,6 @@ def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence
     # tells the dtype and device that the stacks would have
     base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
     base.__class__ = packed_class(type(base))
+    if "_old_forward" in base.__dict__:
+        # what accelerate's hooks of a model on several devices call
+        base._old_forward = type(base).forward.__get__(base)
