@@ -16,6 +16,7 @@ from peft_pcgrow.spawn import GROWTHS
 
 SETTLING = (*WAYS, "backprop")
 ROUTERS = ("branch", "flat")
+BASE_QUANTIZATIONS = ("nf4", "int8")
 
 
 @dataclass
@@ -78,6 +79,10 @@ class PCGrowConfig(PeftConfig):
         settle_tol (`float`, defaults to `0.01`):
             Of `settle="relax"`: change of a layer's error in one hop, as a share of its norm, at which it has settled,
             in (0, 1).
+        base_quantization (`str`, *optional*):
+            `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
+            experts of the base are packed in so few bits (see `compress.quantize`); loading the adapter packs the base
+            alike. transformers leaves experts in 16 bit where a `BitsAndBytesConfig` quantizes everything else.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, as in LoRA.
         init_weights (`bool`, defaults to `True`):
@@ -106,6 +111,9 @@ class PCGrowConfig(PeftConfig):
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
     settle_tol: float = field(default=0.01, metadata={"help": "Change at which settle='relax' stops, in (0, 1)."})
+    base_quantization: Optional[str] = field(
+        default=None, metadata={"help": f"Pack the base's experts: {', '.join(BASE_QUANTIZATIONS)}."}
+    )
     modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
     init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
     target_modules: Optional[Union[list[str], set[str], str]] = field(
@@ -163,6 +171,11 @@ class PCGrowConfig(PeftConfig):
             self.parts = read_parts(self.parts, self.resolution)
             if self.locus is not None and self.base is None:
                 raise ValueError("parts= says which experts grow: leave out locus=, which follows from it")
+        if self.base_quantization not in (None, *BASE_QUANTIZATIONS):
+            raise ValueError(
+                f"unknown base_quantization={self.base_quantization!r}; choose from {', '.join(BASE_QUANTIZATIONS)}, "
+                "or None to leave the base's experts as they are"
+            )
         check_share("gate_fpr", self.gate_fpr, "(0, 1)")
         check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:

@@ -100,11 +100,13 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
 
     Of packed experts, stand-ins that decode the experts they are indexed with (see `compress.packed`).
     """
-    return getattr(base, "packed_stacks", {}) | {
+    found = getattr(base, "packed_stacks", {}) | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
         if parameter.dim() > 1 and parameter.shape[0] == base.num_experts
     }
+    # in the order from before packing, which an adapter's parameters and so an optimizer's state follow
+    return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +219,7 @@ def write_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces], values: Mapp
 def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
     """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
     first = first_matrix(base)
-    weight = getattr(base, first)[expert].to(x.dtype)
+    weight = (base.packed_stacks[first] if is_packed(base) else getattr(base, first))[expert].to(x.dtype)
     projected = x @ weight if base.is_transposed else x @ weight.mT
     if base.has_bias:
         projected = projected + getattr(base, f"{first}_bias")[expert].to(x.dtype)
@@ -267,6 +269,15 @@ def was_cast_up(base: ExpertsModule) -> bool:
     if is_packed(base):
         return False
     return is_quantized(base) and all(stack.dtype == torch.float32 for stack in expert_stacks(base).values())
+
+
+def loaded_in_bits(base: ExpertsModule) -> int | None:
+    """Bits that bitsandbytes loaded the model's linear layers in; None: it did not."""
+    found = getattr(base.config, "quantization_config", None) or {}
+    read = found if isinstance(found, Mapping) else vars(found)
+    # BitsAndBytesConfig keeps both flags behind an underscore
+    flags = {4: "load_in_4bit", 8: "load_in_8bit"}
+    return next((bits for bits, name in flags.items() if read.get(name) or read.get(f"_{name}")), None)
 
 
 def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from peft_pcgrow import experts
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.protect import keep_off
 
@@ -94,7 +95,11 @@ class TrainingGuard:
         stack = layer.stack_of(adapter, weight)
         directions, transposed = layer.directions(adapter, stack), layer.base_layer.is_transposed
         if id(weight) not in self.fixed:
-            donors = layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype)
+            if experts.is_packed(layer.base_layer):
+                # the donors may have been read before they were packed; those parts of their copies never moved
+                donors = weight.detach().clone()
+            else:
+                donors = layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype)
             if directions is not None:
                 donors = (donors.mT if transposed else donors) @ directions.to(weight.device, weight.dtype)
             self.fixed[id(weight)] = donors

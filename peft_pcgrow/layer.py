@@ -1,7 +1,7 @@
 """PCGrowExperts: a PEFT tuner layer around an experts module, owner of the grown banks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +173,8 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             if self.births[name].pieces is not None
         }
         try:
-            yield
+            with self.base_layer.composed_once() if experts.is_packed(self.base_layer) else nullcontext():
+                yield
         finally:
             self._composed = {}
 
@@ -340,6 +341,12 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
                     "they take only part of their donors' rows, so no expert of the base can hold them. Keep the "
                     "adapter, or write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
                 )
+        if names and experts.is_packed(self.base_layer):
+            raise ValueError(
+                "the base's experts are packed, and what merges into them could not be kept in so few bits: load the "
+                "base in bf16 or fp32 and the adapter onto it with a config whose base_quantization is None, and merge "
+                "there"
+            )
         if names and experts.is_quantized(self.base_layer):
             raise ValueError(
                 "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts, parts
 from peft_pcgrow.checksum import MARK, seal, verify
+from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.flat import check_flat
-from peft_pcgrow.guard import TrainingGuard
+from peft_pcgrow.guard import TrainingGuard, say
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.resolve import birth, resolve
@@ -66,6 +67,10 @@ class PCGrowModel(BaseTuner):
             )
         experts_at = {site.layer: site.experts for site in allowed}
         measured = self._map(peft_config, base)
+        if peft_config.base_quantization is not None:
+            check_quantizable(tree.sites, peft_config.base_quantization)
+        elif peft_config.base is None and (line := left_unpacked(tree.sites)) is not None:
+            say(f"pcgrow: {line}")
         if peft_config.base is None:
             # on a copy: a config that is refused can be changed and used again
             resolved = copy.copy(peft_config)
@@ -80,7 +85,7 @@ class PCGrowModel(BaseTuner):
             warnings.warn(
                 "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2
             )
-        if experts.was_cast_up(tree.sites[0].base):
+        if experts.was_cast_up(tree.sites[0].base) and peft_config.base_quantization is None:
             warnings.warn(
                 "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "
                 "up and doubles their memory; cast them back, or leave that call out",
@@ -147,6 +152,9 @@ class PCGrowModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if (quantization := self.peft_config[adapter_name].base_quantization) is not None:
+            # not before: the banks are copies of the experts as they were
+            quantize_sites(self._tree.sites, quantization)
         self._grown = {layer.layer_index: layer for layer in model.modules() if isinstance(layer, PCGrowExperts)}
         if self._stack is None:
             self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()

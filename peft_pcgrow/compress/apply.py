@@ -57,7 +57,7 @@ class CompressionReport:
 
 
 def apply(
-    model: nn.Module,
+    model: Any,
     plan: CompressionPlan,
     max_loss_rise: float | None = None,
     *,

@@ -10,6 +10,7 @@ Shapes: N matrices of O outputs and I inputs.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ _SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.
 DAMP = 0.01
 # columns after whose rounding the rest is corrected at once
 COLUMNS = 64
+# bits that are looked up at once, whole codes of each width
+_LOOKED_UP = {4: 8, 3: 12, 2: 8}
 
 
 @cache
@@ -79,29 +82,91 @@ def encode(weights: Tensor, width: int, sparsity: str | None = None, moment: Ten
     return torch.cat([_bytes(_pack(codes.flatten(1), width)), _bytes(scales)], dim=1)
 
 
-def decode(data: Tensor, outputs: int, inputs: int, width: int, sparsity: str | None = None) -> Tensor:
-    """What `encode` wrote of one matrix, from its bytes: `[O, I]` in fp32, or in bf16 where that is what is stored."""
+def decode(
+    data: Tensor,
+    outputs: int,
+    inputs: int,
+    width: int,
+    sparsity: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What `encode` wrote of one matrix, from its bytes, `[O, I]`.
+
+    Args:
+        dtype: of the result, one rounding from fp32. None: fp32, or bf16 where that is what is stored.
+    """
     weights = outputs * inputs
     if sparsity is not None:
-        return _read_sparse(data, outputs, inputs, sparsity)
-    if width == 16:
-        return data[: weights * 2].view(torch.bfloat16).view(outputs, inputs)
-    packed = -(-weights * width // 8)
-    scales = data[_words(packed) :].view(torch.bfloat16).float()
-    if width == 8:
-        return data[:packed].view(torch.int8).view(outputs, inputs) * (scales[:outputs, None] / 127)
-    table = levels(width).to(data.device)
-    values = table[_unpack(data[:packed], width, weights).int()]
-    blocks = -(-weights // BLOCK)
-    if weights % BLOCK:
-        values = torch.nn.functional.pad(values, (0, blocks * BLOCK - weights))
-    return (values.view(blocks, BLOCK) * scales[:blocks, None]).view(-1)[:weights].view(outputs, inputs)
+        found = _read_sparse(data, outputs, inputs, sparsity)
+    elif width == 16:
+        found = data[: weights * 2].view(torch.bfloat16).view(outputs, inputs)
+    elif width == 8:
+        scales = data[_words(weights) :].view(torch.bfloat16).float()
+        found = data[:weights].view(torch.int8).view(outputs, inputs) * (scales[:outputs, None] / 127)
+    else:
+        found = _read_blocks(data, weights, width, dtype).view(outputs, inputs)
+    return found if dtype is None else found.to(dtype)
 
 
 def rounded(weights: Tensor, width: int, sparsity: str | None = None, moment: Tensor | None = None) -> Tensor:
     """Matrices `[N, O, I]` as they read back after `encode`, in fp32."""
     data = encode(weights, width, sparsity, moment)
-    return torch.stack([decode(row, weights.shape[1], weights.shape[2], width, sparsity).float() for row in data])
+    outputs, inputs = weights.shape[1:]
+    return torch.stack([decode(row, outputs, inputs, width, sparsity, torch.float32) for row in data])
+
+
+def _read_blocks(data: Tensor, weights: int, width: int, dtype: torch.dtype | None) -> Tensor:
+    """Weights of 4, 3 or 2 bits, `[weights]`: in fp32, or in `dtype` where a kernel gives it."""
+    packed, blocks = -(-weights * width // 8), -(-weights // BLOCK)
+    scales = data[_words(packed) :].view(torch.bfloat16)[:blocks].float()
+    if width == 4 and weights % BLOCK == 0 and data.device.type in ("cpu", "cuda"):
+        kernels = bitsandbytes_kernels()
+        if kernels is not None:
+            kind = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+            # one block a row: on CPUs, a row that is no multiple of a block long is given the wrong scales
+            state = kernels.QuantState(
+                scales, torch.Size((blocks, BLOCK)), dtype=kind, blocksize=BLOCK, quant_type="nf4"
+            )
+            return kernels.dequantize_4bit(data[:packed].view(-1, 1), state).view(-1)
+    values = _look_up(data[:packed], width)
+    if weights % BLOCK:
+        values = torch.nn.functional.pad(values[:weights], (0, blocks * BLOCK - weights))
+    return values.view(blocks, BLOCK).mul_(scales[:, None]).view(-1)[:weights]
+
+
+@cache
+def bitsandbytes_kernels() -> Any:
+    """bitsandbytes' functions, or None where it cannot be imported."""
+    try:
+        import bitsandbytes.functional as kernels
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return kernels
+
+
+@cache
+def _table(width: int, device: torch.device) -> Tensor:
+    """The levels of all codes that are looked up at once, `[2^bits, codes]`."""
+    bits = _LOOKED_UP[width]
+    shifts = torch.arange(bits - width, -1, -width)
+    return levels(width)[(torch.arange(2**bits).unsqueeze(1) >> shifts) & (2**width - 1)].to(device)
+
+
+def _look_up(data: Tensor, width: int) -> Tensor:
+    """The level of each code in some bytes, `[codes]` fp32: some more where the last bytes are not full."""
+    table = _table(width, data.device)
+    if width == 3:
+        # three bytes are two words of four codes
+        data = torch.nn.functional.pad(data, (0, -len(data) % 3)).view(-1, 3)
+        first, middle, last = data[:, 0].int(), data[:, 1], data[:, 2]
+        words = torch.stack([first * 16 + (middle >> 4), (middle & 15).int() * 256 + last], dim=1).view(-1)
+    else:
+        words = data.int()
+    if data.device.type != "cpu":
+        return table.index_select(0, words).view(-1)
+    # a CPU copies one wide number faster than a row of some narrow ones
+    wide = table.view(torch.int64 if table.shape[1] == 2 else torch.complex128).view(-1)
+    return wide.index_select(0, words).view(torch.float32)
 
 
 def _words(count: int) -> int:
@@ -243,14 +308,6 @@ def _pack(codes: Tensor, width: int) -> Tensor:
 
 
 def _unpack(data: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` codes of one matrix, `[count]` uint8."""
-    if width == 4:
-        return torch.stack([data >> 4, data & 15], dim=-1).view(-1)[:count]
-    if width in (1, 2):
-        shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=data.device)
-        return ((data.unsqueeze(-1) >> shifts) & (2**width - 1)).view(-1)[:count]
-    # three bytes are eight codes of 3 bits
-    data = torch.nn.functional.pad(data, (0, -len(data) % 3)).view(-1, 3).int()
-    word = (data[:, 0] << 16) | (data[:, 1] << 8) | data[:, 2]
-    shifts = torch.arange(21, -1, -3, device=data.device)
-    return ((word.unsqueeze(-1) >> shifts) & 7).view(-1)[:count].to(torch.uint8)
+    """The first `count` codes of 1 or 2 bits, `[count]` uint8."""
+    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=data.device)
+    return ((data.unsqueeze(-1) >> shifts) & (2**width - 1)).view(-1)[:count]

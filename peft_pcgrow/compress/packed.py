@@ -19,7 +19,8 @@ from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.experts import ExpertsModule
 
-PREFIX = "pcgrow_packed_"
+# not the adapters' prefix, by which loaders tell their tensors from the base's
+PREFIX = "packed_"
 # intermediate neurons are kept in multiples of this: what grouped matrix products take in 16 bits
 MULTIPLE = 8
 
@@ -150,13 +151,13 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: "PackedExperts", stack: str, expert: int) -> Tensor:
         ctx.source = module, stack, expert
-        return linear(x, module.matrix(stack, expert).to(x.dtype))
+        return linear(x, module.matrix(stack, expert, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         module, stack, expert = ctx.source
-        return gradient @ module.matrix(stack, expert).to(gradient.dtype), None, None, None
+        return gradient @ module.matrix(stack, expert, gradient.dtype), None, None, None
 
 
 class PackedExperts:
@@ -175,17 +176,17 @@ class PackedExperts:
             for name, shape in module.pcgrow_shapes.items()
         }
 
-    def matrix(self, stack: str, expert: int) -> Tensor:
-        """One expert's matrix `[O, I]` without the neurons that are gone, as it is stored."""
+    def matrix(self, stack: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One expert's matrix `[O, I]` without the neurons that are gone, as `codec.decode` reads it."""
         module: Any = self
         form, shape = self.forms[expert], matrix_shape(self, stack, self.forms[expert])
         start = module.pcgrow_offsets[stack][expert]
         data = module._buffers[PREFIX + stack][start : start + codec.size(*shape, form.width, form.sparsity)]
-        return codec.decode(data, *shape, form.width, form.sparsity)
+        return codec.decode(data, *shape, form.width, form.sparsity, dtype)
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
-        found = self.matrix(stack, expert).to(self.pcgrow_like.dtype) if self.forms[expert].neurons != 0 else None
+        found = self.matrix(stack, expert, self.pcgrow_like.dtype) if self.forms[expert].neurons != 0 else None
         return full_matrix(self, stack, self.forms[expert], found)
 
     def packed_buffers(self) -> dict[str, Tensor]:
@@ -287,6 +288,7 @@ def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence
     for stack in expert_stacks.values():
         if stack.dim() == 2 and not stack.is_meta:
             stack.data[gone] = 0
+    base.pcgrow_names = tuple(expert_stacks)
     base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
     base.pcgrow_offsets = offsets
     base.forms, base.dense = tuple(forms), None
@@ -296,3 +298,6 @@ def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence
     # tells the dtype and device that the stacks would have
     base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
     base.__class__ = packed_class(type(base))
+    if "_old_forward" in base.__dict__:
+        # what accelerate's hooks of a model on several devices call
+        base._old_forward = type(base).forward.__get__(base)

@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from peft_pcgrow import experts
-from peft_pcgrow.compress.packed import WHOLE, Form
+from peft_pcgrow.compress.packed import PREFIX, WHOLE, Form
 from peft_pcgrow.flat import COUNTS, selection_bias
 from peft_pcgrow.measure import read_batch
 from peft_pcgrow.staging import check_empty, staged
@@ -193,7 +193,7 @@ def _check_routing(model: Any, layers: list[_Layer]) -> None:
 def _build(model: Any, layers: list[_Layer], neurons: int) -> Any:
     """A model of the same class with what is left of the experts; it shares all other tensors."""
     paths = {module: name for name, module in model.named_modules()}
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if "pcgrow_" not in name}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if PREFIX not in name}
     whole = experts.intermediate_size(layers[0].site.base)
     for layer in layers:
         base, router = layer.site.base, layer.site.router
