@@ -174,7 +174,9 @@ def _compensate(
     damped = moment.double()
     mean = damped.diagonal(dim1=1, dim2=2).mean(dim=1)
     # inputs that no text excites: any answer is right, the plain one is taken
-    ridge = (DAMP * mean).clamp_min(1e-12)[:, None, None] * torch.eye(width_in, dtype=damped.dtype, device=damped.device)
+    ridge = (DAMP * mean).clamp_min(1e-12)[:, None, None] * torch.eye(
+        width_in, dtype=damped.dtype, device=damped.device
+    )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped + ridge))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     left, chosen = weights.clone(), torch.empty_like(weights)
