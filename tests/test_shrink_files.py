@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
 from peft_pcgrow.compress.shrink import shrink_adapter
+from peft_pcgrow.experts import expert_stacks
+from test_packed import packed
 from test_saving import LOADERS
-from test_shrink import NAMES, banks, bases, layers, trained
+from test_shrink import NAMES, PARTS, banks, bases, layers, trained
 from tiny import ARCHITECTURES, LOCUS, assert_same, backward, build, grown, logits, snapshot, tokens, train
 
 # ---- saving and loading
@@ -144,12 +146,32 @@ def test_merging(name):
     torch.testing.assert_close(logits(plain), apart, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_on_packed_experts(name):
+    """On a base that is packed itself, deltas are taken from what it decodes to, and text is measured too."""
+    base = packed(build(name, implementation="eager"))
+    model = get_peft_model(copy.deepcopy(base), PCGrowConfig(locus={1: [0, 2], 2: [3]}))
+    train(model, steps=5)
+    before = banks(model)
+    report = shrink_adapter(model, bits=8, batches=[tokens(8)])
+    for layer in layers(model):
+        for name, held in layer.pieces(layer.births["default"]).items():
+            was, now = before[f"{layer.layer_index} {name}"], layer.bank("default")[name]
+            born = expert_stacks(layer.base_layer)[name][held.experts]
+            assert float((now - was).norm()) < 0.05 * float((was - born).norm())
+    assert 0 < report.error < 0.05
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize("resolution", ["expert", *PARTS])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_measured_like_a_whole_one(name):
+def test_measured_like_a_whole_one(name, resolution):
     """The map of a shrunk adapter is that of a whole one with the same weights."""
-    model = trained(name=name)
+    settings = {} if resolution == "expert" else {"locus": None, **PARTS[resolution]}
+    model = trained(name=name, **settings)
     shrink_adapter(model, bits=3)
-    whole = grown(name=name)
+    whole = grown(name=name, **settings)
     for layer, other in zip(layers(whole), layers(model), strict=True):
         for stack, weight in other.bank("default").items():
             layer.bank("default")[stack].data = weight.clone()
@@ -202,7 +224,7 @@ def test_training_is_refused(tmp_path):
         model(input_ids=tokens())
     with pytest.raises(ValueError, match="is shrunk and cannot be trained"):
         model.set_requires_grad("default", True)
-    with pytest.raises(ValueError, match="grown expert of this model trains"):
+    with pytest.raises(ValueError, match="grown experts of this model are shrunk"):
         create_pcgrow_optimizer(model)
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="is shrunk and cannot be trained"):

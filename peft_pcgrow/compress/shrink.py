@@ -107,6 +107,7 @@ def shrink_adapter(
     """Replace an adapter's banks, in place, by what they add to the base, stored small.
 
     The adapter computes, merges, saves and loads as before, with files of the new size; it can no longer be trained.
+    It adds what it stores to the experts of whatever base it is loaded on, so a base in fewer bits shows through.
     Biases are stored as deltas in bf16. Gates, thresholds and protected directions stay as they are.
 
     Args:
@@ -120,7 +121,8 @@ def shrink_adapter(
         batches: text of the domain, as for `measure_errors`, to measure the loss on before and after and, if
             `compensate`, to fit the rounding to. Needs the adapter to be active, and the memory of one fp32 matrix
             `[I, I]` for each matrix that grew.
-        compensate: whether to use the text for rounding.
+        compensate: whether to use the text for rounding. On a small model that halved the divergence of the
+            predictions from what they were, at 4, 3 and 2 bits; on the domain's loss it only showed at 2.
 
     Returns:
         Bytes, errors and losses.
