@@ -215,7 +215,7 @@ def write_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces], values: Mapp
 def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
     """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
     first = first_matrix(base)
-    weight = expert_stacks(base)[first][expert].to(x.dtype)
+    weight = (base.packed_stacks[first] if is_packed(base) else getattr(base, first))[expert].to(x.dtype)
     projected = x @ weight if base.is_transposed else x @ weight.mT
     if base.has_bias:
         projected = projected + getattr(base, f"{first}_bias")[expert].to(x.dtype)
