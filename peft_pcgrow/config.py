@@ -139,6 +139,9 @@ class PCGrowConfig(PeftConfig):
     protected: Optional[dict] = field(
         default=None, metadata={"help": "Directions kept off, layer -> stack -> number. Set on creation."}
     )
+    shrunk: Optional[dict] = field(
+        default=None, metadata={"help": "How the banks are stored, if not in full. Set by shrink_adapter."}
+    )
     base: Optional[dict] = field(
         default=None, metadata={"help": "Facts of the base the adapter grew on. Set on creation."}
     )

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts, parts
+from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, make_bank
 from peft_pcgrow.experts import Pieces
 from peft_pcgrow.gate import RATES, Gate, at_rate
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
 PERTURBATION = 0.5
-
-
-class Bank(nn.Module):
-    """One stack of grown experts, `weight [G, ...]`, in the base's layout."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,7 @@ class Birth:
         gate_fpr: the rate in use.
         directions: per stack, what updates are kept off, `[G, I, K]`, or by `parts.protected_inputs`.
         pieces: what the bank holds of the experts, by stack; None: all of them, whole.
+        shrunk: how the bank is stored, by stack; None: in full width.
     """
 
     grown: tuple[int, ...]
@@ -47,6 +42,7 @@ class Birth:
     gate_fpr: float = 0.0
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     pieces: Mapping[str, Pieces] | None = None
+    shrunk: Mapping[str, Coding] | None = None
 
 
 class PCGrowExperts(nn.Module, BaseTunerLayer):
@@ -96,11 +92,14 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool) -> None:
         """Give `adapter_name` a bank with copies of what it grows of the experts in use (perturbed unless
         `init_weights`)."""
+        if birth.shrunk is not None and not inference_mode:
+            raise ValueError(SHRUNK.format(adapter_name))
         self.births[adapter_name] = birth
         for name, weights in self.donors(birth).items():
             if not init_weights:
                 weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
-            self._banks(name)[adapter_name] = Bank(weights)
+            coding = None if birth.shrunk is None else birth.shrunk[name]
+            self._banks(name)[adapter_name] = make_bank(weights, self.base_layer.is_transposed, coding)
         self.pcgrow_checksum[adapter_name] = torch.zeros(32, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
@@ -142,9 +141,36 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return getattr(self, f"pcgrow_{name}")
 
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece."""
-        names = (name.removeprefix("pcgrow_") for name in self.adapter_layer_names)
-        return {name: self._banks(name)[adapter_name].weight for name in names if adapter_name in self._banks(name)}
+        """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece; decoded, if shrunk."""
+        names = [name.removeprefix("pcgrow_") for name in self.adapter_layer_names]
+        stacks = experts.expert_stacks(self.base_layer)
+        return {
+            name: self._banks(name)[adapter_name].read(stacks[name], partial(self.born, adapter_name, name))
+            for name in names
+            if adapter_name in self._banks(name)
+        }
+
+    def born(self, adapter_name: str, stack: str) -> Tensor:
+        """The base's own slices of what an adapter grows of a stack, also while they are merged over."""
+        if adapter_name in self._originals:
+            return self._originals[adapter_name][stack]
+        return experts.read_pieces(self.base_layer, {stack: self.pieces(self.births[adapter_name])[stack]})[stack]
+
+    def shrink(self, adapter_name: str, banks: Mapping[str, ShrunkBank]) -> None:
+        """Put shrunk banks, by stack, in the place of an adapter's."""
+        for name, bank in banks.items():
+            self._banks(name)[adapter_name] = bank
+        shrunk = {name: bank.coding for name, bank in banks.items()}
+        self.births[adapter_name] = replace(self.births[adapter_name], shrunk=shrunk)
+
+    def is_shrunk(self, adapter_name: str) -> bool:
+        return self.births.get(adapter_name, Birth(())).shrunk is not None
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if requires_grad and self.is_shrunk(name):
+                raise ValueError(SHRUNK.format(name))
+        super().set_requires_grad(adapter_names, requires_grad)
 
     def pieces(self, birth: Birth) -> Mapping[str, Pieces]:
         """What a bank holds, by stack."""

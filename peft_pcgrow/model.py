@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_pcgrow import experts, parts
+from peft_pcgrow.bank import SHRUNK
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.config import PCGrowConfig, check_share
@@ -179,6 +180,7 @@ class PCGrowModel(BaseTuner):
         if not (torch.is_grad_enabled() and self.model.training):
             return False
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
+            self._check_trains()
             return False
         if any(layer.merged for layer in self.tuner_layers()):
             raise RuntimeError(
@@ -202,6 +204,12 @@ class PCGrowModel(BaseTuner):
         if self._stack is not None:
             self._stack.way = next((way for way in ways.values() if way is not None), Way())
         return True
+
+    def _check_trains(self) -> None:
+        """A training forward of a shrunk adapter, with nothing else on the model that trains, ends in no gradient."""
+        shrunk = {name for layer in self.tuner_layers() for name in layer.active_banks() if layer.is_shrunk(name)}
+        if shrunk and not any(p.requires_grad for p in self.model.parameters()):
+            raise RuntimeError(f"{SHRUNK.format(min(shrunk))}; to compute without training, call model.eval()")
 
     def _check_gates(self) -> None:
         """Newborns behind gates that were never set would train on nothing."""

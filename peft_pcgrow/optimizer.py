@@ -139,6 +139,11 @@ def create_pcgrow_optimizer(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     banks = [p for name, p in trainable if ".pcgrow_" in name and p.dim() == 3]
     if not banks:
+        if any(".pcgrow_" in name and name.endswith(".packed") for name, _ in model.named_buffers()):
+            raise ValueError(
+                "the grown experts of this model are shrunk and cannot be trained: train the adapter that they were "
+                "shrunk from, or another one beside it"
+            )
         raise ValueError(
             "no grown expert of this model trains: pass it through get_peft_model(model, PCGrowConfig(...)) first"
         )

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_pcgrow import experts, parts, plan, spawn
+from peft_pcgrow.bank import codings
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
@@ -90,7 +91,8 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
     else:
         directions = parts.no_directions(site.base, pieces, ranks)
     held = pieces if config.parts is not None else None
-    return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held)
+    shrunk = codings(config.shrunk, site.layer)
+    return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk)
 
 
 def _pieces(config: PCGrowConfig, site: experts.ExpertsSite) -> Mapping[str, experts.Pieces]:

@@ -55,7 +55,7 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
     Returns:
         `[R, H]`.
     """
-    modules = [_with_bank(base, part.bank) for part in parts]
+    modules = [with_bank(base, part.bank) for part in parts]
 
     def together(outputs: list[Tensor]) -> Tensor:
         return torch.cat(outputs)[source]
@@ -91,7 +91,7 @@ def _implementation(base: ExpertsModule) -> str:
     return getattr(base.config, "_experts_implementation", None) or "eager"
 
 
-def _with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> ExpertsModule:
+def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> ExpertsModule:
     """`base` with the stacks of `bank`, cast to the base's dtype, in the place of its own."""
     if bank is None:
         return base

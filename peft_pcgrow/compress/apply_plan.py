@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
 from peft_pcgrow.compress.candidates import candidates, neurons_at
+from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.packed import WHOLE, Form, first_neurons, full_matrix, matrix_shape, pack
 from peft_pcgrow.compress.persist import note_packing
-from peft_pcgrow.compress.plan import CompressionPlan, NodePlan
+from peft_pcgrow.compress.quantize import storage_bytes
 from peft_pcgrow.compress.skip import drop_layers
 
 STAGES = 8
@@ -129,7 +131,7 @@ def apply(
     report = CompressionReport(
         plan.total,
         site_bytes,
-        stored_bytes(model),
+        storage_bytes(chain(model.parameters(), model.buffers())),
         calibration.names if calibration is not None else (),
         tuple(before),
         tuple(after),
@@ -140,14 +142,6 @@ def apply(
         stopped,
     )
     return model, report
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage once."""
-    held = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(held.values())
 
 
 def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) -> None:
