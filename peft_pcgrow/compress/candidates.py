@@ -33,7 +33,8 @@ class Candidates:
         damage: by statistic, `[E, F, S]`, summed over each text's rows y = p f(x) with errors delta:
             "fisher": sum (dy . delta)^2 / 2, the second-order change of the loss by the empirical Fisher matrix, in
             nats; "isotropic": the same if errors had no direction, sum |dy|^2 |delta|^2 / (2 H); "gradient": the
-            first-order change |sum dy . delta|; "output": sum |dy|^2; "weights": |dW|^2 / |W|^2.
+            first-order change |sum dy . delta|; "output": sum |dy|^2; "weights": |dW|^2 / |W|^2,
+            neurons that are gone counting as their share.
         data: what to store, by form and then by stack, a list of E; None for `WHOLE`.
         spread: sum of |dy / p|^2 over an expert's rows of all texts over their number, `[E, F]`.
         kept: the neurons that are left, by form, `[E, P]`.
@@ -92,8 +93,8 @@ def candidates(
                 weights, inner = _thinned(base, plain, inner, kept)
             else:
                 weights = {name: w[:, :0] for name, w in plain.items()}
-        data[form] = {}
-        for name, weight in weights.items():
+        data[form], given = {}, dict(weights)
+        for name, weight in given.items():
             moment = inner if name == "down_proj" else moments.get(name)
             data[form][name] = [weight.new_empty(0, dtype=torch.uint8)] * count
             if form.neurons != 0:
@@ -105,12 +106,11 @@ def candidates(
                     ]
                 )
         for expert in range(count):
-            if form.neurons is None:
-                square = sum(float((weights[n][expert] - plain[n][expert]).square().sum()) for n in plain)
-                whole = sum(float(w[expert].square().sum()) for w in plain.values())
-                damage["weights"][expert, place] = square / whole
-            else:
-                damage["weights"][expert, place] = 1 - form.neurons / experts.intermediate_size(base)
+            left = 1.0 if form.neurons is None else form.neurons / experts.intermediate_size(base)
+            if left:
+                square = sum(float((weights[n][expert] - given[n][expert]).square().sum()) for n in given)
+                left *= 1 - square / sum(float(w[expert].square().sum()) for w in given.values())
+            damage["weights"][expert, place] = 1 - left
             if sample is None or form == WHOLE or not len(rows[expert][0]):
                 continue
             x, p, error, text, before, scale = rows[expert]

@@ -47,10 +47,10 @@ class Survey:
     def score(self, select: str = "fisher", seed: int = 0) -> Tensor:
         """What forms are chosen by, `[L, E, F]`: the mean of the texts (and of the map's)."""
         if select == "random":
+            # each form's damage is that to the weights, but which experts matter is drawn
             generator = torch.Generator().manual_seed(seed)
-            shape = self.damage["fisher"].shape[:2]
-            noise = torch.rand(*shape, 1, generator=generator, dtype=torch.float64)
-            return noise * (self.bytes[:, None, :1] - self.bytes[:, None])
+            damage = self.damage["weights"].mean(-1)
+            return damage * torch.rand(*damage.shape[:2], 1, generator=generator, dtype=torch.float64)
         texts = list(self.damage[select].unbind(-1))
         if self.by_map is not None and select in ("fisher", "isotropic"):
             texts.append(self.by_map)
