@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
-from tiny import build, domain, retain, tokens
+from peft_pcgrow import measure_errors
+from tiny import build, domain, logits, retain, tokens
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -77,6 +78,18 @@ def test_spawn_program_of_the_readme(tmp_path, monkeypatch):
     exec(imports + block("python", "<!-- spawn program -->"), filled)
     assert filled["model"].peft_config["default"].gate_fpr == 0.02
     assert (tmp_path / "spawned" / "adapter_model.safetensors").is_file()
+
+
+def test_compress_program_of_the_readme(tmp_path, monkeypatch):
+    """Once more only the model and the data are filled in."""
+    monkeypatch.chdir(tmp_path)
+    model, batches = build("olmoe"), [retain(16, 24, seed) for seed in range(2)]
+    filled = {"model": model, "emap": measure_errors(model, [domain(16, 24)]), "retain_batches": batches}
+    exec(block("python", "<!-- compress program -->"), filled)
+    report = filled["report"]
+    assert report.bytes_after <= 0.35 * report.bytes_before or report.stopped
+    assert max(after - before for before, after in zip(report.before, report.after, strict=True)) <= 0.02
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")), logits(filled["model"]))
 
 
 @pytest.mark.slow
