@@ -36,11 +36,12 @@ SHAPES = {
 }  # fmt: skip
 
 
-def grown(settle: str, budget: float, top_half: bool = False) -> Callable:
+def grown(settle: str, budget: float, top_half: bool = False, packed: str | None = None) -> Callable:
     def build(model: nn.Module):
         layers = [site.layer for site in find_experts(model).sites]
         some = layers[len(layers) // 2 :] if top_half else None
-        config = PCGrowConfig(select="random", budget=budget, settle=settle, layers_to_transform=some)
+        options = {"settle": settle, "layers_to_transform": some, "base_quantization": packed}
+        config = PCGrowConfig(select="random", budget=budget, **options)
         model = get_peft_model(model, config)
         return model, create_pcgrow_optimizer(model)
 
@@ -71,9 +72,11 @@ def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
         "sweep, top half": (grown("sweep", budget, top_half=True), False),
         "direct": (grown("direct", budget), False),
         "relax": (grown("relax", budget), False),
+        "sweep, nf4 base": (grown("sweep", budget, packed="nf4"), False),
         "spawn": (spawned(budget, 0.0), False),
         "spawn, protected": (spawned(budget, 0.8), False),
         "backprop": (grown("backprop", budget), False),
+        "backprop, nf4 base": (grown("backprop", budget, packed="nf4"), False),
         "backprop, checkpointed": (grown("backprop", budget), True),
         "LoRA": (peft_lora, False),
         "LoRA, checkpointed": (peft_lora, True),

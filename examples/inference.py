@@ -1,22 +1,23 @@
-"""What a gated bank costs at inference: tokens per second against the bare base, prefill and decode.
+"""What a gated bank, or packed experts, cost at inference: tokens per second against the base, prefill and decode.
 
 Newborns are at random nodes (time does not depend on their weights). "open" reads the domain's text, which the gates
 let pass, "closed" the retain text, which they do not. Base and grown model take turns in one run; the numbers are
 medians of the turns' ratios.
 
-    python examples/inference.py --shares 0 0.1 0.5
+    python examples/inference.py --shares 0 0.1 0.5 --packed int8 nf4
 """
 
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
 
 import corpora
-from peft_pcgrow import PCGrowConfig, measure_errors
+from peft_pcgrow import PCGrowConfig, compress, measure_errors
 
 
 @torch.no_grad()
@@ -37,10 +38,22 @@ def decode(model: nn.Module, windows: torch.Tensor, new: int) -> float:
     return len(windows) * new / (time.perf_counter() - started)
 
 
+def compared(base: nn.Module, other: nn.Module, windows: torch.Tensor, args: argparse.Namespace, row: dict) -> None:
+    for what in (prefill, decode):
+        ratios, speeds = [], []
+        for _ in range(args.turns + 1):
+            bare, mine = what(base, windows, args.new), what(other, windows, args.new)
+            ratios.append(mine / bare)
+            speeds.append(bare)
+        numbers = {"base tokens/s": round(statistics.median(speeds[1:])), "ratio": statistics.median(ratios[1:])}
+        corpora.emit({**row, "phase": what.__name__, **numbers}, args.json)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="shares of the nodes grown")
+    parser.add_argument("--packed", nargs="*", default=[], help="ungrown, with experts packed: int8, nf4, 3bit or 2bit")
     parser.add_argument("--turns", type=int, default=9, help="of base and grown model (default: %(default)s)")
     parser.add_argument("--new", type=int, default=32, help="tokens decoded a turn (default: %(default)s)")
     args = parser.parse_args()
@@ -58,15 +71,11 @@ def main() -> None:
             grown = get_peft_model(grown, PCGrowConfig(error_map=emap, budget=share, **options))
         grown.eval()
         for text, windows in texts.items() if share else [("open", texts["open"])]:
-            for what in (prefill, decode):
-                ratios, speeds = [], []
-                for _ in range(args.turns + 1):
-                    bare, mine = what(base, windows, args.new), what(grown, windows, args.new)
-                    ratios.append(mine / bare)
-                    speeds.append(bare)
-                row = {"nodes grown": share, "gates": text if share else "none", "phase": what.__name__}
-                ratio, speed = statistics.median(ratios[1:]), statistics.median(speeds[1:])
-                corpora.emit({**row, "base tokens/s": round(speed), "grown / base": round(ratio, 3)}, args.json)
+            compared(base, grown, windows, args, {"nodes grown": share, "gates": text if share else "none"})
+    for to in args.packed:
+        packed: Any = corpora.new_model(task)
+        compress.quantize_experts(packed, to)
+        compared(base, packed.eval(), texts["open"], args, {"packed": to})
 
 
 if __name__ == "__main__":
