@@ -107,7 +107,7 @@ class _NodeProbe(Probe):
         x, chosen, weight, step = self._seen
         change = (step.float() * errors[1].float()).sum(-1).reshape(-1)
         pieces = x.reshape(-1, x.shape[-1]), chosen, weight, errors[0].reshape(-1, x.shape[-1]), self.rows, change
-        self.found[index].append(tuple(piece[self.keep].cpu() for piece in pieces))
+        self.found[index].append(tuple(piece[self.keep.to(piece.device)].cpu() for piece in pieces))
 
 
 def calibrate(
