@@ -234,8 +234,10 @@ class _Writer:
                 self.whole.setdefault(layer, before)
                 if layer not in self.data:
                     self.data[layer], self.biases[layer] = self._make(layer)
-                forms = tuple(chosen.get(expert, form) for expert, form in enumerate(self.forms[layer]))
-                self._pack(layer, forms)
+                forms = list(self.forms[layer])
+                for expert, form in chosen.items():
+                    forms[expert] = form
+                self._pack(layer, tuple(forms))
         return undo
 
     def _restore(self, layer: int, forms: tuple[Form, ...], kind: type, held: dict[str, Any]) -> None:

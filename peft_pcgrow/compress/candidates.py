@@ -129,7 +129,9 @@ def candidates(
                 data[form][name] = list(codec.encode(weight, form.width, form.sparsity, moment, half))
                 weights[name] = torch.stack(
                     [
-                        codec.decode(d, *weight.shape[1:], form.width, form.sparsity, torch.float32, half)
+                        codec.decode(
+                            d, weight.shape[1], weight.shape[2], form.width, form.sparsity, torch.float32, half
+                        )
                         for d in data[form][name]
                     ]
                 )
