@@ -64,7 +64,7 @@ class CompressionPlan:
     base: dict[str, Any]
     skipping: float = 0.0
     # what it was made of, for `apply`; not saved
-    calibration: Calibration | None = field(default=None, repr=False)
+    calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
