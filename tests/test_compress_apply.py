@@ -142,8 +142,8 @@ def test_plan_and_apply(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_is_whole_keeps_its_bits(dtype):
-    """In packed layers and in others, which stay as they were."""
+def test_what_is_whole_keeps_its_bits(dtype, tmp_path):
+    """In packed layers and in others, which stay as they were; and in a checkpoint that is read in another type."""
     model = build("qwen3_moe", dtype)
     forms = [WHOLE] * 7 + [Form(4)]
     plan = planned(model, forms)
@@ -157,6 +157,15 @@ def test_what_is_whole_keeps_its_bits(dtype):
         for name, stack in expert_stacks(site.base).items():
             assert torch.equal(stack[torch.arange(7)], before[f"{site.name}.{name}"][:7])
     assert all(parameters[name] is p for name, p in model.named_parameters())
+    model.save_pretrained(tmp_path)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for site in find_experts(wide).sites:
+        for name, stack in expert_stacks(site.base).items():
+            assert torch.equal(stack[torch.arange(7)], before[f"{site.name}.{name}"][:7].float())
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace(f'"half": "{str(dtype)[6:]}"', '"half": "int16"'))
+    with pytest.raises(ValueError, match=r"as bfloat16 or float16, not 'int16': the config.json was altered"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
