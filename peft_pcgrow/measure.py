@@ -253,7 +253,9 @@ def read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor
 @contextmanager
 def held_still(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, no parameter training: whoever measures asks for the gradients that it wants."""
-    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # of each module: PEFT's wrappers train around a base that does not
+    were_training = {module: module.training for module in model.modules()}
     # experts must not drop anything while they are measured
     model.eval()
     for module in model.modules():
@@ -267,4 +269,7 @@ def held_still(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
-        model.train(was_training)
+        for module, was_training in were_training.items():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.train(was_training)
+            module.training = was_training

@@ -26,12 +26,14 @@ def allocate(damage: Tensor, sizes: Tensor, budget: float) -> Tensor | None:
         hull = _hull(harm, size)
         choice.append(hull[0])
         spent += size[hull[0]]
-        for before, after in pairwise(hull):
-            slope = (harm[after] - harm[before]) / (size[before] - size[after])
-            steps.append((slope, item, before, after))
+        steepest = 0.0
+        for place, (before, after) in enumerate(pairwise(hull)):
+            # slopes rise along a hull, but their own rounding must not turn two around
+            steepest = max(steepest, (harm[after] - harm[before]) / (size[before] - size[after]))
+            steps.append((steepest, item, place, before, after))
     steps.sort()
     taken = []
-    for _, item, before, after in steps:
+    for *_, item, _, before, after in steps:
         if spent <= budget:
             break
         spent += bytes_[item][after] - bytes_[item][before]

@@ -1,7 +1,8 @@
 """Apply a compression plan, in stages, and stop before the losses rise too far."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,14 +13,16 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
-from peft_pcgrow.compress.candidates import candidates, neurons_at
+from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.packed import WHOLE, Form, first_neurons, full_matrix, matrix_shape, pack
+from peft_pcgrow.compress.packed import WHOLE, Form, first_neurons, pack
 from peft_pcgrow.compress.persist import note_packing
 from peft_pcgrow.compress.quantize import storage_bytes
 from peft_pcgrow.compress.skip import drop_layers
 
 STAGES = 8
+# what packing changes within a module's attributes
+CHANGED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class CompressionReport:
         bytes_before, bytes_after: of the experts, in 16 bit before, and as stored now (real, from the buffers).
         model_bytes: of all parameters and buffers of the model now.
         names: of the texts. before, after: their losses, nats per token; empty if there was no text to measure on.
-        predicted: change of the mean loss that the plan expected of what was done.
+        predicted: change of the mean loss that the plan predicted of what was done; see `CompressionPlan`.
         done: nodes that were changed, of `planned`. skipped: layers that were taken out.
         stopped: why before the end, or None.
     """
@@ -70,8 +73,12 @@ def apply(
 ) -> tuple[nn.Module, CompressionReport]:
     """Give every expert the form that a plan chose, in place.
 
-    The least harmful changes come first. After each of up to `STAGES` stages the losses are measured, and a stage that
-    would exceed the limit is taken back. In the end the experts are packed (see `compress.packed`).
+    The least harmful changes come first. After each of up to `STAGES` stages the losses of the packed model are
+    measured (see `compress.packed`), and a stage that would exceed the limit is taken back. Until the end the model's
+    own weights are kept beside what is stored: after an error or an interruption it is as it was.
+
+    Layers of which nothing changes stay as they are in 16-bit models; in wider ones all experts are stored in 16 bits
+    from the first stage on.
 
     Args:
         model: the model that the plan was made on.
@@ -83,12 +90,13 @@ def apply(
         The model and a `CompressionReport`.
 
     Raises:
-        ValueError: a plan for another model, a limit without text to measure it on, or losses that exceed the limit
-            before anything is done. The model is as it was then.
+        ValueError: a plan for another model, experts that are packed or have adapters, a limit without text to measure
+            it on, or losses that exceed the limit before anything is done. The model is as it was then.
     """
     tree = experts.find_experts(model)
     _check_model(model, tree, plan)
-    if max_loss_rise is not None and not max_loss_rise >= 0:
+    numeric = isinstance(max_loss_rise, (int, float)) and not isinstance(max_loss_rise, bool)
+    if max_loss_rise is not None and not (numeric and max_loss_rise >= 0):
         raise ValueError(f"max_loss_rise must be nats per token, 0 or more; got {max_loss_rise!r}")
     texts = {name: batches for name, batches in (("domain", domain), ("retain", retain)) if batches is not None}
     calibration = calibrate(model, texts, max_tokens, progress) if texts else plan.calibration
@@ -104,38 +112,37 @@ def apply(
             )
     writer = _Writer(model, tree, plan, calibration)
     limit = [loss + max_loss_rise for loss in before] if max_loss_rise is not None else None
-    after, stopped, done = before, None, []
+    after, stopped, done, predicted, skipped = before, None, [], 0.0, ()
     stages = _stages(plan, 1 if limit is None else STAGES)
-    for number, nodes in enumerate(tqdm(stages, desc="compressing", unit="stage", disable=not progress)):
-        undo = writer.write(nodes)
-        if calibration is None:
-            done += nodes
-            continue
-        found = losses(model, calibration.batches)
-        if limit is not None and not all(loss <= most for loss, most in zip(found, limit, strict=True)):
-            undo()
-            worst = max(range(len(found)), key=lambda i: found[i] - before[i])
-            stopped = (
-                f"stage {number + 1} of {len(stages)} would have raised the {calibration.names[worst]} loss by "
-                f"{found[worst] - before[worst]:.4f}, more than {max_loss_rise}"
-            )
-            break
-        after = found
-        done += nodes
-    writer.pack()
-    note_packing(model)
-    skipped = tuple(plan.skipped) if writer.dropped else ()
-    site_bytes = sum(
-        buffer.numel() for site in experts.find_experts(model).sites for buffer in site.base.packed_buffers().values()
-    )
+    try:
+        for number, (gone, nodes) in enumerate(tqdm(stages, desc="compressing", unit="stage", disable=not progress)):
+            undo = writer.write(gone, nodes)
+            found = losses(model, calibration.batches) if calibration is not None else []
+            if limit is not None and not all(loss <= most for loss, most in zip(found, limit, strict=True)):
+                undo()
+                assert calibration is not None
+                worst = max(range(len(found)), key=lambda i: found[i] - before[i])
+                stopped = (
+                    f"stage {number + 1} of {len(stages)} would have raised the {calibration.names[worst]} loss by "
+                    f"{found[worst] - before[worst]:.4f}, more than {max_loss_rise}"
+                )
+                break
+            after, done, skipped = found, done + nodes, (*skipped, *gone)
+            predicted += sum(node.predicted for node in nodes) + (plan.skipping if gone else 0.0)
+        sites = experts.find_experts(model).sites
+        if any(experts.is_packed(site.base) for site in sites):
+            note_packing(model)
+    except BaseException:
+        writer.take_back(0)
+        raise
     report = CompressionReport(
         plan.total,
-        site_bytes,
+        sum(_stored(site.base) for site in sites),
         storage_bytes(chain(model.parameters(), model.buffers())),
         calibration.names if calibration is not None else (),
         tuple(before),
         tuple(after),
-        sum(node.predicted for node in done),
+        predicted,
         sum(node.form != WHOLE for node in done),
         sum(node.form != WHOLE for node in plan.nodes),
         skipped,
@@ -145,9 +152,11 @@ def apply(
 
 
 def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) -> None:
-    packed = [site.name for site in tree.sites if experts.is_packed(site.base)]
-    if packed:
-        raise ValueError(f"{packed[0]} is packed already: apply a plan to the model in full precision that it is for")
+    if not isinstance(plan, CompressionPlan):
+        raise ValueError(
+            f"apply takes a CompressionPlan, got {type(plan).__name__}: CompressionPlan.load(path) reads one"
+        )
+    check_whole(tree)
     base = experts.describe_base(model, tree)
     same = ("model_type", "layers", "experts", "shapes")
     if any(plan.base.get(key) != base[key] for key in same) or experts.other_routers(plan.base, base):
@@ -155,103 +164,147 @@ def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) ->
             f"this plan was made for another model ({plan.base.get('model_type')}, "
             f"{len(plan.base.get('layers', ()))} layers with experts): plan(model, ...) on this one"
         )
+    nodes = sorted((node.layer, node.expert) for node in plan.nodes)
+    kept = [(site.layer, e) for site in tree.sites if site.layer not in plan.skipped for e in range(site.experts)]
+    most = experts.intermediate_size(tree.sites[0].base)
+    if nodes != kept or any((node.form.neurons or 0) >= most for node in plan.nodes):
+        raise ValueError(
+            "this plan was altered: it must give each expert that is left one form, of fewer neurons than the "
+            f"{most} that there are or of all (None); plan again"
+        )
 
 
-def _stages(plan: CompressionPlan, count: int) -> list[list[NodePlan]]:
-    """The nodes, least predicted change per byte saved first, in stages that save alike; layers first."""
+def _stages(plan: CompressionPlan, count: int) -> list[tuple[tuple[int, ...], list[NodePlan]]]:
+    """The nodes, least predicted change per byte saved first, in stages that save alike; layers to skip come first."""
     changed = [node for node in plan.nodes if node.form != WHOLE]
     ordered = sorted(changed, key=lambda node: node.predicted / max(node.before - node.after, 1))
-    saved, stages = 0, [[] for _ in range(min(count, max(len(ordered), 1)))]
+    saved, stages = 0, [[] for _ in range(count)]
     whole = sum(node.before - node.after for node in ordered)
     for node in ordered:
         stages[min(saved * len(stages) // max(whole, 1), len(stages) - 1)].append(node)
         saved += node.before - node.after
-    return [*([[]] if plan.skipped else []), *[stage for stage in stages if stage]]
+    skips = [(tuple(plan.skipped), [])] if plan.skipped else []
+    return [*skips, *(((), stage) for stage in [stage for stage in stages if stage] or [[]])]
+
+
+def _stored(base: experts.ExpertsModule) -> int:
+    """Bytes that the matrices of a layer's experts take now."""
+    stacks = [experts.expert_stacks(base)[name] for name in experts.matrices(base)]
+    held = base.packed_buffers().values() if experts.is_packed(base) else stacks
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 class _Writer:
-    """Makes the forms of a plan and puts what they compute into the model, or takes it back."""
+    """Packs a model's experts layer by layer into the forms of a plan, and can take back what it did."""
 
     def __init__(self, model: nn.Module, tree: experts.Tree, plan: CompressionPlan, calibration: Calibration | None):
-        self.model, self.plan = model, plan
-        self.sites = {site.layer: site for site in tree.sites}
-        self.forms = {site.layer: [WHOLE] * site.experts for site in tree.sites}
-        self.data: dict[tuple[int, int], dict[str, Tensor]] = {}
-        self.dropped = False
-        self.calibration = calibration
+        self.model, self.calibration = model, calibration
+        self.bases = {site.layer: site.base for site in tree.sites if site.layer not in plan.skipped}
+        self.planned: dict[int, dict[int, Form]] = {}
+        for node in plan.nodes:
+            if node.form != WHOLE:
+                self.planned.setdefault(node.layer, {})[node.expert] = node.form
+        self.forms = {layer: (WHOLE,) * base.num_experts for layer, base in self.bases.items()}
+        # by layer: what will be stored of each expert, its biases, and the module before
+        self.data: dict[int, dict[int, dict[str, Tensor]]] = {}
+        self.biases: dict[int, dict[str, Tensor]] = {}
+        self.whole: dict[int, Callable[[], None]] = {}
+        self.undo: list[Callable[[], None]] = []
+
+    def take_back(self, steps: int) -> None:
+        """All but the first so many steps."""
+        while len(self.undo) > steps:
+            self.undo[-1]()
+            self.undo.pop()
 
     @torch.no_grad()
-    def write(self, nodes: Sequence[NodePlan]) -> Any:
-        """What the experts will compute, in the dense stacks; gives a function that takes it back."""
-        undo = []
-        if not nodes:
-            undo.append(drop_layers(self.model, self.plan.skipped))
-            self.dropped = True
-        for layer in sorted({node.layer for node in nodes}):
-            undo.append(self._write_layer(layer, [node for node in nodes if node.layer == layer]))
+    def write(self, skipped: Sequence[int], nodes: Sequence[NodePlan]) -> Callable[[], None]:
+        """Take out layers, or give some experts their forms; what is returned takes it back."""
+        undo = partial(self.take_back, len(self.undo))
+        if skipped:
+            self.undo.append(drop_layers(self.model, skipped))
+            return undo
+        for layer, base in self.bases.items():
+            chosen = {node.expert: node.form for node in nodes if node.layer == layer}
+            wide = not experts.is_packed(base) and experts.expert_stacks(base)["down_proj"].element_size() > 2
+            if chosen or wide:
+                before = partial(self._restore, layer, self.forms[layer], *_contents(base))
+                self.undo.append(before)
+                # made once, of the weights as they were
+                self.whole.setdefault(layer, before)
+                if layer not in self.data:
+                    self.data[layer], self.biases[layer] = self._make(layer)
+                forms = list(self.forms[layer])
+                for expert, form in chosen.items():
+                    forms[expert] = form
+                self._pack(layer, tuple(forms))
+        return undo
 
-        def take_back() -> None:
-            for each in reversed(undo):
-                each()
-            self.dropped = self.dropped and bool(nodes)
+    def _restore(self, layer: int, forms: tuple[Form, ...], kind: type, held: dict[str, Any]) -> None:
+        base = self.bases[layer]
+        base.__class__ = kind
+        base.__dict__.clear()
+        base.__dict__.update(_copied(held))
+        self.forms[layer] = forms
 
-        return take_back
-
-    def _write_layer(self, layer: int, nodes: list[NodePlan]) -> Any:
-        base = self.sites[layer].base
-        stacks = experts.expert_stacks(base)
-        chosen = [node.expert for node in nodes]
-        originals = experts.read_experts(base, chosen)
-        forms = tuple(dict.fromkeys(node.form for node in nodes))
+    def _make(self, layer: int) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+        """What to store of each expert that changes, by stack, and the layer's biases as its thinned experts need
+        them."""
+        base, planned = self.bases[layer], self.planned.get(layer, {})
+        forms = tuple(dict.fromkeys(planned.values()))
+        names = self.calibration.names if self.calibration is not None else ("none",)
         sample = self.calibration.layers[layer] if self.calibration is not None else None
-        found = candidates(base, sample, forms, len(self.calibration.names) if self.calibration is not None else 1)
-        for node in nodes:
-            expert, form = node.expert, node.form
-            self.forms[layer][expert] = form
-            self.data[layer, expert] = {name: data[expert] for name, data in found.data[form].items()}
-            kept = found.kept[form][expert] if form.neurons else None
-            for name, data in self.data[layer, expert].items():
-                shape = matrix_shape(base, name, form)
-                matrix = codec.decode(data, *shape, form.width, form.sparsity) if form.neurons != 0 else None
-                stacks[name].data[expert] = full_matrix(base, name, form, matrix)
-            _move_biases(base, expert, form, kept)
+        made = candidates(base, sample, forms, len(names)) if forms else None
+        biases = {
+            name: stack.detach().clone() for name, stack in experts.expert_stacks(base).items() if stack.dim() == 2
+        }
+        data = {}
+        for expert, form in planned.items():
+            assert made is not None
+            # a copy: what was made lies in one tensor with the forms of all others
+            data[expert] = {name: rows[expert].clone() for name, rows in made.data[form].items()}
+            if form.neurons:
+                _move_biases(base, biases, expert, made.kept[form][expert])
+        return data, biases
 
-        def take_back() -> None:
-            for name, values in originals.items():
-                stacks[name].data[chosen] = values
-            for node in nodes:
-                self.forms[layer][node.expert] = WHOLE
-                del self.data[layer, node.expert]
-
-        return take_back
-
-    @torch.no_grad()
-    def pack(self) -> None:
-        """Replace the dense stacks by what is stored."""
-        for layer, site in self.sites.items():
-            if self.dropped and layer in self.plan.skipped:
-                continue
-            data: dict[str, list[Tensor]] = {}
-            for name in experts.matrices(site.base):
-                stack = experts.expert_stacks(site.base)[name].detach()
-                data[name] = []
-                for expert, form in enumerate(self.forms[layer]):
-                    if form == WHOLE:
-                        matrix = stack[expert].mT if site.base.is_transposed else stack[expert]
-                        data[name] += codec.encode(matrix[None], 16)
-                    else:
-                        data[name].append(self.data[layer, expert][name])
-            pack(site.base, self.forms[layer], data)
+    def _pack(self, layer: int, forms: tuple[Form, ...]) -> None:
+        base = self.bases[layer]
+        self.whole[layer]()
+        half = codec.half_of(experts.expert_stacks(base)["down_proj"].dtype)
+        data: dict[str, list[Tensor]] = {}
+        for name in experts.matrices(base):
+            stack, data[name] = experts.expert_stacks(base)[name].detach(), []
+            for expert, form in enumerate(forms):
+                if form == WHOLE:
+                    matrix = stack[expert].mT if base.is_transposed else stack[expert]
+                    data[name] += codec.encode(matrix[None], 16, half=half)
+                else:
+                    data[name].append(self.data[layer][expert][name])
+        for name, moved in self.biases[layer].items():
+            bias = base._parameters[name]
+            values = bias.detach().clone()
+            for expert, form in enumerate(forms):
+                if form.neurons:
+                    values[expert] = moved[expert]
+            base._parameters[name] = nn.Parameter(values, requires_grad=bias.requires_grad)
+        pack(base, forms, data, half)
+        self.forms[layer] = forms
 
 
-def _move_biases(base: experts.ExpertsModule, expert: int, form: Form, kept: Tensor | None) -> None:
+def _contents(base: experts.ExpertsModule) -> tuple[type, dict[str, Any]]:
+    """An experts module as it is: its class and attributes, with the same tensors."""
+    return type(base), _copied(base.__dict__)
+
+
+def _copied(held: dict[str, Any]) -> dict[str, Any]:
+    """With the containers that packing changes of its own; hooks stay where their handles look for them."""
+    return {name: value.copy() if name in CHANGED else value for name, value in held.items()}
+
+
+def _move_biases(base: experts.ExpertsModule, biases: dict[str, Tensor], expert: int, kept: Tensor) -> None:
     """Biases stand as their neurons do: those that are left come first."""
-    for name, stack in experts.expert_stacks(base).items():
-        if stack.dim() != 2:
-            continue
-        if form.neurons == 0:
-            stack.data[expert] = 0
-        elif kept is not None and name != "down_proj_bias":
-            left = stack.data[expert][neurons_at(base, name, kept)]
-            stack.data[expert] = 0
-            stack.data[expert, first_neurons(base, name, len(kept))[1]] = left
+    for name, bias in biases.items():
+        if name != "down_proj_bias":
+            left = bias[expert][neurons_at(base, name, kept)]
+            bias[expert] = 0
+            bias[expert, first_neurons(base, name, len(kept))[1]] = left

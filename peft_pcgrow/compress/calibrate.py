@@ -105,9 +105,10 @@ class _NodeProbe(Probe):
         if len(self._seen) < 4 or len(errors) < 2 or errors[0] is None or errors[1] is None:
             raise RuntimeError(f"layer {index} ran without calling its experts: its MoE block was replaced")
         x, chosen, weight, step = self._seen
-        change = (step.float() * errors[1].float()).sum(-1).reshape(-1)
+        wide = torch.promote_types(step.dtype, torch.float32)
+        change = (step.to(wide) * errors[1].to(wide)).sum(-1).reshape(-1)
         pieces = x.reshape(-1, x.shape[-1]), chosen, weight, errors[0].reshape(-1, x.shape[-1]), self.rows, change
-        self.found[index].append(tuple(piece[self.keep].cpu() for piece in pieces))
+        self.found[index].append(tuple(piece[self.keep.to(piece.device)].cpu() for piece in pieces))
 
 
 def calibrate(
@@ -174,9 +175,10 @@ def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Te
         for held in batches:
             total = count = 0.0
             for inputs, target in held:
-                logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+                logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 wanted = target[:, 1:].reshape(-1)
-                total += float(cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum"))
+                total += float(cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
                 count += int((wanted != IGNORED).sum())
             found.append(total / count)
     return found

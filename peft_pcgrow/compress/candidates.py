@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import LayerSample
-from peft_pcgrow.compress.packed import MULTIPLE, WHOLE, Form, form_bytes
+from peft_pcgrow.compress.packed import MULTIPLE, WHOLE, Form, form_bytes, matrix_shape
 from peft_pcgrow.compress.thin import compensated, elimination_order
 
 # what can predict the change of the loss, see `Candidates.damage`
@@ -22,6 +22,7 @@ STATISTICS = ("fisher", "output", "isotropic", "weights", "gradient")
 TRIED = 512
 # share of the rows' mean that moments of rarely used experts are drawn towards
 SHRINKAGE = 0.05
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -60,8 +61,35 @@ def forms_of(base: experts.ExpertsModule, methods: Sequence[str]) -> tuple[Form,
     if "thin" in methods:
         found.append(Form(neurons=0))
     if "sparsify" in methods:
-        found += [Form(sparsity=kind) for kind in codec.SPARSITIES]
+        fours = all(matrix_shape(base, name, WHOLE)[1] % 4 == 0 for name in experts.matrices(base))
+        found += [Form(sparsity=kind) for kind in codec.SPARSITIES if kind != "2:4" or fours]
     return tuple(dict.fromkeys([WHOLE, *found]))
+
+
+def check_whole(tree: experts.Tree) -> None:
+    """Raise ValueError unless all experts of a model can be compressed together."""
+    for site in tree.sites:
+        stacks = experts.expert_stacks(site.base)
+        if site.module is not site.base:
+            raise ValueError(
+                f"{site.name} has an adapter around it: compress what merge_and_unload() gives, or grow on a quantized "
+                "base with PCGrowConfig(base_quantization=...)"
+            )
+        if experts.is_packed(site.base):
+            raise ValueError(f"{site.name} is packed already: compress the model in full precision, once")
+        if hasattr(site.base, "parametrizations") or any(stack.dtype not in FLOATS for stack in stacks.values()):
+            kinds = ", ".join(sorted({str(stack.dtype) for stack in stacks.values()}))
+            raise ValueError(f"{site.name} is quantized in another way ({kinds}): load its experts in bf16")
+        if any(stack.is_meta for stack in stacks.values()):
+            raise ValueError(f"{site.name} has no values here (meta device): load the model without offloading experts")
+    shapes = {site.layer: [list(s.shape) for s in experts.expert_stacks(site.base).values()] for site in tree.sites}
+    one, *others = shapes
+    for layer in others:
+        if shapes[layer] != shapes[one]:
+            raise ValueError(
+                f"the experts of layers {one} and {layer} differ in number or size ({shapes[one]} and "
+                f"{shapes[layer]}): such layers cannot be planned together yet"
+            )
 
 
 @torch.no_grad()
@@ -77,6 +105,7 @@ def candidates(
     plain = {name: (w.mT if base.is_transposed else w).float() for name, w in stacks.items()}
     rows = [_rows(base, sample, expert) for expert in range(base.num_experts)] if sample is not None else []
     moments = _moments(base, rows) if sample is not None else {}
+    half = codec.half_of(stacks["down_proj"].dtype)
     first, count = experts.first_matrix(base), base.num_experts
     order = _order(plain["down_proj"], moments)
     damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64) for name in STATISTICS}
@@ -98,10 +127,12 @@ def candidates(
             moment = inner if name == "down_proj" else moments.get(name)
             data[form][name] = [weight.new_empty(0, dtype=torch.uint8)] * count
             if form.neurons != 0:
-                data[form][name] = list(codec.encode(weight, form.width, form.sparsity, moment))
+                data[form][name] = list(codec.encode(weight, form.width, form.sparsity, moment, half))
                 weights[name] = torch.stack(
                     [
-                        codec.decode(d, weight.shape[1], weight.shape[2], form.width, form.sparsity).float()
+                        codec.decode(
+                            d, weight.shape[1], weight.shape[2], form.width, form.sparsity, torch.float32, half
+                        )
                         for d in data[form][name]
                     ]
                 )

@@ -4,7 +4,7 @@ Widths of 4, 3 and 2 bits: codes of a table of levels, times a scale for each 64
 4-bit table and the order of its codes are those of NormalFloat (QLoRA, arXiv:2305.14314) as bitsandbytes stores them,
 the other tables are the Lloyd-Max levels of a Gaussian. 8 bits: whole numbers times a scale for each row. Scales are in
 bf16 and chosen before the codes, so that their own rounding costs nothing. Sparse matrices keep half of their weights
-in 16 bits, beside a bitmap or, for 2:4, the places within each four.
+in 16 bits, beside a bitmap or, for 2:4, the places within each four. 16 bits are bf16 or fp16, see `half`.
 
 Shapes: N matrices of O outputs and I inputs.
 """
@@ -58,7 +58,18 @@ def size(outputs: int, inputs: int, width: int, sparsity: str | None = None) -> 
     return _words(-(-weights * width // 8)) + _words(scales * 2)
 
 
-def encode(weights: Tensor, width: int, sparsity: str | None = None, moment: Tensor | None = None) -> Tensor:
+def half_of(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type that loses least of weights of this one."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def encode(
+    weights: Tensor,
+    width: int,
+    sparsity: str | None = None,
+    moment: Tensor | None = None,
+    half: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """Matrices `[N, O, I]` as bytes `[N, size(O, I, width, sparsity)]`.
 
     Args:
@@ -66,14 +77,20 @@ def encode(weights: Tensor, width: int, sparsity: str | None = None, moment: Ten
         sparsity: None, "half" (any half of the weights) or "2:4" (two of each four inputs; I divisible by 4).
         moment: second moments of the inputs, `[N, I, I]`. With them, what rounding or pruning one input's weights does
             to the outputs is made up for by the inputs after it (GPTQ, arXiv:2210.17323; SparseGPT, arXiv:2301.00774).
+        half: type of what is kept in 16 bits, bf16 or fp16; `decode` must be told the same.
+
+    Raises:
+        ValueError: "2:4" with inputs that do not come in fours.
     """
-    weights = weights.float()
+    weights = weights.float().contiguous()
+    if sparsity == "2:4" and weights.shape[2] % 4:
+        raise ValueError(f"2:4 sparsity needs inputs in fours; got {weights.shape[2]}: take 'half'")
     if sparsity is not None:
         mask = _mask(weights, sparsity, moment)
         kept = torch.where(mask, weights if moment is None else _compensate(weights, moment, mask=mask), 0.0)
-        return _sparse_bytes(kept, mask, sparsity)
+        return _sparse_bytes(kept, mask, sparsity, half)
     if width == 16:
-        return _bytes(weights.to(torch.bfloat16))
+        return _bytes(weights.to(half))
     scales = _scales(weights, width)
     spread = _spread(scales, weights.shape, width)
     if moment is not None:
@@ -89,17 +106,19 @@ def decode(
     width: int,
     sparsity: str | None = None,
     dtype: torch.dtype | None = None,
+    half: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """What `encode` wrote of one matrix, from its bytes, `[O, I]`.
 
     Args:
-        dtype: of the result, one rounding from fp32. None: fp32, or bf16 where that is what is stored.
+        dtype: of the result, one rounding from fp32. None: fp32, or `half` where that is what is stored.
+        half: that was written.
     """
     weights = outputs * inputs
     if sparsity is not None:
-        found = _read_sparse(data, outputs, inputs, sparsity)
+        found = _read_sparse(data, outputs, inputs, sparsity, half)
     elif width == 16:
-        found = data[: weights * 2].view(torch.bfloat16).view(outputs, inputs)
+        found = data[: weights * 2].view(half).view(outputs, inputs)
     elif width == 8:
         scales = data[_words(weights) :].view(torch.bfloat16).float()
         found = data[:weights].view(torch.int8).view(outputs, inputs) * (scales[:outputs, None] / 127)
@@ -274,18 +293,18 @@ def _mask(weights: Tensor, sparsity: str, moment: Tensor | None) -> Tensor:
     return torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, kept, True).view(weights.shape)
 
 
-def _sparse_bytes(kept: Tensor, mask: Tensor, sparsity: str) -> Tensor:
-    values = kept[mask].view(len(kept), -1).to(torch.bfloat16)
+def _sparse_bytes(kept: Tensor, mask: Tensor, sparsity: str, half: torch.dtype) -> Tensor:
+    values = kept[mask].view(len(kept), -1).to(half)
     if sparsity == "half":
         return torch.cat([_bytes(values), _bytes(_pack(mask.flatten(1).to(torch.uint8), 1))], dim=1)
     places = mask.view(len(mask), -1, 4).to(torch.uint8).nonzero()[:, 2].view(len(mask), -1).to(torch.uint8)
     return torch.cat([_bytes(values), _bytes(_pack(places, 2))], dim=1)
 
 
-def _read_sparse(data: Tensor, outputs: int, inputs: int, sparsity: str) -> Tensor:
+def _read_sparse(data: Tensor, outputs: int, inputs: int, sparsity: str, half: torch.dtype) -> Tensor:
     weights = outputs * inputs
     count = weights // 2
-    values, places = data[: count * 2].view(torch.bfloat16), data[_words(count * 2) :]
+    values, places = data[: count * 2].view(half), data[_words(count * 2) :]
     flat = values.new_zeros(weights)
     if sparsity == "half":
         flat[_unpack(places, 1, weights).bool()] = values

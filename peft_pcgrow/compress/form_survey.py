@@ -1,5 +1,7 @@
 """Survey: try every form of every expert once, then plan for as many budgets as wanted."""
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from peft_pcgrow import experts
 from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
-from peft_pcgrow.compress.candidates import STATISTICS, candidates, forms_of
+from peft_pcgrow.compress.candidates import STATISTICS, candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.packed import Form
 from peft_pcgrow.compress.skip import can_skip, skip_damage
@@ -64,15 +66,20 @@ class Survey:
         damage = self.score(select, seed)
         sizes = self.bytes[:, None].expand_as(damage)
         total = float(sizes[..., 0].sum())
-        choice, skipped = allocate(damage, sizes, target * total), []
-        if self.skips is not None and select in ("fisher", "isotropic"):
-            choice, skipped = self._with_skips(choice, damage, sizes, target * total)
+        choice, gone = allocate(damage, sizes, target * total), torch.zeros(len(self.layers), dtype=torch.bool)
+        skipping = self.skips is not None and select in ("fisher", "isotropic")
+        if skipping:
+            choice, gone = self._with_skips(choice, damage, sizes, target * total)
         if choice is None:
-            least = float(sizes.min(-1).values.sum()) / total
+            smallest = sizes.min(-1).values.sum(-1)
+            # one layer must stay
+            least = float(smallest.max() if skipping else smallest.sum()) / total
             raise ValueError(
-                f"target={target} is out of reach of {', '.join(self.methods)}: the smallest forms of all experts take "
-                f"{least:.4f} of their bytes in 16 bit; ask for that, or add methods"
+                f"target={target} is out of reach of {', '.join(self.methods)} by {select!r}: the least that they "
+                f"leave is {math.ceil(least * 1e4) / 1e4:.4f} of the experts' bytes in 16 bit; ask for that, or add "
+                "methods"
             )
+        skipped = [layer for layer, out in zip(self.layers, gone.tolist(), strict=True) if out]
         predicted = self.score()
         nodes = []
         for row, layer in enumerate(self.layers):
@@ -82,14 +89,16 @@ class Survey:
                     NodePlan(layer, expert, self.forms[form], before, after, float(predicted[row, expert, form]))
                 )
         names, losses = list(self.calibration.names), self.calibration.losses
+        cost = float(self.skips[gone].sum()) if self.skips is not None else 0.0
         return CompressionPlan(
-            nodes, skipped, target, int(total), select, names, losses, self.base, calibration=self.calibration
+            nodes, skipped, target, int(total), select, names, list(losses), self.base, cost, self.calibration
         )
 
     def _with_skips(
         self, choice: Tensor | None, damage: Tensor, sizes: Tensor, budget: float
-    ) -> tuple[Tensor | None, list[int]]:
-        """Leave out layers, the most nearly identical first, as long as the rest, with more bytes each, gains by it."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """Leave out layers, the most nearly identical first, until the budget can be kept, and then as long as the
+        rest, with more bytes each, gains by it; the choice and which are out, `[L]`."""
         skips = self.skips
         assert skips is not None
 
@@ -105,10 +114,10 @@ class Survey:
             tried[row] = True
             left = ~tried[:, None, None]
             chosen = allocate(damage * left, sizes * left, budget)
-            if cost(chosen, tried) >= cost(choice, gone):
+            if choice is not None and cost(chosen, tried) >= cost(choice, gone):
                 break
             choice, gone = chosen, tried
-        return choice, [layer for layer, out in zip(self.layers, gone.tolist(), strict=True) if out]
+        return choice, gone
 
 
 def survey(
@@ -142,7 +151,12 @@ def survey(
         by_map = torch.stack([each.spread for each in found]) * reach.unsqueeze(-1)
     layers = tuple(site.layer for site in tree.sites)
     skips = None
-    if "skip" in methods and can_skip(model):
+    if "skip" in methods and not can_skip(model):
+        warnings.warn(
+            f"the config of {type(model).__name__} cannot describe it with a layer less: 'skip' is left out",
+            stacklevel=2,
+        )
+    elif "skip" in methods:
         skips = torch.stack([skip_damage(calibration, layer).mean() for layer in layers])
     sizes = torch.stack([each.bytes for each in found])
     base = experts.describe_base(model, tree)
@@ -156,7 +170,8 @@ def plan(
 
     One sweep over the texts notes what enters every node and which error comes back; then each expert is tried in every
     form on its own rows, and the forms are chosen whose predicted changes of the loss add up to the least. For several
-    budgets, `survey` once and call its `plan`.
+    budgets, `survey` once and call its `plan`. What is predicted is for comparing choices; measured changes are a
+    multiple of it (see `CompressionPlan`).
 
     Args:
         model: a transformers causal LM with experts in full precision; other modules may be quantized. Not changed.
@@ -174,7 +189,10 @@ def plan(
 
     Raises:
         ValueError: a target that the methods cannot reach (the nearest is named), no text, a map of another model,
-            an unknown method or statistic, experts that are packed already, or a model with grown experts.
+            an unknown method or statistic, experts that are packed or quantized already, offloaded, or different from
+            layer to layer, or a model with grown experts.
+    Warns:
+        UserWarning: layers of this model cannot be skipped.
     """
     check_target(target)
     if select not in SELECTIONS:
@@ -192,16 +210,7 @@ def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> e
     if isinstance(methods, str) or unknown or not methods:
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, as a tuple or list; got {methods!r}")
     tree = experts.find_experts(model)
-    for site in tree.sites:
-        if site.module is not site.base:
-            raise ValueError(
-                f"{site.name} has an adapter around it: compress what merge_and_unload() gives, or grow on a quantized "
-                "base with PCGrowConfig(base_quantization=...)"
-            )
-        if experts.is_packed(site.base):
-            raise ValueError(f"{site.name} is packed already: plan on the model in full precision")
-    if len({site.experts for site in tree.sites}) > 1:
-        raise ValueError("layers with different numbers of experts cannot be planned together yet")
+    check_whole(tree)
     if emap is not None:
         base, same = experts.describe_base(model, tree), ("model_type", "layers", "experts", "shapes")
         if any(emap.base.get(key) != base[key] for key in same) or experts.other_routers(emap.base, base):

@@ -164,6 +164,8 @@ class PackedExperts:
     """Mixed into an architecture's experts class by `pack`; see there."""
 
     pcgrow_like: Tensor
+    # what is stored in 16 bits is of this type
+    pcgrow_half: torch.dtype
     forms: tuple[Form, ...]
     # stacks to use instead of the packed ones, `[G, ...]` in the base's layout, by name
     dense: Mapping[str, Tensor] | None
@@ -182,7 +184,7 @@ class PackedExperts:
         form, shape = self.forms[expert], matrix_shape(self, stack, self.forms[expert])
         start = module.pcgrow_offsets[stack][expert]
         data = module._buffers[PREFIX + stack][start : start + codec.size(*shape, form.width, form.sparsity)]
-        return codec.decode(data, *shape, form.width, form.sparsity, dtype)
+        return codec.decode(data, *shape, form.width, form.sparsity, dtype, self.pcgrow_half)
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
@@ -258,7 +260,12 @@ def packed_class(kind: type) -> type:
     return type(f"Packed{kind.__name__}", (PackedExperts, kind), {"__module__": kind.__module__})
 
 
-def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+def pack(
+    base: ExpertsModule,
+    forms: Sequence[Form],
+    data: Mapping[str, Sequence[Tensor]] | None = None,
+    half: torch.dtype = torch.bfloat16,
+) -> None:
     """Turn an experts module into a packed one, in place.
 
     Args:
@@ -266,6 +273,7 @@ def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence
         forms: of each expert.
         data: per stack of matrices, what `codec.encode` made of each expert. None: buffers of the right sizes whose
             values are still to be loaded.
+        half: that `data` was encoded with.
 
     Raises:
         ValueError: as many forms as experts are needed.
@@ -290,7 +298,7 @@ def pack(base: ExpertsModule, forms: Sequence[Form], data: Mapping[str, Sequence
             stack.data[gone] = 0
     base.pcgrow_names = tuple(expert_stacks)
     base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
-    base.pcgrow_offsets = offsets
+    base.pcgrow_offsets, base.pcgrow_half = offsets, half
     base.forms, base.dense = tuple(forms), None
     for name, buffer in buffers.items():
         del base._parameters[name]

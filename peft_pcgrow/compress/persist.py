@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -63,20 +64,25 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         layers: forms of the experts of each decoder layer that has packed ones, as `write_forms` writes them.
-        version: of the format.
+        version: of the format. half: type of what is kept in 16 bits.
 
     Raises:
         ValueError: a newer format than this package knows.
     """
 
-    def __init__(self, layers: Mapping[str, str], version: int = VERSION, **others: Any):
+    def __init__(self, layers: Mapping[str, str], version: int = VERSION, half: str = "bfloat16", **others: Any):
         if version > VERSION:
             raise ValueError(
                 f"the packed experts of this checkpoint are in format {version}; this peft_pcgrow reads formats up to "
                 f"{VERSION}: install a newer one"
             )
         self.quant_method: Any = PACKED_METHOD
-        self.version, self.layers = version, dict(layers)
+        if half not in ("bfloat16", "float16"):
+            raise ValueError(
+                f"packed experts keep 16 bits as bfloat16 or float16, not {half!r}: the config.json was altered; copy "
+                "it again from where it was saved"
+            )
+        self.version, self.layers, self.half = version, dict(layers), half
 
     def forms(self) -> dict[int, tuple[Form, ...]]:
         """By decoder layer."""
@@ -99,7 +105,7 @@ class PackedQuantizer(HfQuantizer):
                     f"the checkpoint has {len(forms)} packed experts in layer {layer} where {type(model).__name__} has "
                     f"{held}: its config.json was mixed up with another; copy it again from where it was saved"
                 )
-            pack(sites[layer].base, forms)
+            pack(sites[layer].base, forms, half=getattr(torch, self.quantization_config.half))
             # transformers would fill the stacks with random numbers, which are not there
             sites[layer].base._is_hf_initialized = True
         return model
@@ -160,10 +166,11 @@ def note_packing(model: PreTrainedModel) -> None:
     Raises:
         ValueError: none of its experts are packed.
     """
-    forms = {site.layer: site.base.forms for site in experts.find_experts(model).sites if experts.is_packed(site.base)}
-    if not forms:
+    packed = {site.layer: site.base for site in experts.find_experts(model).sites if experts.is_packed(site.base)}
+    if not packed:
         raise ValueError(f"{type(model).__name__} has no packed experts: compress it first")
-    held: Any = model
+    # it may sit in PEFT's wrapper, which saves adapters only
+    held: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
     quantizer: Any = getattr(held, "hf_quantizer", None)
     if experts.loaded_quantized(held.config):
         if not isinstance(quantizer, _Unwritable):
@@ -171,7 +178,9 @@ def note_packing(model: PreTrainedModel) -> None:
             quantizer = held.hf_quantizer = copy.copy(quantizer or PackedQuantizer(known))
             quantizer.__class__ = type(type(quantizer).__name__, (_Unwritable, type(quantizer)), {})
         return
-    config = PackedConfig({str(layer): write_forms(each) for layer, each in forms.items()})
+    forms = {str(layer): write_forms(base.forms) for layer, base in packed.items()}
+    half = str(next(iter(packed.values())).pcgrow_half).removeprefix("torch.")
+    config = PackedConfig(forms, half=half)
     held.config.quantization_config = config
     held.hf_quantizer = PackedQuantizer(config)
     held.is_quantized, held.quantization_method = True, PACKED_METHOD

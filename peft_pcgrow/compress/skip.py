@@ -42,12 +42,12 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> Callable[[], None]:
         for module, index in places:
             module.layer_idx = index
 
-    _fill(layers, [before[i] for i in left])
-    # the types first: configs check that there are as many as layers
     new = {old: place for place, old in enumerate(left)}
-    for module, index in places:
-        module.layer_idx = new.get(index, index)
     try:
+        _fill(layers, [before[i] for i in left])
+        for module, index in places:
+            module.layer_idx = new.get(index, index)
+        # the types first: configs check that there are as many as layers
         if values.get("layer_types") is not None:
             config.layer_types = [values["layer_types"][i] for i in left]
         config.num_hidden_layers = len(left)
@@ -56,8 +56,10 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> Callable[[], None]:
         shapes = {name: p.shape for name, p in model.state_dict().items()}
         if shapes != {name: p.shape for name, p in like.state_dict().items()}:
             raise ValueError("its layers differ by their place")
-    except Exception as error:
+    except BaseException as error:
         undo()
+        if not isinstance(error, Exception):
+            raise
         raise ValueError(
             f"layers of {type(model).__name__} cannot be skipped: its config does not describe what would be left "
             f"({error}); plan without the method 'skip'"
