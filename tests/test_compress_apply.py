@@ -374,7 +374,12 @@ plan = compress.plan(model, target=0.3, retain=[tokens()], progress=False)
 model, report = compress.apply(model, plan, max_loss_rise=0.5, progress=False)
 print(report.bytes_after, round(report.after[0], 2))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0, done.stderr
     model = build("qwen3_moe", torch.bfloat16)
     plan = compress.plan(model, target=0.3, retain=[tokens()], progress=False)
