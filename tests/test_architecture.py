@@ -19,7 +19,7 @@ FLOORS = [
     ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map"],
     ["settle", "plan", "processes"],
-    ["experts", "sequence", "compress.codec", "compress.thin", "compress.allocate"],
+    ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
     ["rows", "flat", "parts", "bank", "compress.packed"],
     ["deepen", "spawn", "sample", "contrast"],
     ["probe", "compress.persist", "compress.quantize"],

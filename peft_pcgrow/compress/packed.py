@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.integrations.moe import _grouped_linear
 
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
+from peft_pcgrow.compress.grouped import grouped_product, joined
 from peft_pcgrow.experts import ExpertsModule
 
 # not the adapters' prefix, by which loaders tell their tensors from the base's
@@ -150,7 +150,7 @@ class PackedStack:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """Rows `x [R, I]`, sorted by expert, times packed matrices, `[R, O]`; the backward decodes again, nothing is kept."""
+    """Rows `x [R, I]`, sorted by expert, times packed matrices, `[R, O]`; the backward decodes again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: "PackedExperts", stack: str, ends: list[int]) -> Tensor:
@@ -191,12 +191,14 @@ class PackedExperts:
         """The matrices of some experts of one form, `[G, O, I]`."""
         module: Any = self
         form, offsets, data = self.forms[chosen[0]], module.pcgrow_offsets[stack], module._buffers[PREFIX + stack]
-        shape = matrix_shape(self, stack, form)
+        shape = self._shape(stack, form)
         size = codec.size(*shape, form.width, form.sparsity)
         # bytes that lie side by side are not copied
-        pieces = [data[offsets[first] : offsets[last - 1] + size] for first, last in _joined([(e, e + 1) for e in chosen])]
-        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return codec.decode(joined.view(len(chosen), size), *shape, form.width, form.sparsity, dtype)
+        pieces = [
+            data[offsets[first] : offsets[last - 1] + size] for first, last in joined([(e, e + 1) for e in chosen])
+        ]
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return codec.decode(found.view(len(chosen), size), *shape, form.width, form.sparsity, dtype)
 
     def _chunks(self, stack: str, ends: Sequence[int], dtype: torch.dtype) -> Iterator[list[int]]:
         """The experts that have rows and are not gone, some of one form at a time."""
@@ -206,11 +208,11 @@ class PackedExperts:
                 by_form.setdefault(form, []).append(expert)
         most = DECODED_ON_CPU if self.pcgrow_like.device.type == "cpu" else DECODED
         for form, hit in by_form.items():
-            outputs, inputs = matrix_shape(self, stack, form)
+            outputs, inputs = self._shape(stack, form)
             count = max(1, most // (outputs * inputs * dtype.itemsize))
             if Form(neurons=form.neurons) == form and dtype == torch.bfloat16:
                 # read where they are: as many as lie side by side
-                for first, last in _joined([(expert, expert + 1) for expert in hit]):
+                for first, last in joined([(expert, expert + 1) for expert in hit]):
                     yield list(range(first, last))
             else:
                 yield from (hit[i : i + count] for i in range(0, len(hit), count))
@@ -222,13 +224,13 @@ class PackedExperts:
         Args:
             ends: where the rows of each expert end, `[E]`. Rows beyond are nobody's.
         """
-        outputs, inputs = matrix_shape(self, stack, WHOLE)
+        outputs, inputs = self._shape(stack, WHOLE)
         made = x.new_zeros(len(x), inputs if back else outputs)
         starts = (0, *ends)
         for chunk in self._chunks(stack, ends, x.dtype):
             spans = [(starts[expert], ends[expert]) for expert in chunk]
-            joined = _joined(spans)
-            rows = torch.cat([x[start:end] for start, end in joined]) if len(joined) > 1 else x[slice(*joined[0])]
+            blocks = joined(spans)
+            rows = torch.cat([x[start:end] for start, end in blocks]) if len(blocks) > 1 else x[slice(*blocks[0])]
             left = self.forms[chunk[0]].neurons
             columns = None if left is None else self._columns(stack, left)
             # neurons are what leaves the first matrix and what enters the second
@@ -241,13 +243,24 @@ class PackedExperts:
                 y = y.new_zeros(len(y), made.shape[1]).index_copy(1, columns, y)
             if len(rows) == len(made):
                 return y
-            for (start, end), piece in zip(joined, y.split([end - start for start, end in joined]), strict=True):
+            for (start, end), piece in zip(blocks, y.split([end - start for start, end in blocks]), strict=True):
                 made[start:end] = piece
         return made
 
+    def _shape(self, stack: str, form: Form) -> tuple[int, int]:
+        """`matrix_shape`, looked up once."""
+        found: dict[tuple[str, Form], tuple[int, int]] = self.__dict__.setdefault("_shapes", {})
+        if (stack, form) not in found:
+            found[stack, form] = matrix_shape(self, stack, form)
+        return found[stack, form]
+
     def _columns(self, stack: str, left: int) -> Tensor:
-        """Where the first neurons lie on a matrix's own axis of neurons."""
-        return first_neurons(self, stack, left)[1]
+        """Where the first neurons lie on a matrix's own axis of neurons, looked up once."""
+        found: dict[Any, Tensor] = self.__dict__.setdefault("_places", {})
+        key = stack, left, self.pcgrow_like.device
+        if key not in found:
+            found[key] = first_neurons(self, stack, left)[1]
+        return found[key]
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
@@ -292,8 +305,11 @@ class PackedExperts:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.dense is not None:
+            weights = self.dense[stack].to(x.dtype)
+            # laid out as decoded ones are: few rows are multiplied in another order otherwise
+            weights = weights.mT.contiguous() if module.is_transposed else weights
             # rows that are nobody's would be left as they are found in memory
-            y = grouped_product(x[: ends[-1]], self.dense[stack].to(x.dtype), ends, turned=not module.is_transposed)
+            y = grouped_product(x[: ends[-1]], weights, ends, turned=True)
             y = pad(y, (0, 0, 0, len(x) - ends[-1])) if ends[-1] < len(x) else y
         else:
             y = _PackedLinear.apply(x, self, stack, ends)
@@ -323,26 +339,6 @@ class PackedExperts:
             # sentinels of expert parallelism
             weighted = weighted.masked_fill((chosen >= module.num_experts).unsqueeze(1), 0)
         return weighted[torch.argsort(order)].view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
-
-
-def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending spans, those that touch as one."""
-    found: list[tuple[int, int]] = []
-    for start, end in spans:
-        if found and found[-1][1] == start:
-            start = found.pop()[0]
-        found.append((start, end))
-    return found
-
-
-def grouped_product(x: Tensor, matrices: Tensor, ends: Sequence[int], turned: bool) -> Tensor:
-    """Rows `x [R, I]` times matrices `[G, I, O]`, or turned `[G, O, I]`, each up to the row where it ends."""
-    places = torch.tensor(ends, dtype=torch.int32, device=x.device)
-    # what transformers' way takes: no fp64, and rows of whole 16 bytes
-    step = 16 // x.element_size()
-    if x.dtype != torch.float64 and all(width % step == 0 for width in matrices.shape[1:]):
-        return _grouped_linear(x, matrices, places, is_transposed=not turned)
-    return torch.ops.transformers.grouped_mm_fallback(x, matrices.mT if turned else matrices, places)
 
 
 @cache
