@@ -225,8 +225,12 @@ class PackedExperts:
             ends: where the rows of each expert end, `[E]`. Rows beyond are nobody's.
         """
         outputs, inputs = self._shape(stack, WHOLE)
-        made = x.new_zeros(len(x), inputs if back else outputs)
+        made = x.new_empty(len(x), inputs if back else outputs)
         starts = (0, *ends)
+        made[ends[-1] :] = 0
+        for expert, form in enumerate(self.forms):
+            if form.neurons == 0:
+                made[starts[expert] : ends[expert]] = 0
         for chunk in self._chunks(stack, ends, x.dtype):
             spans = [(starts[expert], ends[expert]) for expert in chunk]
             blocks = joined(spans)
