@@ -35,7 +35,7 @@ import frontier
 from locate import correlation
 from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
 from peft_pcgrow.compress.form_survey import SELECTIONS
-from peft_pcgrow.compress.packed import WHOLE, Form, form_bytes
+from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.compress.quantize import storage_bytes
 
 STUDIES = ("budgets", "predictors", "lifecycle", "adapter", "base", "order")

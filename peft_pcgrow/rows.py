@@ -87,7 +87,7 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 
 def _implementation(base: ExpertsModule) -> str:
     if is_packed(base):
-        return "eager"
+        return "grouped_mm"
     return getattr(base.config, "_experts_implementation", None) or "eager"
 
 
@@ -123,6 +123,8 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
 
 def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
+    if is_packed(module):
+        return module.linear(inputs, chosen, name)
     stack, bias = getattr(module, name), getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
     if _implementation(module) == "grouped_mm":
         every = torch.arange(module.num_experts, device=chosen.device)

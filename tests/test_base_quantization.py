@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_all_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
-from peft_pcgrow.compress.packed import Form, form_bytes
+from peft_pcgrow.compress.forms import Form, form_bytes
 from peft_pcgrow.compress.quantize import BITS, quantize_experts
 from peft_pcgrow.experts import expert_stacks, is_packed
 from test_parts import PARTS, config

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress.packed import Form
+from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.persist import note_packing
 from peft_pcgrow.compress.plain import export_plain
 from peft_pcgrow.experts import expert_stacks, intermediate_size
@@ -110,6 +110,7 @@ def test_one_packed_layer_is_enough(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [Form(8), Form(2), Form(3, 8), Form(16, sparsity="half"), Form(sparsity="2:4")])
 def test_few_bits_are_written_out(form, dtype, tmp_path):
+    """What is read back computes the same bits by transformers' default way."""
     model = compressed(forms=[form] * EXPERTS, dtype=dtype)
     with pytest.raises(ValueError, match=r"expert 0 of layer 0 is stored as .*dequantize=True"):
         export_plain(model, tmp_path / "plain", [tokens()])
@@ -118,7 +119,8 @@ def test_few_bits_are_written_out(form, dtype, tmp_path):
     assert report.bytes > report.compressed_bytes
     plain = reloaded(tmp_path / "plain", dtype="auto")
     assert plain.dtype == dtype
-    assert_close("logits", logits(plain), logits(model), "bf16" if dtype == torch.bfloat16 else "fp32")
+    plain.set_experts_implementation("grouped_mm")
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_thinned_and_removed_and_tied(tmp_path):

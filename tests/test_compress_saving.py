@@ -15,7 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress.packed import PREFIX, Form
+from peft_pcgrow.compress.forms import Form
+from peft_pcgrow.compress.packed import PREFIX
 from peft_pcgrow.compress.persist import (
     VERSION,
     PackedQuantizer,

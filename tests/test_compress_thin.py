@@ -8,7 +8,7 @@ from torch import Tensor
 
 from close import assert_close
 from peft_pcgrow.compress.allocate import allocate
-from peft_pcgrow.compress.packed import Form
+from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.thin import RIDGE, compensated, elimination_order
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
 from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.packed import WHOLE, Form, form_bytes, matrix_shape, pack
+from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes, matrix_shape
+from peft_pcgrow.compress.packed import pack
 from peft_pcgrow.experts import expert_stacks, matrices
 from tiny import ARCHITECTURES, EXPERTS, LOCUS, backward, build, logits, tokens, train
 

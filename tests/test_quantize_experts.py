@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
 from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.packed import Form, form_bytes
+from peft_pcgrow.compress.forms import Form, form_bytes
 from peft_pcgrow.compress.quantize import BITS, quantize_experts, storage_bytes
 from peft_pcgrow.error_map import SUMS
 from peft_pcgrow.experts import describe_base, expert_stacks, matrices

@@ -15,7 +15,8 @@ from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.packed import WHOLE, Form, first_neurons, pack
+from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons
+from peft_pcgrow.compress.packed import pack
 from peft_pcgrow.compress.persist import note_packing
 from peft_pcgrow.compress.quantize import storage_bytes
 from peft_pcgrow.compress.skip import drop_layers

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import LayerSample
-from peft_pcgrow.compress.packed import MULTIPLE, WHOLE, Form, form_bytes, matrix_shape
+from peft_pcgrow.compress.forms import MULTIPLE, WHOLE, Form, form_bytes, matrix_shape
 from peft_pcgrow.compress.thin import compensated, elimination_order
 
 # what can predict the change of the loss, see `Candidates.damage`

@@ -108,22 +108,25 @@ def decode(
     dtype: torch.dtype | None = None,
     half: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """What `encode` wrote of one matrix, from its bytes, `[O, I]`.
+    """What `encode` wrote of one matrix, from its bytes, `[O, I]`; of N of one form, from theirs `[N, B]`, `[N, O, I]`.
 
     Args:
         dtype: of the result, one rounding from fp32. None: fp32, or `half` where that is what is stored.
         half: that was written.
     """
-    weights = outputs * inputs
+    if data.dim() == 1:
+        return decode(data.unsqueeze(0), outputs, inputs, width, sparsity, dtype, half)[0]
+    count, weights = len(data), outputs * inputs
     if sparsity is not None:
-        found = _read_sparse(data, outputs, inputs, sparsity, half)
+        found = _read_sparse(data, weights, sparsity, half)
     elif width == 16:
-        found = data[: weights * 2].view(half).view(outputs, inputs)
+        found = data[:, : weights * 2].view(half)
     elif width == 8:
-        scales = data[_words(weights) :].view(torch.bfloat16).float()
-        found = data[:weights].view(torch.int8).view(outputs, inputs) * (scales[:outputs, None] / 127)
+        scales = data[:, _words(weights) :].view(torch.bfloat16)[:, :outputs].float()
+        found = data[:, :weights].view(torch.int8).view(count, outputs, inputs) * (scales.unsqueeze(-1) / 127)
     else:
-        found = _read_blocks(data, weights, width, dtype).view(outputs, inputs)
+        found = _read_blocks(data, weights, width, dtype)
+    found = found.view(count, outputs, inputs)
     return found if dtype is None else found.to(dtype)
 
 
@@ -131,26 +134,25 @@ def rounded(weights: Tensor, width: int, sparsity: str | None = None, moment: Te
     """Matrices `[N, O, I]` as they read back after `encode`, in fp32."""
     data = encode(weights, width, sparsity, moment)
     outputs, inputs = weights.shape[1:]
-    return torch.stack([decode(row, outputs, inputs, width, sparsity, torch.float32) for row in data])
+    return decode(data, outputs, inputs, width, sparsity, torch.float32)
 
 
 def _read_blocks(data: Tensor, weights: int, width: int, dtype: torch.dtype | None) -> Tensor:
-    """Weights of 4, 3 or 2 bits, `[weights]`: in fp32, or in `dtype` where a kernel gives it."""
-    packed, blocks = -(-weights * width // 8), -(-weights // BLOCK)
-    scales = data[_words(packed) :].view(torch.bfloat16)[:blocks].float()
+    """Weights of 4, 3 or 2 bits, `[N, weights]`: in fp32, or in `dtype` where a kernel gives it."""
+    count, packed, blocks = len(data), -(-weights * width // 8), -(-weights // BLOCK)
+    scales = data[:, _words(packed) :].view(torch.bfloat16)[:, :blocks].float()
     if width == 4 and weights % BLOCK == 0 and data.device.type in ("cpu", "cuda"):
         kernels = bitsandbytes_kernels()
         if kernels is not None:
             kind = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
             # one block a row: on CPUs, a row that is no multiple of a block long is given the wrong scales
-            state = kernels.QuantState(
-                scales, torch.Size((blocks, BLOCK)), dtype=kind, blocksize=BLOCK, quant_type="nf4"
-            )
-            return kernels.dequantize_4bit(data[:packed].view(-1, 1), state).view(-1)
-    values = _look_up(data[:packed], width)
+            shape = torch.Size((count * blocks, BLOCK))
+            state = kernels.QuantState(scales.reshape(-1), shape, dtype=kind, blocksize=BLOCK, quant_type="nf4")
+            return kernels.dequantize_4bit(data[:, :packed].reshape(-1, 1), state).view(count, weights)
+    values = _look_up(data[:, :packed], width)
     if weights % BLOCK:
-        values = torch.nn.functional.pad(values[:weights], (0, blocks * BLOCK - weights))
-    return values.view(blocks, BLOCK).mul_(scales[:, None]).view(-1)[:weights]
+        values = torch.nn.functional.pad(values[:, :weights], (0, blocks * BLOCK - weights))
+    return values.view(count, blocks, BLOCK).mul_(scales.unsqueeze(-1)).view(count, -1)[:, :weights]
 
 
 @cache
@@ -172,20 +174,25 @@ def _table(width: int, device: torch.device) -> Tensor:
 
 
 def _look_up(data: Tensor, width: int) -> Tensor:
-    """The level of each code in some bytes, `[codes]` fp32: some more where the last bytes are not full."""
-    table = _table(width, data.device)
+    """The level of each code in some bytes `[N, B]`, `[N, codes]` fp32: some more where the last bytes are not full."""
+    count, table = len(data), _table(width, data.device)
     if width == 3:
         # three bytes are two words of four codes
-        data = torch.nn.functional.pad(data, (0, -len(data) % 3)).view(-1, 3)
+        data = torch.nn.functional.pad(data, (0, -data.shape[1] % 3)).reshape(-1, 3)
         first, middle, last = data[:, 0].int(), data[:, 1], data[:, 2]
         words = torch.stack([first * 16 + (middle >> 4), (middle & 15).int() * 256 + last], dim=1).view(-1)
     else:
-        words = data.int()
-    if data.device.type != "cpu":
+        words = data.int().reshape(-1)
+    return _at(table, words).view(count, -1)
+
+
+def _at(table: Tensor, words: Tensor) -> Tensor:
+    """Rows `words [W]` of a table of 8 or 16 bytes a row, one after the other."""
+    if words.device.type != "cpu":
         return table.index_select(0, words).view(-1)
     # a CPU copies one wide number faster than a row of some narrow ones
-    wide = table.view(torch.int64 if table.shape[1] == 2 else torch.complex128).view(-1)
-    return wide.index_select(0, words).view(torch.float32)
+    wide = torch.int64 if table.shape[1] * table.element_size() == 8 else torch.complex128
+    return table.view(wide).view(-1).index_select(0, words).view(table.dtype)
 
 
 def _words(count: int) -> int:
@@ -301,17 +308,23 @@ def _sparse_bytes(kept: Tensor, mask: Tensor, sparsity: str, half: torch.dtype) 
     return torch.cat([_bytes(values), _bytes(_pack(places, 2))], dim=1)
 
 
-def _read_sparse(data: Tensor, outputs: int, inputs: int, sparsity: str, half: torch.dtype) -> Tensor:
-    weights = outputs * inputs
-    count = weights // 2
-    values, places = data[: count * 2].view(half), data[_words(count * 2) :]
-    flat = values.new_zeros(weights)
+@cache
+def _masks(sparsity: str, device: torch.device) -> Tensor:
+    """Which of eight weights a byte says are kept, `[256, 8]` bool: a bit each, or the places in two fours."""
+    byte = torch.arange(256).unsqueeze(1)
     if sparsity == "half":
-        flat[_unpack(places, 1, weights).bool()] = values
-    else:
-        fours = torch.arange(count, device=data.device) // 2 * 4
-        flat[fours + _unpack(places, 2, count).long()] = values
-    return flat.view(outputs, inputs)
+        return ((byte >> torch.arange(7, -1, -1)) & 1).bool().to(device)
+    places = (byte >> torch.arange(6, -1, -2)) & 3
+    return torch.zeros(256, 2, 4, dtype=torch.bool).scatter_(2, places.view(256, 2, 2), True).view(256, 8).to(device)
+
+
+def _read_sparse(data: Tensor, weights: int, sparsity: str, half: torch.dtype) -> Tensor:
+    """`[N, weights]` in `half`."""
+    kept = weights // 2
+    values, places = data[:, : kept * 2].view(half), data[:, _words(kept * 2) :]
+    # some more than all weights, where the last bytes are not full
+    mask = _at(_masks(sparsity, data.device), places.int().reshape(-1)).view(len(data), -1)[:, :weights]
+    return values.new_zeros(len(data), weights).masked_scatter_(mask, values)
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:
@@ -324,9 +337,3 @@ def _pack(codes: Tensor, width: int) -> Tensor:
     return (spread.to(torch.uint8) << torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)).sum(
         dim=-1, dtype=torch.uint8
     )
-
-
-def _unpack(data: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` codes of 1 or 2 bits, `[count]` uint8."""
-    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=data.device)
-    return ((data.unsqueeze(-1) >> shifts) & (2**width - 1)).view(-1)[:count]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pcgrow.compress.calibrate import Calibration
-from peft_pcgrow.compress.packed import Form
+from peft_pcgrow.compress.forms import Form
 
 FORMAT = 1
 

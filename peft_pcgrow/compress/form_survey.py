@@ -14,7 +14,7 @@ from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import STATISTICS, candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.packed import Form
+from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.skip import can_skip, skip_damage
 from peft_pcgrow.error_map import ErrorMap
 

@@ -7,100 +7,24 @@ it held stacks `[E, ...]` of full width (see `PackedStack`), so that it can be m
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
+from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons, full_matrix, matrix_shape
+from peft_pcgrow.compress.grouped import grouped_product, joined
 from peft_pcgrow.experts import ExpertsModule
 
 # not the adapters' prefix, by which loaders tell their tensors from the base's
 PREFIX = "packed_"
-# intermediate neurons are kept in multiples of this: what grouped matrix products take in 16 bits
-MULTIPLE = 8
-
-
-@dataclass(frozen=True)
-class Form:
-    """How one expert is stored.
-
-    Attributes:
-        width: bits a weight, of `codec.WIDTHS`.
-        neurons: intermediate neurons that are left, a multiple of `MULTIPLE`; 0: the expert is removed and adds
-            nothing to its tokens. None: all.
-        sparsity: None, or one of `codec.SPARSITIES` (with 16 bits).
-    """
-
-    width: int = 16
-    neurons: int | None = None
-    sparsity: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.width not in codec.WIDTHS:
-            raise ValueError(f"width={self.width!r}: experts are stored in {', '.join(map(str, codec.WIDTHS))} bits")
-        if self.sparsity is not None and (self.sparsity not in codec.SPARSITIES or self.width != 16):
-            raise ValueError(
-                f"sparsity={self.sparsity!r} at {self.width} bits: it is {' or '.join(codec.SPARSITIES)}, at 16 bits"
-            )
-        if self.neurons is not None and (self.neurons < 0 or self.neurons % MULTIPLE):
-            raise ValueError(
-                f"{self.neurons} neurons: grouped matrix products need multiples of {MULTIPLE}; the nearest is "
-                f"{max(0, round(self.neurons / MULTIPLE) * MULTIPLE)}"
-            )
-
-    def __str__(self) -> str:
-        if self.neurons == 0:
-            return "removed"
-        sparse = f", {self.sparsity} sparse" if self.sparsity else ""
-        thin = f", {self.neurons} neurons" if self.neurons is not None else ""
-        return f"{self.width} bit{sparse}{thin}"
-
-
-WHOLE = Form()
-
-
-def matrix_shape(base: ExpertsModule, stack: str, form: Form) -> tuple[int, int]:
-    """Outputs and inputs of one of an expert's matrices in a form."""
-    shape = experts.expert_stacks(base)[stack].shape
-    outputs, inputs = (shape[2], shape[1]) if base.is_transposed else (shape[1], shape[2])
-    if form.neurons is None:
-        return outputs, inputs
-    copies = outputs // experts.intermediate_size(base)
-    return (outputs, form.neurons) if stack == "down_proj" else (copies * form.neurons, inputs)
-
-
-def form_bytes(base: ExpertsModule, form: Form) -> int:
-    """Bytes of one expert's matrices in a form."""
-    shapes = (matrix_shape(base, stack, form) for stack in experts.matrices(base))
-    return sum(codec.size(*shape, form.width, form.sparsity) for shape in shapes)
-
-
-def first_neurons(base: ExpertsModule, stack: str, count: int) -> tuple[int, Tensor]:
-    """The axis of a stack that neurons lie along, and where the first ones lie: those that are left come first."""
-    lying = experts.neuron_places(base, stack, torch.arange(count, device=experts.expert_stacks(base)[stack].device))
-    assert lying is not None, f"{stack} holds no neurons"
-    return lying
-
-
-def full_matrix(base: ExpertsModule, stack: str, form: Form, matrix: Tensor | None) -> Tensor:
-    """One expert's matrix `[O, I]` (None: the expert is gone) in the layout of the stack, zeros where neurons are
-    gone."""
-    whole = experts.expert_stacks(base)[stack]
-    if matrix is not None:
-        matrix = matrix.to(whole.dtype)
-        matrix = matrix.mT if base.is_transposed else matrix
-        if form.neurons is None:
-            return matrix.contiguous()
-    full = torch.zeros(whole.shape[1:], dtype=whole.dtype, device=whole.device)
-    if matrix is None:
-        return full
-    axis, places = first_neurons(base, stack, form.neurons or 0)
-    return full.index_copy(axis - 1, places, matrix)
+# bytes of matrices that are decoded at a time, if it is more than one: on CPUs, what stays in the caches
+DECODED, DECODED_ON_CPU = 64 * 2**20, 4 * 2**20
 
 
 class PackedStack:
@@ -146,18 +70,17 @@ class PackedStack:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """`x [R, I]` times a packed matrix, `[R, O]`; in the backward the matrix is read again, not kept."""
+    """Rows `x [R, I]`, sorted by expert, times packed matrices, `[R, O]`; the backward decodes again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: "PackedExperts", stack: str, expert: int) -> Tensor:
-        ctx.source = module, stack, expert
-        return linear(x, module.matrix(stack, expert, x.dtype))
+    def forward(ctx: Any, x: Tensor, module: "PackedExperts", stack: str, ends: list[int]) -> Tensor:
+        ctx.source = module, stack, ends
+        return module.packed_product(x, stack, ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        module, stack, expert = ctx.source
-        return gradient @ module.matrix(stack, expert, gradient.dtype), None, None, None
+        module, stack, ends = ctx.source
+        return module.packed_product(gradients[0], stack, ends, back=True), None, None, None
 
 
 class PackedExperts:
@@ -185,6 +108,85 @@ class PackedExperts:
         start = module.pcgrow_offsets[stack][expert]
         data = module._buffers[PREFIX + stack][start : start + codec.size(*shape, form.width, form.sparsity)]
         return codec.decode(data, *shape, form.width, form.sparsity, dtype, self.pcgrow_half)
+
+    def _matrices(self, stack: str, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The matrices of some experts of one form, `[G, O, I]`."""
+        module: Any = self
+        form, offsets, data = self.forms[chosen[0]], module.pcgrow_offsets[stack], module._buffers[PREFIX + stack]
+        shape = self._shape(stack, form)
+        size = codec.size(*shape, form.width, form.sparsity)
+        # bytes that lie side by side are not copied
+        pieces = [
+            data[offsets[first] : offsets[last - 1] + size] for first, last in joined([(e, e + 1) for e in chosen])
+        ]
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return codec.decode(found.view(len(chosen), size), *shape, form.width, form.sparsity, dtype, self.pcgrow_half)
+
+    def _chunks(self, stack: str, ends: Sequence[int], dtype: torch.dtype) -> Iterator[list[int]]:
+        """The experts that have rows and are not gone, some of one form at a time."""
+        starts, by_form = (0, *ends), {}
+        for expert, form in enumerate(self.forms):
+            if starts[expert] < ends[expert] and form.neurons != 0:
+                by_form.setdefault(form, []).append(expert)
+        most = DECODED_ON_CPU if self.pcgrow_like.device.type == "cpu" else DECODED
+        for form, hit in by_form.items():
+            outputs, inputs = self._shape(stack, form)
+            count = max(1, most // (outputs * inputs * dtype.itemsize))
+            if Form(neurons=form.neurons) == form and dtype == self.pcgrow_half:
+                # read where they are: as many as lie side by side
+                for first, last in joined([(expert, expert + 1) for expert in hit]):
+                    yield list(range(first, last))
+            else:
+                yield from (hit[i : i + count] for i in range(0, len(hit), count))
+
+    def packed_product(self, x: Tensor, stack: str, ends: Sequence[int], back: bool = False) -> Tensor:
+        """`x [R, I]` times each row's matrix, `[R, O]`, zeros for rows of experts that are gone and for what thinned
+        experts lack; back: gradients `[R, O]` times the matrices, `[R, I]`.
+
+        Args:
+            ends: where the rows of each expert end, `[E]`. Rows beyond are nobody's.
+        """
+        outputs, inputs = self._shape(stack, WHOLE)
+        made = x.new_empty(len(x), inputs if back else outputs)
+        starts = (0, *ends)
+        made[ends[-1] :] = 0
+        for expert, form in enumerate(self.forms):
+            if form.neurons == 0:
+                made[starts[expert] : ends[expert]] = 0
+        for chunk in self._chunks(stack, ends, x.dtype):
+            spans = [(starts[expert], ends[expert]) for expert in chunk]
+            blocks = joined(spans)
+            rows = torch.cat([x[start:end] for start, end in blocks]) if len(blocks) > 1 else x[slice(*blocks[0])]
+            left = self.forms[chunk[0]].neurons
+            columns = None if left is None else self._columns(stack, left)
+            # neurons are what leaves the first matrix and what enters the second
+            narrow = (stack == "down_proj") != back
+            if columns is not None and narrow:
+                rows = rows.index_select(1, columns)
+            places = list(accumulate(end - start for start, end in spans))
+            y = grouped_product(rows, self._matrices(stack, chunk, x.dtype), places, turned=not back)
+            if columns is not None and not narrow:
+                y = y.new_zeros(len(y), made.shape[1]).index_copy(1, columns, y)
+            if len(rows) == len(made):
+                return y
+            for (start, end), piece in zip(blocks, y.split([end - start for start, end in blocks]), strict=True):
+                made[start:end] = piece
+        return made
+
+    def _shape(self, stack: str, form: Form) -> tuple[int, int]:
+        """`matrix_shape`, looked up once."""
+        found: dict[tuple[str, Form], tuple[int, int]] = self.__dict__.setdefault("_shapes", {})
+        if (stack, form) not in found:
+            found[stack, form] = matrix_shape(self, stack, form)
+        return found[stack, form]
+
+    def _columns(self, stack: str, left: int) -> Tensor:
+        """Where the first neurons lie on a matrix's own axis of neurons, looked up once."""
+        found: dict[Any, Tensor] = self.__dict__.setdefault("_places", {})
+        key = stack, left, self.pcgrow_like.device
+        if key not in found:
+            found[key] = first_neurons(self, stack, left)[1]
+        return found[key]
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
@@ -218,41 +220,51 @@ class PackedExperts:
         finally:
             self.dense = None
 
-    def _product(self, x: Tensor, stack: str, expert: int) -> Tensor:
+    def linear(self, x: Tensor, chosen: Tensor, stack: str, ends: list[int] | None = None) -> Tensor:
+        """The product of rows with their experts' matrices, and the bias, `[R, O]`.
+
+        Args:
+            x: `[R, I]`. chosen: expert of each, ascending, `[R]`; from `num_experts` on, nobody's. ends: see `ends_of`.
+        """
         module: Any = self
+        ends = self.ends_of(chosen) if ends is None else ends
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.dense is not None:
-            weight = self.dense[stack][expert].to(x.dtype)
-            y = linear(x, weight.mT if module.is_transposed else weight)
+            weights = self.dense[stack].to(x.dtype)
+            # laid out as decoded ones are: few rows are multiplied in another order otherwise
+            weights = weights.mT.contiguous() if module.is_transposed else weights
+            # rows that are nobody's would be left as they are found in memory
+            y = grouped_product(x[: ends[-1]], weights, ends, turned=True)
+            y = pad(y, (0, 0, 0, len(x) - ends[-1])) if ends[-1] < len(x) else y
         else:
-            y = _PackedLinear.apply(x, self, stack, expert)
+            y = _PackedLinear.apply(x, self, stack, ends)
         if not module.has_bias:
             return y
-        bias, left = getattr(module, f"{stack}_bias")[expert], self.forms[expert].neurons
-        if stack != "down_proj" and self.dense is None and left is not None:
-            bias = bias[first_neurons(module, f"{stack}_bias", left)[1]]
-        return y + bias.to(y.dtype)
+        return y + getattr(module, f"{stack}_bias")[chosen.clamp(max=module.num_experts - 1)].to(y.dtype)
 
-    def run_expert(self, x: Tensor, expert: int) -> Tensor:
-        """An expert's output for tokens `x [R, H]`, not weighted."""
+    def ends_of(self, chosen: Tensor) -> list[int]:
+        """Where the rows of each expert end, of rows sorted by expert `chosen [R]`."""
         module: Any = self
-        inner = self._product(x, experts.first_matrix(module), expert)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        y = self._product(inner, "down_proj", expert)
-        return module.post_expert_norm(y) if module.has_post_expert_norm else y
+        every = torch.arange(module.num_experts, device=chosen.device)
+        return torch.searchsorted(chosen, every, right=True).tolist()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' `grouped_mm_experts_forward`, step by step: an adapter's rows are run in the same order."""
         module: Any = self
-        total = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            # sentinels of expert parallelism, and experts that are gone
-            if expert >= module.num_experts or (self.dense is None and self.forms[expert].neurons == 0):
-                continue
-            token, choice = torch.where(top_k_index == expert)
-            y = self.run_expert(hidden_states[token], expert)
-            total = total.index_add(0, token, (y * top_k_weights[token, choice, None]).to(total.dtype))
-        return total
+        tokens, choices = top_k_index.shape
+        chosen, order = torch.sort(top_k_index.reshape(-1))
+        ends = self.ends_of(chosen)
+        first = experts.first_matrix(module)
+        inner = self.linear(hidden_states[order // choices], chosen, first, ends)
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        y = self.linear(inner, chosen, "down_proj", ends)
+        y = module.post_expert_norm(y) if module.has_post_expert_norm else y
+        weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        if ends[-1] < len(chosen):
+            # sentinels of expert parallelism
+            weighted = weighted.masked_fill((chosen >= module.num_experts).unsqueeze(1), 0)
+        return weighted[torch.argsort(order)].view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 @cache

@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_pcgrow import experts
-from peft_pcgrow.compress.packed import PREFIX, Form, pack
+from peft_pcgrow.compress.forms import Form
+from peft_pcgrow.compress.packed import PREFIX, pack
 from peft_pcgrow.experts import PACKED_METHOD
 
 # of what `PackedConfig` writes and of the bytes that `codec` makes

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.packed import PREFIX, Form, form_bytes, pack
+from peft_pcgrow.compress.forms import Form, form_bytes
+from peft_pcgrow.compress.packed import PREFIX, pack
 from peft_pcgrow.experts import ExpertsModule, ExpertsSite
 
 # bits a weight; blocks of `codec.BLOCK` weights share a scale, of int8 the rows
