@@ -20,7 +20,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,19 @@ def rises(model: nn.Module, task: corpora.Task, before: dict[str, float]) -> dic
     return {"domain rise": after["domain"], "retain rise": retain, "rise": (after["domain"] + retain) / 2}
 
 
-def uniform(
-    survey: compress.Survey, base: Any, form: Form, target: float, calibrated: bool
+def by_hand(
+    survey: compress.Survey, base: Any, forms: dict[tuple[int, int], Form], calibrated: bool = True
 ) -> compress.CompressionPlan:
-    """Every expert in one form."""
-    size, whole = form_bytes(base, form), form_bytes(base, WHOLE)
-    count = survey.damage["fisher"].shape[1]
-    nodes = [
-        compress.NodePlan(layer, expert, form, whole, size, 0.0) for layer in survey.layers for expert in range(count)
-    ]
-    total = whole * len(nodes)
+    """A plan with these forms of some experts, the others whole."""
+    nodes = []
+    for layer, expert in product(survey.layers, range(survey.damage["fisher"].shape[1])):
+        form = forms.get((layer, expert), WHOLE)
+        nodes.append(
+            compress.NodePlan(layer, expert, form, form_bytes(base, WHOLE), form_bytes(base, form), float("nan"))
+        )
     calibration = survey.calibration if calibrated else None
-    return compress.CompressionPlan(nodes, [], target, total, "uniform", [], [], survey.base, calibration=calibration)
+    total = sum(node.before for node in nodes)
+    return compress.CompressionPlan(nodes, [], 1.0, total, "hand", [], [], survey.base, calibration=calibration)
 
 
 def fitting(base: Any, width: int, target: float) -> Form | None:
@@ -113,7 +114,8 @@ def budgets(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
                     continue
                 for calibrated in (False, True):
                     label = f"uniform {name}" + (", compensated" if calibrated else "")
-                    plans[label] = uniform(survey, base, form, target, calibrated)
+                    every = dict.fromkeys(product(survey.layers, range(base.num_experts)), form)
+                    plans[label] = by_hand(survey, base, every, calibrated)
             for arm, plan in plans.items():
                 packed, report = compress.apply(corpora.new_model(task), plan, progress=False)
                 forms = sorted({str(node.form) for node in plan.nodes})
@@ -138,27 +140,20 @@ def predictors(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[st
         drawn = texts(task, args, seed)
         survey = compress.survey(model, methods=METHODS, progress=False, **drawn)
         emap = measure_errors(model, [*drawn["domain"], *drawn["retain"]], progress=False)
+        base = find_experts(model).sites[0].base
         before = statistics.mean(survey.calibration.losses)
-        for form in (Form(2), Form(neurons=args.thin)):
+        for form in (Form(2), Form(neurons=0)):
             found = []
-            for row, layer in enumerate(survey.layers):
-                for expert in range(len(emap.count[row])):
-                    node = compress.NodePlan(layer, expert, form, 2, 1, 0.0)
-                    plan = compress.CompressionPlan(
-                        [node], [], 1.0, 2, "one", ["domain", "retain"], survey.calibration.losses, survey.base
-                    )
-                    plan.calibration = survey.calibration
-                    # a plan for one node leaves the others as they are
-                    changed = copy.deepcopy(model)
-                    _, report = compress.apply(changed, plan, progress=False)
-                    found.append(statistics.mean(report.after) - before)
+            for node in product(survey.layers, range(base.num_experts)):
+                _, report = compress.apply(copy.deepcopy(model), by_hand(survey, base, {node: form}), progress=False)
+                found.append(statistics.mean(report.after) - before)
             measured, place = torch.tensor(found, dtype=torch.float64), survey.forms.index(form)
             scores = {
                 select: survey.score(select)[:, :, place].flatten() for select in SELECTIONS if select != "random"
             }
             scores |= {"error mass": emap.mass.flatten(), "frequency": emap.count.flatten()}
             scores |= {
-                "low error times weights": emap.square.flatten() * survey.score("weights")[:, :, place].flatten()
+                "squared error times weights": emap.square.flatten() * survey.score("weights")[:, :, place].flatten()
             }
             row = {"study": "predictors", "seed": seed, "form": str(form)}
             yield row | {name: correlation(score, measured) for name, score in scores.items()}
@@ -170,7 +165,7 @@ def predictors(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[st
 def draw(scatter: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = ("fisher", "output", "error mass")
+    names = ("fisher", "error mass", "frequency")
     figure = Figure(figsize=(4 * len(names), 3.6 * len(scatter)), layout="constrained")
     axes = figure.subplots(len(scatter), len(names), squeeze=False)
     for line, (form, (measured, scores)) in zip(axes, scatter.items(), strict=True):
@@ -203,7 +198,7 @@ def lifecycle(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str
         for layer, nodes in locus.items():
             order = emap.mass[emap.layers.index(layer)].argsort(descending=True).tolist()
             others[layer] = [expert for expert in order if expert not in nodes][: len(nodes)]
-        drawn, held_out = texts(task, args, seed), {"domain": task.domain_eval.split(args.batch)}
+        drawn = texts(task, args, seed)
         batches = list(corpora.batches(task.domain_train, args.batch, args.steps, seed))
         half = len(batches) // 2
         for done, piece in ((0, []), (half, batches[:half]), (len(batches), batches[half:])):
@@ -213,19 +208,17 @@ def lifecycle(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str
             for width in args.widths:
                 row = {"study": "lifecycle", "seed": seed, "steps": done, "bits": width, "domain loss": loss}
                 for name, nodes in (("grown", locus), ("others", others)):
-                    row[name] = alone(merged, nodes, width, drawn, held_out) - loss
+                    row[name] = alone(merged, nodes, width, drawn, task.domain_eval) - loss
                 yield row
 
 
-def alone(model: nn.Module, nodes: dict[int, list[int]], width: int, drawn: dict, held_out: dict) -> float:
+def alone(model: nn.Module, nodes: dict[int, list[int]], width: int, drawn: dict, held_out: torch.Tensor) -> float:
     """The domain's held-out loss with only these nodes packed."""
     survey = compress.survey(model, methods=("quantize",), progress=False, **drawn)
-    chosen = [compress.NodePlan(l, e, Form(width), 2, 1, 0.0) for l, experts in nodes.items() for e in experts]
-    plan = compress.CompressionPlan(
-        chosen, [], 1.0, 2 * len(chosen), "some", [], [], survey.base, calibration=survey.calibration
-    )
+    forms = {(layer, expert): Form(width) for layer, experts in nodes.items() for expert in experts}
+    plan = by_hand(survey, find_experts(model).sites[0].base, forms)
     packed, _ = compress.apply(copy.deepcopy(model), plan, progress=False)
-    return corpora.evaluate(packed, torch.cat(held_out["domain"]))
+    return corpora.evaluate(packed, held_out)
 
 
 def adapter(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -329,7 +322,6 @@ def main() -> None:
     add("--selects", nargs="+", choices=SELECTIONS, default=["fisher", "output", "weights", "random"])
     add("--methods", nargs="*", choices=("sparsify", "skip"), default=[], help="beside quantizing and thinning")
     add("--calibration", type=int, default=48, help="windows of domain and of retain text (default: %(default)s)")
-    add("--thin", type=int, default=48, help="neurons left, for predictors (default: %(default)s)")
     add("--widths", type=int, nargs="+", default=[3, 2], help="bits, for lifecycle (default: %(default)s)")
     add("--budget", type=float, default=0.12, help="share of the experts grown (default: %(default)s)")
     add("--spawn-budget", type=float, default=0.5, help="share of the experts that are donors (default: %(default)s)")
