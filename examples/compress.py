@@ -170,11 +170,30 @@ def draw(scatter: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]], path:
     axes = figure.subplots(len(scatter), len(names), squeeze=False)
     for line, (form, (measured, scores)) in zip(axes, scatter.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
-            axis.scatter(scores[name].clamp_min(1e-12), measured, s=9)
+            least = float(scores[name][scores[name] > 0].min())
+            # what no row reaches stands at the left
+            axis.scatter(scores[name].clamp_min(least / 10), measured, s=9)
+            axis.set_yscale("symlog", linthresh=1e-4)
             axis.set(
                 xscale="log", xlabel=name, title=f"{form}: rank correlation {correlation(scores[name], measured):.2f}"
             )
         line[0].set_ylabel("measured change of the loss, nats/token")
+    figure.savefig(path, dpi=110)
+
+
+def draw_lifecycle(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    steps = sorted({row["steps"] for row in rows})
+    for name, label in (("grown", "nodes that grow"), ("others", "as many others of the same layers")):
+        medians = [statistics.median(row[name] for row in rows if row["steps"] == step) for step in steps]
+        axis.plot(steps, medians, marker="o", label=label)
+    axis.set(
+        xlabel="steps of growth", ylabel="loss rise when packed to 2 bit, nats/token", xticks=steps, ylim=(0, None)
+    )
+    axis.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -300,9 +319,11 @@ def order(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, An
             yield compare.finish({**row, "arm": "spawn, compress", "after": compare.losses(model, task)}, before)
 
 
-def table(path: Path) -> None:
+def table(path: Path, plot: Path | None) -> None:
     """Medians over seeds of every number, by arm."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if plot:
+        draw_lifecycle([row for row in rows if "grown" in row], plot)
     keys = ("target", "arm", "form", "steps", "bits")
     groups: dict[tuple, list[dict]] = {}
     for row in (row for row in rows if "seed" in row):
@@ -327,11 +348,11 @@ def main() -> None:
     add("--spawn-budget", type=float, default=0.5, help="share of the experts that are donors (default: %(default)s)")
     add("--map-windows", type=int, default=192, help="windows of a map for spawning (default: %(default)s)")
     add("--lr", type=float, default=0.0125, help="of Muon (default: %(default)s)")
-    add("--plot", type=Path, metavar="FILE", help="of predictors")
+    add("--plot", type=Path, metavar="FILE", help="of predictors; with --table, of lifecycle's rows")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     args = parser.parse_args()
     if args.table:
-        table(args.table)
+        table(args.table, args.plot)
         return
     task = corpora.load_task(args)
     corpora.emit({"machine": corpora.machine(), "study": args.study}, args.json)

@@ -52,7 +52,7 @@ def compared(base: nn.Module, other: nn.Module, windows: torch.Tensor, args: arg
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="shares of the nodes grown")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.1, 0.5], help="shares of the nodes grown")
     parser.add_argument("--packed", nargs="*", default=[], help="ungrown, with experts packed: int8, nf4, 3bit or 2bit")
     parser.add_argument("--turns", type=int, default=9, help="of base and grown model (default: %(default)s)")
     parser.add_argument("--new", type=int, default=32, help="tokens decoded a turn (default: %(default)s)")
