@@ -36,7 +36,7 @@ class Candidates:
             nats; "isotropic": the same if errors had no direction, sum |dy|^2 |delta|^2 / (2 H); "gradient": the
             first-order change |sum dy . delta|; "output": sum |dy|^2; "weights": |dW|^2 / |W|^2,
             neurons that are gone counting as their share.
-        data: what to store, by form and then by stack, a list of E; None for `WHOLE`.
+        data: what to store, by form and then by stack, a list of E.
         spread: sum of |dy / p|^2 over an expert's rows of all texts over their number, `[E, F]`.
         kept: the neurons that are left, by form, `[E, P]`.
     """
@@ -127,15 +127,10 @@ def candidates(
             moment = inner if name == "down_proj" else moments.get(name)
             data[form][name] = [weight.new_empty(0, dtype=torch.uint8)] * count
             if form.neurons != 0:
-                data[form][name] = list(codec.encode(weight, form.width, form.sparsity, moment, half))
-                weights[name] = torch.stack(
-                    [
-                        codec.decode(
-                            d, weight.shape[1], weight.shape[2], form.width, form.sparsity, torch.float32, half
-                        )
-                        for d in data[form][name]
-                    ]
-                )
+                encoded = codec.encode(weight, form.width, form.sparsity, moment, half)
+                data[form][name] = list(encoded)
+                shape = weight.shape[1], weight.shape[2]
+                weights[name] = codec.decode(encoded, *shape, form.width, form.sparsity, torch.float32, half)
         for expert in range(count):
             left = 1.0 if form.neurons is None else form.neurons / experts.intermediate_size(base)
             if left:
