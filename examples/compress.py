@@ -5,7 +5,8 @@ budgets     loss rises at some shares of the experts' bytes: plans by several st
 predictors  which statistic predicts what packing a single node does to the loss? Rank correlations, and a scatter.
 lifecycle   are grown nodes compressible again? Loss rise from packing them, before growth, halfway and after.
 adapter     an adapter's deltas in few bits or as two factors: bytes and gain kept.
-base        growing on a base in 16 bit, int8 and nf4: gain, bytes at rest, peak memory and time of a step.
+base        growing on a base in 16 bit, int8 and nf4: gain, bytes at rest, peak memory and time of a step (needs
+            bitsandbytes).
 order       compress first and spawn then, or spawn first and compress then.
 
 Losses are held-out, nats per token; rises against the model before. One JSON object a row with --json.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import benchmark
 import compare
@@ -41,6 +43,7 @@ from peft_pcgrow.compress.quantize import storage_bytes
 STUDIES = ("budgets", "predictors", "lifecycle", "adapter", "base", "order")
 UNIFORM = {"int8": 8, "nf4": 4, "3bit": 3, "2bit": 2}
 METHODS = ("quantize", "thin")
+BASES = {"16 bit": None, "int8": "int8", "nf4": "nf4", "nf4, by bitsandbytes the linear layers too": "nf4"}
 
 
 def texts(task: corpora.Task, args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -275,12 +278,14 @@ def base(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any
     before = compare.losses(corpora.new_model(task), task)
     for seed in args.seeds:
         emap = mapped(task, args, seed)
-        for quantization in (None, "int8", "nf4"):
+        for name, quantization in BASES.items():
 
-            def build(model: Any, _: int, emap=emap, quantization=quantization):
+            def build(model: Any, _: int, name=name, emap=emap, quantization=quantization):
+                if name.endswith("too"):
+                    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+                    model = AutoModelForCausalLM.from_pretrained(task.model_path, quantization_config=config)
                 return grown(model, emap, args, base_quantization=quantization)
 
-            name = quantization or "16 bit"
             model, row = compare.fit(compare.Setting("base", name, build), task, args, seed)
             sites = find_experts(model).sites
             stacks = storage_bytes(chain.from_iterable(chain(s.base.parameters(), s.base.buffers()) for s in sites))
@@ -290,7 +295,8 @@ def base(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any
             model.train()
             peak = benchmark.peak_bytes(lambda m=model, o=optimizer, i=ids: benchmark.step(m, o, i), ids.device)
             row = compare.finish({**row, "after": compare.losses(model, task)}, before)
-            yield {**row, "study": "base", "arm": name, "experts at rest": stacks, "peak_mib": peak / 2**20}
+            row |= {"study": "base", "arm": name, "experts at rest": stacks, "peak_mib": peak / 2**20}
+            yield row | {"model at rest": storage_bytes(chain(model.parameters(), model.buffers()))}
 
 
 def order(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
