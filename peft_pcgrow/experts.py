@@ -296,6 +296,12 @@ def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
     }
 
 
+def same_model(noted: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of models with the same experts, as far as is known."""
+    same = all(noted.get(key) == base[key] for key in ("model_type", "layers", "experts", "shapes"))
+    return same and not other_routers(noted, base)
+
+
 def other_routers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two descriptions are known to be of bases with different router weights."""
     known = {description.get("routers") for description in (one, other)} - {None}

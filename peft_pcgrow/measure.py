@@ -201,14 +201,8 @@ def _separate(
             raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
         rows, width = sum(len(batch["input_ids"]) for batch in domain), max(b["input_ids"].shape[1] for b in domain)
         retain = sample_text(model, rows, width, progress=progress)
-    batches, tokens = [], 0
     device = next(model.parameters()).device
-    for batch in retain:
-        inputs, _ = read_batch(batch, device)
-        batches.append(inputs)
-        tokens += int(inputs["attention_mask"].sum())
-        if max_tokens is not None and tokens >= max_tokens:
-            break
+    batches = [inputs for inputs, _ in read_batches(retain, device, max_tokens)]
     # a gate is fitted to all of the text, so every process fits the same ones
     domain, batches = everywhere(domain, device), everywhere(batches, device)
     return compare(model, tree, domain, batches, window, sketch_dim, progress)
@@ -248,6 +242,19 @@ def read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor
     predicted = real.clone()
     predicted[:, 1:] &= real[:, :-1]
     return inputs, target.masked_fill(~predicted, IGNORED)
+
+
+def read_batches(
+    batches: Iterable[Any], device: torch.device, max_tokens: int | None
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Each batch as `read_batch` reads it, up to the one that reaches `max_tokens`."""
+    tokens = 0
+    for batch in batches:
+        inputs, target = read_batch(batch, device)
+        yield inputs, target
+        tokens += int(inputs["attention_mask"].sum())
+        if max_tokens is not None and tokens >= max_tokens:
+            return
 
 
 @contextmanager

@@ -158,9 +158,7 @@ def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) ->
             f"apply takes a CompressionPlan, got {type(plan).__name__}: CompressionPlan.load(path) reads one"
         )
     check_whole(tree)
-    base = experts.describe_base(model, tree)
-    same = ("model_type", "layers", "experts", "shapes")
-    if any(plan.base.get(key) != base[key] for key in same) or experts.other_routers(plan.base, base):
+    if not experts.same_model(plan.base, experts.describe_base(model, tree)):
         raise ValueError(
             f"this plan was made for another model ({plan.base.get('model_type')}, "
             f"{len(plan.base.get('layers', ()))} layers with experts): plan(model, ...) on this one"

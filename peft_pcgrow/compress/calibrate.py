@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
-from peft_pcgrow.measure import held_still, read_batch, settle_batch
+from peft_pcgrow.measure import held_still, read_batches, settle_batch
 from peft_pcgrow.probe import IGNORED
 from peft_pcgrow.recompute import hidden_of
 from peft_pcgrow.settle import LayerStack, Probe
@@ -132,7 +132,7 @@ def calibrate(
         raise ValueError("no text to calibrate on: give domain= or retain= batches")
     with held_still(model), LayerStack(tree.layers, probe=probe):
         for number, (name, batches) in enumerate(texts.items()):
-            held = list(_some(batches, device, max_tokens))
+            held = list(read_batches(batches, device, max_tokens))
             count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target in held)
             if not count:
                 raise ValueError(f"the {name} text has no token to predict: give batches of at least two tokens each")
@@ -155,18 +155,6 @@ def calibrate(
     return Calibration(tuple(texts), labels, losses, layers, read)
 
 
-def _some(
-    batches: Iterable[Any], device: torch.device, max_tokens: int | None
-) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    tokens = 0
-    for batch in batches:
-        inputs, target = read_batch(batch, device)
-        yield inputs, target
-        tokens += int(inputs["attention_mask"].sum())
-        if max_tokens is not None and tokens >= max_tokens:
-            return
-
-
 @torch.no_grad()
 def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Tensor]]]) -> list[float]:
     """Mean loss of each text, nats per predicted token."""
@@ -177,7 +165,7 @@ def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Te
             for inputs, target in held:
                 logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                wanted = target[:, 1:].reshape(-1)
+                wanted = target[:, 1:].reshape(-1).to(logits.device)
                 total += float(cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
                 count += int((wanted != IGNORED).sum())
             found.append(total / count)

@@ -211,8 +211,6 @@ def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> e
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, as a tuple or list; got {methods!r}")
     tree = experts.find_experts(model)
     check_whole(tree)
-    if emap is not None:
-        base, same = experts.describe_base(model, tree), ("model_type", "layers", "experts", "shapes")
-        if any(emap.base.get(key) != base[key] for key in same) or experts.other_routers(emap.base, base):
-            raise ValueError("the error map was measured on another model: measure_errors(model, batches) on this one")
+    if emap is not None and not experts.same_model(emap.base, experts.describe_base(model, tree)):
+        raise ValueError("the error map was measured on another model: measure_errors(model, batches) on this one")
     return tree

@@ -103,13 +103,9 @@ class PackedExperts:
 
     def matrix(self, stack: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """One expert's matrix `[O, I]` without the neurons that are gone, as `codec.decode` reads it."""
-        module: Any = self
-        form, shape = self.forms[expert], matrix_shape(self, stack, self.forms[expert])
-        start = module.pcgrow_offsets[stack][expert]
-        data = module._buffers[PREFIX + stack][start : start + codec.size(*shape, form.width, form.sparsity)]
-        return codec.decode(data, *shape, form.width, form.sparsity, dtype, self.pcgrow_half)
+        return self._matrices(stack, [expert], dtype)[0]
 
-    def _matrices(self, stack: str, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _matrices(self, stack: str, chosen: Sequence[int], dtype: torch.dtype | None) -> Tensor:
         """The matrices of some experts of one form, `[G, O, I]`."""
         module: Any = self
         form, offsets, data = self.forms[chosen[0]], module.pcgrow_offsets[stack], module._buffers[PREFIX + stack]

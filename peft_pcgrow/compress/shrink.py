@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
 from peft_pcgrow.compress import codec
+from peft_pcgrow.compress.calibrate import losses
 from peft_pcgrow.compress.moments import Moments, Place, input_moments
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.layer import PCGrowExperts
@@ -141,16 +141,16 @@ def shrink_adapter(
         if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
             raise ValueError(f"{name} must be a share in (0, 1], got {share!r}")
     read = _read(model, batches, layers, adapter_name) if batches is not None else None
-    losses: dict[str, float] = {}
+    measured: dict[str, float] = {}
     moments: Moments = {}
     if read is not None:
         with _without(model):
-            losses["loss_base"] = _loss(model, read)
+            (measured["loss_base"],) = losses(model, [read])
         with ExitStack() as watching:
             if compensate and energy is None:
                 kept = [inputs["attention_mask"].bool().reshape(-1) for inputs, _ in read]
                 watching.enter_context(input_moments(layers, adapter_name, moments, kept))
-            losses["loss_before"] = _loss(model, read)
+            (measured["loss_before"],) = losses(model, [read])
     deltas = dict(_deltas(layers, adapter_name))
     chosen, form = _choose(deltas, moments, bits, energy, 0.25 if target is None else target)
     found: dict[int, dict[str, ShrunkBank]] = {layer.layer_index: {} for layer in layers}
@@ -170,10 +170,10 @@ def shrink_adapter(
         if isinstance(module, PCGrowModel) and module._guard is not None:
             module._guard.rearm()
     if read is not None:
-        losses["loss_after"] = _loss(model, read)
+        (measured["loss_after"],) = losses(model, [read])
     after = sum(bank.get_buffer("packed").numel() for banks in found.values() for bank in banks.values())
     kept = sum(_kept_bytes(layer, adapter_name) for layer in layers)
-    return ShrinkReport(form, before, after, kept, (lost / total) ** 0.5 if total else 0.0, **losses)
+    return ShrinkReport(form, before, after, kept, (lost / total) ** 0.5 if total else 0.0, **measured)
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[list[PCGrowExperts], PCGrowConfig]:
@@ -335,25 +335,6 @@ def _without(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, read: list[tuple[dict[str, Any], Tensor]]) -> float:
-    """Mean loss in evaluation mode, nats per token."""
-    was_training = model.training
-    model.eval()
-    summed, labels = 0.0, 0
-    try:
-        for inputs, target in read:
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            wanted = target[:, 1:].to(logits.device)
-            summed += float(
-                cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
-            )
-            labels += int((wanted != IGNORED).sum())
-    finally:
-        model.train(was_training)
-    return summed / labels
 
 
 def _kept_bytes(layer: PCGrowExperts, name: str) -> int:
