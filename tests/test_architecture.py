@@ -14,13 +14,27 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute", "lifecycle", "page", "staging"],
+    [
+        "locus",
+        "energy",
+        "heatmap",
+        "checksum",
+        "gate",
+        "protect",
+        "recompute",
+        "lifecycle",
+        "page",
+        "staging",
+        "stack_view",
+        "pieces",
+    ],
     ["map_file", "diagnosis"],
     ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map"],
-    ["settle", "plan", "processes"],
+    ["settle", "plan", "processes", "adopted"],
+    ["adopt"],
     ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
-    ["rows", "flat", "parts", "bank", "compress.forms"],
+    ["rows", "flat", "parts", "bank", "identity", "compress.forms"],
     ["deepen", "spawn", "sample", "contrast", "compress.packed"],
     ["probe", "compress.persist", "compress.quantize"],
     ["measure"],
@@ -31,8 +45,8 @@ FLOORS = [
     ["optimizer", "export", "compress.plain", "callback", "compress.moments", "compress.shrink", "__init__"],
 ]
 # what a floor may know of the world outside, by the lowest floor that may
-OUTSIDE = {"transformers": 5, "peft": 9, "accelerate": 10, "bitsandbytes": 6}
-ORDERED = 9
+OUTSIDE = {"transformers": 5, "peft": 10, "accelerate": 11, "bitsandbytes": 7}
+ORDERED = 10
 LINES = 400
 TOTAL = 11000
 

@@ -187,7 +187,7 @@ def _run(
         y = inputs @ weights[name].mT
         if not base.has_bias:
             return y
-        bias = getattr(base, f"{name}_bias")[expert].float()
+        bias = experts.expert_stacks(base)[f"{name}_bias"][expert].float()
         if name == first and kept is not None:
             bias = bias[neurons_at(base, name, kept)]
         return y + bias
