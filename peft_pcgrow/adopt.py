@@ -91,7 +91,7 @@ def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any)
             made = _adopted(block, *names, config, kind)
             if isinstance(made, LinearExperts):
                 before = _tried(block, made)
-                block.applied_last = _dropout(block)
+                block.__dict__["applied_last"] = _dropout(block)
                 adopt_block(block, LinearBlock, made)
                 if _differ(before, _tried(block, made)):
                     _return_block(block)
@@ -132,8 +132,8 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     gated = len(entering) == 2 or _outputs(first) == 2 * _inputs(last)
     if not gated and _outputs(first) != _inputs(last):
         return f"has linear layers of {_outputs(first)} outputs and {_inputs(last)} inputs, one after the other"
-    last = _dropout(block)
-    if any(isinstance(m, nn.Dropout) and m.p and name != last for name, m in block.named_modules()):
+    final = _dropout(block)
+    if any(isinstance(m, nn.Dropout) and m.p and name != final for name, m in block.named_modules()):
         return "drops something out between its linear layers"
     return LinearExperts(block, entering, leaving, gated, isinstance(first, Conv1D), act_fn, config, kind)
 
