@@ -174,18 +174,20 @@ def _differ(before: Any, after: Any) -> bool:
 
 @contextmanager
 def _evaluating(block: nn.Module) -> Iterator[None]:
-    were = {module: module.training for module in block.modules()}
-    block.eval()
+    """Without dropout. Only that: bitsandbytes' layers pack their weights anew when they evaluate on some CPUs."""
+    were = {module: module.training for module in block.modules() if isinstance(module, nn.Dropout)}
+    for module in were:
+        module.eval()
     try:
         yield
     finally:
         for module, training in were.items():
-            module.training = training
+            module.train(training)
 
 
 def _return_block(block: nn.Module) -> None:
     """Undo `adopt_block`."""
     del block._modules["experts"]
-    block.__class__ = type(block).__mro__[2]
+    block.__class__ = type(block).__bases__[1]
     if "_old_forward" in block.__dict__:
         block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]

@@ -237,9 +237,9 @@ class LinearExperts(AdoptedExperts):
         weight = self._layers("down_proj")[0].weight
         if not self.read_only:
             return weight
-        state = getattr(weight, "quant_state", None)
-        known = getattr(self.config, "dtype", None) if state is None else state.dtype
-        return torch.empty(0, dtype=known or torch.get_default_dtype(), device=weight.device)
+        # not the quantizer's own, which evaluation on some CPUs changes
+        known = getattr(self.config, "dtype", None) or torch.get_default_dtype()
+        return torch.empty(0, dtype=known, device=weight.device)
 
     @property
     def read_only(self) -> bool:
@@ -290,4 +290,9 @@ def _full_weight(layer: Any, like: Tensor) -> Tensor:
     """A linear layer's weight, decoded if bitsandbytes quantized it."""
     if layer.weight.is_floating_point():
         return layer.weight
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # evaluation on some CPUs has packed it in another order, which only its own kernel reads
+        with torch.no_grad():
+            columns = layer(torch.eye(layer.in_features, dtype=like.dtype))
+            return (columns if layer.bias is None else columns - layer.bias).mT.to(like.dtype)
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(like.dtype)
