@@ -62,10 +62,11 @@ def forward(
     ranked = sorted(branches, key=lambda branch: branch.passes is None)
     taken = torch.zeros_like(chosen, dtype=torch.bool)
     parts: list[rows.Part] = []
+    idle: list[Branch] = []
     source, computed = torch.empty_like(order), 0
     for branch in (*ranked, None):
         if branch is None and not bool(taken.any()):
-            return base(hidden, index, weight)
+            return _counted(base(hidden, index, weight), idle)
         mine = ~taken
         if branch is not None:
             mine &= branch.slot[chosen] >= 0
@@ -73,6 +74,7 @@ def forward(
                 mine &= branch.passes[order // choices]
         found = (_with_siblings(chosen, mine, index) if exact else mine).nonzero().squeeze(1)
         if not found.numel():
+            idle += [branch] if branch is not None else []
             continue
         place = torch.empty_like(order)
         place[found] = torch.arange(computed, computed + len(found), device=found.device)
@@ -83,7 +85,7 @@ def forward(
         parts.append(rows.Part(found, own) if branch is None else rows.Part(found, branch.slot[own], branch.bank))
     ordered = rows.run_parts(base, hidden[order // choices], parts, source, joint=exact)
     weighted = (ordered * weight.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
-    return rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
+    return _counted(rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype), idle)
 
 
 def _with_siblings(chosen: Tensor, mine: Tensor, index: Tensor) -> Tensor:
@@ -91,3 +93,20 @@ def _with_siblings(chosen: Tensor, mine: Tensor, index: Tensor) -> Tensor:
     touched = torch.zeros(int(index.max()) + 1, dtype=torch.bool, device=chosen.device)
     touched[chosen[mine]] = True
     return touched[chosen]
+
+
+def _counted(output: Tensor, idle: Sequence[Branch]) -> Tensor:
+    """`output`, with gradients of zero, not none, for banks that no row met: DDP waits for every parameter's."""
+    banks = [weight for branch in idle for weight in branch.bank.values() if weight.requires_grad]
+    return _Counted.apply(output, *banks) if banks and torch.is_grad_enabled() else output  # type: ignore[return-value]
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, *banks: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.like = [(bank.shape, bank.dtype, bank.device) for bank in banks]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, *errors: Tensor):
+        return *errors, *(torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.like)

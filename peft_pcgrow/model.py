@@ -65,7 +65,7 @@ class PCGrowModel(BaseTuner):
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:
             measured.check_base({key: base.get(key) for key in FACTS})
-        allowed = [site for site in tree.sites if self._may_grow(peft_config, site.name)]
+        allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
         if not allowed:
             raise ValueError(
                 f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
@@ -107,11 +107,19 @@ class PCGrowModel(BaseTuner):
         self._births = {site.name: birth(peft_config, site, measured) for site in allowed if site.layer in locus}
         self._tree = tree
 
-    def _may_grow(self, config: PCGrowConfig, name: str) -> bool:
+    def _may_grow(self, config: PCGrowConfig, site: experts.ExpertsSite) -> bool:
+        config = copy.copy(config)
         if config.target_modules is None:
-            config = copy.copy(config)
-            config.target_modules = {name.rpartition(".")[2]}
-        return bool(self._check_target_module_exists(config, name))
+            config.target_modules = {site.name.rpartition(".")[2]}
+        listed = config.layers_to_transform
+        if listed not in (None, []) and not config.layers_pattern:
+            # PEFT reads the layer out of the name, and finds none in that of a model without a head ("layers.0.mlp")
+            if site.layer not in ([listed] if isinstance(listed, int) else listed):
+                return False
+            config.layers_to_transform = None
+        # users know the MLP that was adopted, not its child
+        names = (site.name, site.name.rpartition(".")[0]) if experts.is_adopted(site.base) else (site.name,)
+        return any(self._check_target_module_exists(config, name) for name in names)
 
     @staticmethod
     def _map(config: PCGrowConfig) -> ErrorMap | None:
