@@ -18,6 +18,11 @@ MODELS: dict[str, dict[str, Any]] = {
     **{f"tiny/{name}": {"architecture": name} for name in ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")},
     # some rows grow layer 0 alone, which is dense by default
     "tiny/deepseek_v3": {"architecture": "deepseek_v3", "first_k_dense_replace": 0},
+    # MLPs as nodes
+    **{
+        f"tiny/{name}": {"architecture": name, "intermediate_size": 64}
+        for name in ("llama", "qwen2", "phi3", "gpt_neox")
+    },
 }
 CLASSIFIERS = {
     f"tiny/{name}-{head}": {"architecture": name, "head": head}
