@@ -320,7 +320,9 @@ def _check_base(name: str, base: ExpertsModule) -> None:
 
 def _check_block(name: str, block: nn.Module) -> None:
     kernel = block.__dict__.get("forward")
-    if kernel is not None and not hasattr(block, "_hf_hook"):
+    # where no kernel fits, use_kernels=True puts the class's own forward there
+    own = getattr(kernel, "__func__", None) is type(block).forward
+    if kernel is not None and not own and not hasattr(block, "_hf_hook"):
         raise ValueError(
             f"the block around {name} ({type(block).__name__}) has its forward replaced, by a hub kernel for example, "
             "and would never call the grown experts: load the model with use_kernels=False"
