@@ -19,6 +19,9 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from peft_pcgrow.stack_view import StackView
 
+# tokens that an adopted block is tried on
+TRIED = 3
+
 
 class AdoptedExperts(nn.Module):
     """The contract's flags, and stacks put together from a block's tensors.
@@ -31,6 +34,8 @@ class AdoptedExperts(nn.Module):
     has_post_expert_norm = False
     is_concatenated = True
     dense: Mapping[str, Tensor] | None = None
+    # how `run` goes about it (see `rows`)
+    implementation = "eager"
 
     def __init__(self, block: nn.Module, num_experts: int, act_fn: Any, config: Any, kind: str = "routed"):
         super().__init__()
@@ -105,8 +110,11 @@ class AdoptedExperts(nn.Module):
     @contextmanager
     def composed_once(self) -> Iterator[None]:
         """Inside, the weights are leaves, the same in every forward: their gradients can be asked for."""
-        every = torch.arange(self.num_experts)
-        self.dense = {name: stack[every] for name, stack in self.stack_views.items()}
+        pieces = {name: [piece.detach() for piece in self.pieces(name)] for name in self.names}
+        self.dense = {
+            name: held[0] if len(held) == 1 else torch.cat(held, dim=self._axis(name) + 1)
+            for name, held in pieces.items()
+        }
         try:
             yield
         finally:
@@ -169,6 +177,49 @@ def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None)
     if "_old_forward" in block.__dict__:
         # what accelerate's hooks of a model on several devices call
         block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
+
+
+def return_block(block: nn.Module) -> None:
+    """Undo `adopt_block`."""
+    if isinstance(held := block._modules.get("experts"), AdoptedExperts):
+        if isinstance(held, AdoptedBlock):
+            return_block(held)
+        else:
+            del block._modules["experts"]
+    block.__class__ = type(block).__mro__[2]
+    if "_old_forward" in block.__dict__:
+        block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def tried(block: nn.Module, width: int, like: Tensor) -> Any:
+    """The block's output for some random tokens `[1, TRIED, width]`; None where there are no values to compute with."""
+    if like.is_meta:
+        return None
+    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    with _evaluating(block):
+        try:
+            return block(x)
+        except TypeError:  # it takes more than tokens
+            return ()
+
+
+def differ(before: Any, after: Any) -> bool:
+    """Whether two outputs of `tried` are known to be different, or no outputs of tokens."""
+    if before is None:
+        return False
+    return not isinstance(before, Tensor) or not torch.equal(before, after)
+
+
+@contextmanager
+def _evaluating(block: nn.Module) -> Iterator[None]:
+    were = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        yield
+    finally:
+        for module, training in were.items():
+            module.training = training
 
 
 class LinearBlock(AdoptedBlock):

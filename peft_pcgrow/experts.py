@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adopt import adopt, marked
 from peft_pcgrow.adopted import AdoptedExperts
+from peft_pcgrow.adopted_moe import adopt_routed, why_refused
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.removable import StackLayout
 from peft_pcgrow.stack_view import StackView
@@ -79,6 +80,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     """
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
+    adopt_routed(model)
     modules = dict(model.named_modules())
     found = marked(modules, "routed")
     if nodes is None:
@@ -127,7 +129,7 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
     found = views | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
-        if parameter.dim() > 1 and parameter.shape[0] == base.num_experts
+        if name not in views and parameter.dim() > 1 and parameter.shape[0] == base.num_experts
     }
     # in the order from before packing, which an adapter's parameters and so an optimizer's state follow
     return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
@@ -341,6 +343,8 @@ def _is_read_only(stack: Any) -> bool:
 
 def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     named = type(model).__name__
+    if (reason := why_refused(model)) is not None:
+        return f"the experts of {named} cannot be nodes ({reason}): use LoRA on this model"
     undecorated = _undecorated(modules)
     if undecorated:
         return (

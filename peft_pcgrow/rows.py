@@ -45,7 +45,7 @@ class Part:
 def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
     """The order in which `base` hands its rows (row t * K + k of `index [T, K]`) to the experts, `[R]`."""
     way = implementation(base)
-    if way == "grouped_mm":
+    if way in ("grouped_mm", "sorted"):
         return torch.sort(index.reshape(-1)).indices
     rows = torch.arange(index.numel(), device=index.device)
     # the architectures' own loops take first choices first
@@ -70,6 +70,8 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
     def together(outputs: list[Tensor]) -> Tensor:
         return torch.cat([*outputs, torch.zeros_like(outputs[0][:1])])[source]
 
+    if joint and implementation(base) == "spread":
+        return together([m.spread(x, part.rows, part.chosen) for m, part in zip(modules, parts, strict=True)])
     if not joint or implementation(base) in ("eager", None):
         return together([_run(m, x[part.rows], part) for m, part in zip(modules, parts, strict=True)])
 
@@ -84,7 +86,7 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 
     The architectures' loops add in ascending order of the experts and round after each; the fast paths add in one sum.
     """
-    if implementation(base) != "eager":
+    if implementation(base) not in ("eager", "sorted"):
         return weighted.sum(dim=1).to(dtype)
     rows = weighted.to(dtype)
     ascending = torch.argsort(index, dim=1, stable=True)
@@ -96,7 +98,11 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 
 
 def implementation(base: ExpertsModule) -> str | None:
-    """How `base` runs its experts: "eager", "grouped_mm" or "batched_mm"; None: by code that cannot be taken apart."""
+    """How `base` runs its experts; None: by code that cannot be taken apart.
+
+    "eager", "grouped_mm" or "batched_mm"; of adopted ones also "sorted": as "grouped_mm", added up as "eager"; "spread":
+    all rows go through each expert, as zeros where they are not its own.
+    """
     if is_packed(base):
         return "grouped_mm"
     if is_adopted(base):
@@ -121,7 +127,7 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Experts
 
 
 def _run(module: ExpertsModule, x: Tensor, part: Part) -> Tensor:
-    if implementation(module) == "grouped_mm":
+    if implementation(module) in ("grouped_mm", "sorted"):
         # not by its own forward, whose sort would reorder equals
         return _chain(module, x, lambda inputs, name: _linear(module, inputs, part.chosen, name))
     run = module if part.bank is None else partial(type(module).forward, module)
@@ -137,7 +143,7 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
 
 def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
-    if is_packed(module):
+    if is_packed(module) or implementation(module) == "sorted":
         return module.linear(inputs, chosen, name)
     stack, bias = getattr(module, name), getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
     if implementation(module) == "grouped_mm":

@@ -32,7 +32,7 @@ FLOORS = [
     ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map"],
     ["settle", "plan", "processes", "adopted"],
-    ["adopt"],
+    ["adopt", "adopted_moe"],
     ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
     ["rows", "flat", "parts", "bank", "identity", "compress.forms"],
     ["deepen", "spawn", "sample", "contrast", "compress.packed"],
