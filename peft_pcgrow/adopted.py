@@ -147,15 +147,19 @@ class AdoptedExperts(nn.Module):
     def let_go(self) -> None:
         """Take the block's weights away, except for biases, which become this module's own: it was packed."""
         biases = {name: view for name, view in self.stack_views.items() if name.endswith("_bias")}
-        every = torch.arange(self.num_experts)
-        kept = {name: nn.Parameter(view[every], requires_grad=False) for name, view in biases.items()}
-        self.drop()
-        for name, bias in kept.items():
-            self.register_parameter(name, bias)
+        every = torch.arange(self.num_experts, device="cpu")
+        for name in biases.keys() - self._parameters.keys():
+            self.register_parameter(name, nn.Parameter(biases[name][every], requires_grad=False))
+        for owner, name in self.places():
+            owner[name] = None
 
     @abstractmethod
-    def drop(self) -> None:
-        """Delete the block's weights."""
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """The dicts and keys where the block keeps what holds its weights."""
+
+    @abstractmethod
+    def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
+        """A whole stack `[E, ...]` as the block would save it, by name within the block."""
 
 
 class AdoptedBlock:
@@ -317,9 +321,15 @@ class LinearExperts(AdoptedExperts):
             return linear(x, weight, bias)
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
-    def drop(self) -> None:
-        for name in (*self.entering, self.leaving):
-            setattr(self.block, name, None)
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        return [(self.block._modules, name) for name in (*self.entering, self.leaving)]
+
+    def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
+        matrix = stack.removesuffix("_bias")
+        names = (self.leaving,) if matrix == "down_proj" else self.entering
+        kind = "weight" if matrix == stack else "bias"
+        parts = values[0].chunk(len(names), dim=self._axis(stack))
+        return {f"{name}.{kind}": part.contiguous() for name, part in zip(names, parts, strict=True)}
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

@@ -68,9 +68,11 @@ class OwnExperts(RoutedExperts):
         """The architecture's own methods."""
         return super(AdoptedExperts, self)
 
-    def drop(self) -> None:
-        for name in self.names:
-            del self._parameters[name]
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        return []  # the module itself
+
+    def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
+        return {stack: values.contiguous()}
 
 
 class DbrxOwnExperts(OwnExperts):
@@ -92,8 +94,13 @@ class DbrxOwnExperts(OwnExperts):
         # laid out as w2 is: products round differently with another layout
         return inner.matmul(stacks["down_proj"][expert].mT.contiguous())
 
-    def drop(self) -> None:
-        self.mlp = None
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        return [(self._modules, "mlp")]
+
+    def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
+        if stack == "down_proj":
+            return {"mlp.w2": values.mT.flatten(0, 1).contiguous()}
+        return {f"mlp.{name}": part.flatten(0, 1) for name, part in zip(("w1", "v1"), values.chunk(2, 1), strict=True)}
 
 
 class DbrxBlock(AdoptedBlock):
@@ -124,8 +131,11 @@ class JetMoeExperts(RoutedExperts):
         y = self.linear(inner, chosen, "down_proj") * top_k_weights.reshape(-1)[order].unsqueeze(1)
         return y.new_zeros(hidden_states.shape).index_add(0, token, y)
 
-    def drop(self) -> None:
-        self.block.input_linear = self.block.output_linear = None
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        return [(self.block._modules, name) for name in ("input_linear", "output_linear")]
+
+    def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
+        return {f"{'input' if stack == 'gate_up_proj' else 'output'}_linear.weight": values.contiguous()}
 
 
 class JetMoeBlock(AdoptedBlock):
@@ -173,6 +183,15 @@ class Llama4Block(AdoptedBlock):
         return out, logits
 
 
+class LongcatOwnExperts(OwnExperts):
+    zero_expert_num: int
+
+    def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
+        # one of the stacks also has rows for what is no node
+        more = self.zero_expert_num if stack == "gate_up_proj" else 0
+        return {stack: torch.cat([values, values.new_zeros(more, *values.shape[1:])])}
+
+
 class LongcatBlock(AdoptedBlock):
     """The last of the experts that its router knows hand tokens on as they are: no nodes."""
 
@@ -213,7 +232,7 @@ FOREIGN = {
     "DbrxFFN": Foreign(DbrxBlock, DbrxOwnExperts, act_fn="mlp.activation_fn"),
     "JetMoeMoE": Foreign(JetMoeBlock, JetMoeExperts, count="router.num_experts", act_fn="activation"),
     "Llama4TextMoe": Foreign(Llama4Block, Llama4OwnExperts, single=True),
-    "LongcatFlashMoE": Foreign(LongcatBlock, OwnExperts, count="num_routed_experts"),
+    "LongcatFlashMoE": Foreign(LongcatBlock, LongcatOwnExperts, count="num_routed_experts"),
     # follows the contract, and lacks the mark only
     "Step3p7SparseMoeBlock": Foreign(AdoptedBlock, OwnExperts),
 }

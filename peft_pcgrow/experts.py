@@ -125,7 +125,7 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
 
     Of packed or adopted experts, views that give the experts they are indexed with (see `StackView`).
     """
-    views = base.packed_stacks if is_packed(base) else getattr(base, "stack_views", {})
+    views = _views(base)
     found = views | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
@@ -133,6 +133,11 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
     }
     # in the order from before packing, which an adapter's parameters and so an optimizer's state follow
     return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
+
+
+def _views(base: ExpertsModule) -> dict[str, Any]:
+    """What stands for stacks that are no tensors."""
+    return base.packed_stacks if is_packed(base) else getattr(base, "stack_views", {})
 
 
 def neuron_places(base: ExpertsModule, stack: str, neurons: Tensor) -> tuple[int, Tensor] | None:
@@ -208,11 +213,12 @@ def write_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces], values: Mapp
 
 def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
     """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
-    first, stacks = first_matrix(base), expert_stacks(base)
-    weight = stacks[first][expert].to(x.dtype)
+    first, views = first_matrix(base), _views(base)
+    weight = (views[first] if first in views else getattr(base, first))[expert].to(x.dtype)
     projected = x @ weight if base.is_transposed else x @ weight.mT
     if base.has_bias:
-        projected = projected + stacks[f"{first}_bias"][expert].to(x.dtype)
+        name = f"{first}_bias"
+        projected = projected + (views[name] if name in views else getattr(base, name))[expert].to(x.dtype)
     inner = base._apply_gate(projected) if base.has_gate else base.act_fn(projected)
     return {first: x, "down_proj": inner}
 
@@ -239,6 +245,11 @@ def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
 def is_adopted(base: ExpertsModule) -> bool:
     """Whether these experts stand for a block that does not follow the contract."""
     return isinstance(base, AdoptedExperts)
+
+
+def weight_places(base: ExpertsModule) -> list[tuple[dict[str, Any], str]]:
+    """Of adopted experts: the dicts and keys of what holds their weights outside of the module itself."""
+    return base.places() if is_adopted(base) else []
 
 
 def is_packed(base: ExpertsModule) -> bool:
@@ -353,6 +364,6 @@ def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
             "transformers version that decorates it"
         )
     return (
-        f"{named} has no mixture-of-experts layers: peft_pcgrow grows the experts of an MoE (Qwen3-MoE, OLMoE, "
-        "Mixtral, DeepSeek-V3, gpt-oss, ...); use LoRA on a dense model"
+        f"{named} has no mixture-of-experts layers (Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3, gpt-oss, ... do): to grow "
+        "its MLPs, ask for nodes='dense'"
     )

@@ -73,7 +73,7 @@ class PCGrowModel(BaseTuner):
             )
         experts_at = {site.layer: site.experts for site in allowed}
         if peft_config.base_quantization is not None:
-            check_quantizable(tree.sites, peft_config.base_quantization)
+            check_quantizable(experts.find_experts(model).sites, peft_config.base_quantization)
         elif peft_config.base is None and (line := left_unpacked(tree.sites)) is not None:
             say(f"pcgrow: {line}")
         if peft_config.base is None:
@@ -157,7 +157,7 @@ class PCGrowModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if (quantization := self.peft_config[adapter_name].base_quantization) is not None:
             # not before: the banks are copies of the experts as they were
-            quantize_sites(self._tree.sites, quantization)
+            quantize_sites(model, experts.find_experts(model).sites, quantization)
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
         if self._stack is None:
             self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()

@@ -101,7 +101,9 @@ def candidates(
     Args:
         sample: calibration rows; None: plain rounding, and neurons by the size of their weights.
     """
+    whole = torch.arange(base.num_experts, device="cpu")
     stacks = {name: experts.expert_stacks(base)[name].detach() for name in experts.matrices(base)}
+    stacks = {name: stack if isinstance(stack, Tensor) else stack[whole] for name, stack in stacks.items()}
     plain = {name: (w.mT if base.is_transposed else w).float() for name, w in stacks.items()}
     rows = [_rows(base, sample, expert) for expert in range(base.num_experts)] if sample is not None else []
     moments = _moments(base, rows) if sample is not None else {}
