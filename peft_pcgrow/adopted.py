@@ -134,12 +134,17 @@ class AdoptedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.dense is None:
             return self.run(hidden_states, top_k_index, top_k_weights)
-        # as the architectures' own loops: first choices first, experts in ascending order
+        return self.looped(hidden_states, top_k_index, top_k_weights, self.dense)
+
+    def looped(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, stacks: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The contract, as the architectures' own loops: first choices first, experts in ascending order."""
         total = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            choice, token = torch.where(top_k_index.mT == expert)
-            if len(token):
-                y = self.one(hidden_states[token], expert, self.dense)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert < self.num_experts:
+                choice, token = torch.where(top_k_index.mT == expert)
+                y = self.one(hidden_states[token], expert, stacks)
                 y = y * top_k_weights[token, choice, None]
                 total = total.index_add(0, token, y.to(total.dtype))
         return total
@@ -184,13 +189,15 @@ def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None)
 
 
 def return_block(block: nn.Module) -> None:
-    """Undo `adopt_block`."""
-    if isinstance(held := block._modules.get("experts"), AdoptedExperts):
-        if isinstance(held, AdoptedBlock):
+    """Undo `adopt_block`, of its experts too."""
+    held: Any = block._modules.get("experts")
+    if isinstance(held, AdoptedExperts):
+        if held.block is held:
+            del held._is_expert_parallel
             return_block(held)
         else:
             del block._modules["experts"]
-    block.__class__ = type(block).__mro__[2]
+    block.__class__ = type(block).__bases__[1]
     if "_old_forward" in block.__dict__:
         block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
 

@@ -60,6 +60,11 @@ class OwnExperts(RoutedExperts):
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._theirs().forward(hidden_states, top_k_index, top_k_weights)
 
+    @property
+    def stacks(self) -> Mapping[str, Tensor]:
+        """Those in use, by name, where each is one tensor."""
+        return self.dense or {name: self.pieces(name)[0] for name in self.names}
+
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         theirs = getattr(self._theirs(), "_apply_gate", super()._apply_gate)
         return theirs(gate_up)
@@ -160,9 +165,8 @@ class Llama4OwnExperts(OwnExperts):
         # not fewer rows than the block hands over: products round differently with another number of them
         spread = x.new_zeros(self.num_experts, *x.shape)
         spread[chosen, rows] = x[rows]
-        stacks = {name: self.pieces(name)[0] for name in self.names} if self.dense is None else self.dense
-        inner = self._apply_gate(torch.bmm(spread, stacks["gate_up_proj"]))
-        return torch.bmm(inner, stacks["down_proj"])[chosen, rows]
+        inner = self._apply_gate(torch.bmm(spread, self.stacks["gate_up_proj"]))
+        return torch.bmm(inner, self.stacks["down_proj"])[chosen, rows]
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         every = torch.arange(len(hidden_states), device=hidden_states.device)
@@ -185,6 +189,10 @@ class Llama4Block(AdoptedBlock):
 
 class LongcatOwnExperts(OwnExperts):
     zero_expert_num: int
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # their own code cannot deal with one expert for a token
+        return self.looped(hidden_states, top_k_index, top_k_weights, self.stacks)
 
     def checkpoint(self, stack: str, values: Tensor) -> dict[str, Tensor]:
         # one of the stacks also has rows for what is no node

@@ -100,8 +100,8 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 def implementation(base: ExpertsModule) -> str | None:
     """How `base` runs its experts; None: by code that cannot be taken apart.
 
-    "eager", "grouped_mm" or "batched_mm"; of adopted ones also "sorted": as "grouped_mm", added up as "eager"; "spread":
-    all rows go through each expert, as zeros where they are not its own.
+    "eager", "grouped_mm" or "batched_mm"; adopted ones also "sorted" (as "grouped_mm", added up as "eager"), "spread"
+    (each expert is handed all rows, as zeros where they are not its own).
     """
     if is_packed(base):
         return "grouped_mm"
