@@ -175,7 +175,21 @@ class AdoptedBlock:
 
 @cache
 def _adopted_class(mixin: type, kind: type) -> type:
-    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    held = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
+    return type(kind.__name__, (mixin, kind), held)
+
+
+def _reduced(module: Any, protocol: Any) -> Any:
+    """Pickle looks classes up by name, and finds the architecture's: say how this one is made."""
+    made = type(module)
+    if made.__dict__.get("__reduce_ex__") is not _reduced:  # packed: a class of that one
+        return object.__reduce_ex__(module, protocol)
+    return _empty, made.__bases__, module.__dict__
+
+
+def _empty(mixin: type, kind: type) -> Any:
+    made = _adopted_class(mixin, kind)
+    return made.__new__(made)
 
 
 def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None) -> None:

@@ -1,13 +1,18 @@
 """Experts that transformers does not mark: adopted, they do all that others do, and their models stay as they were."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from close import assert_all_close, assert_close
@@ -76,6 +81,13 @@ def test_training_base_is_the_same(name):
         of_text(model, ids).backward()
         found.append({label: p.grad for label, p in model.named_parameters() if p.grad is not None})
     assert_all_close(found[1], found[0], "fp64 gradient")
+
+
+@architectures
+def test_pickled(name):
+    """As a process that is started anew gets it."""
+    model = grown(name)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 # ---- measuring and training
@@ -266,6 +278,15 @@ def test_packed(name, tmp_path):
 
 
 # ---- refused
+
+
+def test_encoder_decoder():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    model = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(vocab_size=128, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, **sizes)
+    )
+    with pytest.raises(ValueError, match="SwitchTransformersSparseMLP: an encoder-decoder has two lists of layers"):
+        find_experts(model)
 
 
 def test_llama4_with_more_experts_for_a_token():
