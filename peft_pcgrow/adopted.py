@@ -189,7 +189,7 @@ def _reduced(module: Any, protocol: Any) -> Any:
 
 def _empty(mixin: type, kind: type) -> Any:
     made = _adopted_class(mixin, kind)
-    return made.__new__(made)
+    return made.__new__(made)  # type: ignore[call-overload]
 
 
 def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None) -> None:
@@ -233,13 +233,15 @@ def differ(before: Any, after: Any) -> bool:
     """Whether two outputs of `tried` are known to be different, or no outputs of tokens."""
     if before is None:
         return False
-    return not isinstance(before, Tensor) or not torch.equal(before, after)
+    return not isinstance(before, Tensor) or not torch.equal(before.nan_to_num(), after.nan_to_num())
 
 
 @contextmanager
 def _evaluating(block: nn.Module) -> Iterator[None]:
-    were = {module: module.training for module in block.modules()}
-    block.eval()
+    """Without dropout and the like. bitsandbytes' layers pack their weights anew when they evaluate on some CPUs."""
+    were = {m: m.training for m in block.modules() if not hasattr(m, "support_avx512bf16_for_cpu")}
+    for module in were:
+        module.training = False
     try:
         yield
     finally:
@@ -309,9 +311,9 @@ class LinearExperts(AdoptedExperts):
         weight = self._layers("down_proj")[0].weight
         if not self.read_only:
             return weight
-        state = getattr(weight, "quant_state", None)
-        known = getattr(self.config, "dtype", None) if state is None else state.dtype
-        return torch.empty(0, dtype=known or torch.get_default_dtype(), device=weight.device)
+        # not the quantizer's own, which evaluation on some CPUs changes
+        known = getattr(self.config, "dtype", None) or torch.get_default_dtype()
+        return torch.empty(0, dtype=known, device=weight.device)
 
     @property
     def read_only(self) -> bool:
@@ -362,4 +364,9 @@ def _full_weight(layer: Any, like: Tensor) -> Tensor:
     """A linear layer's weight, decoded if bitsandbytes quantized it."""
     if layer.weight.is_floating_point():
         return layer.weight
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # evaluation on some CPUs has packed it in another order, which only its own kernel reads
+        with torch.no_grad():
+            columns = layer(torch.eye(layer.in_features, dtype=like.dtype))
+            return (columns if layer.bias is None else columns - layer.bias).mT.to(like.dtype)
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(like.dtype)

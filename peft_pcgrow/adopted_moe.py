@@ -258,9 +258,10 @@ def adopt_routed(model: nn.Module) -> None:
         how = FOREIGN.get(type(block).__name__)
         if how is None or isinstance(block, AdoptedBlock) or _is_marked(block):
             continue
-        if how.single and block.top_k > 1:
+        chosen: Any = block.top_k if how.single else 1
+        if chosen > 1:
             raise ValueError(
-                f"{name} ({type(block).__name__}) hands each token to {block.top_k} experts, scaled differently for "
+                f"{name} ({type(block).__name__}) hands each token to {chosen} experts, scaled differently for "
                 "each of them; only num_experts_per_tok=1 can be grown: use LoRA on this model"
             )
         # the others of its class run the same code

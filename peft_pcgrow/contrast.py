@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
 from peft_pcgrow.protect import MomentSketch
+from peft_pcgrow.recompute import by_name
 from peft_pcgrow.separation import Separation
 from peft_pcgrow.sequence import Sequence
 
@@ -121,8 +122,8 @@ def _watched(tree: experts.Tree, see: See, held: Tensor) -> Iterator[None]:
     for row, site in enumerate(tree.sites):
         calls: list[Sequence] = []
 
-        def entered(_: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
-            calls[:] = [Sequence.of(layer, args, kwargs)]
+        def entered(module: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
+            calls[:] = [Sequence.of(layer, *by_name(module, args, kwargs))]
 
         def routed(_: nn.Module, args: tuple, calls=calls, row=row) -> None:
             (call,) = calls

@@ -1,4 +1,4 @@
-"""The seam to transformers: the only file that knows how its mixture-of-experts modules look.
+"""The seam to transformers: how its mixture-of-experts modules look (those that differ: `adopted_moe`).
 
 The contract (transformers 5, `integrations/moe.py`): an experts module is called as
 `experts(hidden [T, H], index [T, K], weight [T, K]) -> [T, H]` and keeps its weights in stacks whose first axis is the
@@ -267,7 +267,7 @@ def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
     if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
         return True
-    return any(_is_read_only(stack) for stack in expert_stacks(base).values())
+    return any(is_read_only(stack) for stack in expert_stacks(base).values())
 
 
 def was_cast_up(base: ExpertsModule) -> bool:
@@ -344,11 +344,13 @@ def _check_block(name: str, block: nn.Module) -> None:
 
 def _undecorated(modules: Mapping[str, nn.Module]) -> list[str]:
     """Classes that call themselves experts and do not follow the contract."""
-    named = {type(m).__name__ for m in modules.values() if not isinstance(m, AdoptedExperts)}
+    # those around experts call themselves alike
+    named = {type(m).__name__ for m in modules.values() if not (is_adopted(m) or hasattr(m, "base_layer"))}
     return sorted(name for name in named if "expert" in name.lower() or name.lower().endswith("moe"))
 
 
-def _is_read_only(stack: Any) -> bool:
+def is_read_only(stack: Any) -> bool:
+    """Whether a stack is quantized in a way that cannot be written to."""
     return stack.read_only if isinstance(stack, StackView) else not stack.is_floating_point()
 
 

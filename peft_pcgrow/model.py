@@ -20,6 +20,7 @@ from peft_pcgrow.flat import check_flat
 from peft_pcgrow.guard import TrainingGuard, say
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.recompute import by_name
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack, Way
@@ -325,9 +326,9 @@ def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch
 
 
 @torch.compiler.disable
-def _enter(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if any(layer.spawned(name) for name in layer.active_banks()):
-        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, args, kwargs)
+        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, *by_name(decoder_layer, args, kwargs))
 
 
 @torch.compiler.disable

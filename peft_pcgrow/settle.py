@@ -27,7 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from peft_pcgrow.recompute import LayerRun, hidden_of, is_recomputed, record, refuse_filled_cache, without_cache
+from peft_pcgrow.recompute import (
+    LayerRun,
+    by_name,
+    hidden_of,
+    is_recomputed,
+    record,
+    refuse_filled_cache,
+    without_cache,
+)
 from peft_pcgrow.relax import relax
 
 WAYS = ("sweep", "direct", "relax")
@@ -206,6 +214,7 @@ class LayerStack:
             settling = self._tape is not None
         if not settling:
             return None
+        args, kwargs = by_name(layer, args, kwargs)
         if args:
             x, args = args[0], args[1:]
         else:

@@ -83,6 +83,15 @@ def test_training_base_is_the_same(name):
     assert_all_close(found[1], found[0], "fp64 gradient")
 
 
+def test_adopted_while_it_trains():
+    """A router that adds noise gives other bits each time."""
+    model = foreign("dbrx").train()
+    for block in model.transformer.blocks:
+        block.ffn.router.moe_jitter_eps = 0.3
+    assert len(find_experts(model).sites) == 3
+    assert all(module.training for module in model.modules())
+
+
 @architectures
 def test_pickled(name):
     """As a process that is started anew gets it."""
