@@ -17,7 +17,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from close import assert_all_close, assert_close
 from foreign import FOREIGN, LAYERS, foreign, llama4, own_stacks
-from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
+from peft_pcgrow import PCGrowConfig, export_flat, find_experts, measure_errors
+from peft_pcgrow.adopted import AdoptedBlock
 from peft_pcgrow.compress.quantize import quantize_experts
 from peft_pcgrow.error_map import SUMS
 from peft_pcgrow.experts import expert_stacks
@@ -255,6 +256,19 @@ def test_generation_with_a_cache(name):
     assert torch.equal(cached, plain)
     with model.disable_adapter():
         assert not torch.equal(model.generate(input_ids=ids, **options), cached)
+
+
+@pytest.mark.parametrize("name", ["llama4", "step3p7"])
+def test_exported(name, tmp_path):
+    """Newborns become experts of a plain checkpoint, which the architecture's own code reads."""
+    model = spawned(name, gate_fpr=0.15)
+    report = export_flat(model, tmp_path / "flat", [mixed()])
+    assert report.experts > EXPERTS
+    plain = type(model.get_base_model()).from_pretrained(tmp_path / "flat")
+    held = {p.shape[0] for label, p in plain.named_parameters() if "experts.gate_up_proj" in label}
+    assert held == {report.experts}
+    assert not any(isinstance(module, AdoptedBlock) for module in plain.modules())
+    assert abs(float(of_text(plain, mixed())) / mixed()[:, 1:].numel() - report.loss_flat) < 1e-4
 
 
 # ---- packing
