@@ -96,8 +96,9 @@ def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int)
     rows = torch.zeros(experts_here)
     passed = torch.zeros(experts_here, len(limits))
     for choice in index.mT.long():
-        rows.index_add_(0, choice, torch.ones(len(choice)))
-        passed.index_add_(0, choice, above)
+        somebodys = choice < experts_here
+        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum())))
+        passed.index_add_(0, choice[somebodys], above[somebodys])
     return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
 
 
@@ -196,7 +197,8 @@ class _Scores:
         scores = Gate(gate.direction.to(x.device), gate.law, gate.window).scores(x).cpu()
         real, start = rows.real.cpu(), None if rows.start is None else rows.start.cpu()
         index = index.cpu()
-        self.routed[row] += torch.bincount(index[real].flatten(), minlength=len(self.routed[row]))
+        total = len(self.routed[row])
+        self.routed[row] += torch.bincount(index[real].flatten(), minlength=total)[:total]
         if row == 0:
             self.tokens += int(real.sum())
         if not bool(held.all()):
