@@ -118,8 +118,8 @@ def _is_linear(module: nn.Module | None) -> bool:
 def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, kind: str) -> LinearExperts | str:
     """Its experts module, or why there can be none."""
     act_fn = next((getattr(block, name) for name in ACTIVATIONS if callable(getattr(block, name, None))), None)
-    if act_fn is None:
-        return f"has no activation function of its own ({', '.join(ACTIVATIONS)})"
+    # none of its own: most that write it out gate by silu, and whether this one does is tried
+    act_fn = act_fn or nn.functional.silu
     if "forward" in block.__dict__ and not hasattr(block, "_hf_hook"):
         return "has its forward replaced, by a hub kernel for example: load the model with use_kernels=False"
     layers = [getattr(block, name) for name in (*entering, leaving)]
