@@ -183,6 +183,11 @@ def build(
     return model.eval()
 
 
+def exact_dtype(name: str) -> torch.dtype:
+    """fp64, except where the architecture itself casts to fp32 on the way."""
+    return torch.float32 if name.startswith("inkling2") else torch.float64
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=list(moe_architectures()), metavar="NAME")
