@@ -112,7 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"head_dim": 24, "num_key_value_heads": 2},  # a third of a head is rotated
     # stacks of experts, of recurrent states and of attention are layers of their own
     "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "mamba_num_heads": 4,
+        "layer_types": ["linear_attention", "moe", "full_attention", "moe"], "mamba_num_heads": 4,
         "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8,
     },
     "qwen4_exp_text": QWEN4,

@@ -114,15 +114,14 @@ def grown(model: nn.Module, **config) -> Any:
     return get_peft_model(model, PCGrowConfig(locus=locus(model), **config))
 
 
-def backward(model: nn.Module, ids: Tensor) -> None:
+def language_loss(model: nn.Module, ids: Tensor) -> Tensor:
     torch.manual_seed(0)  # some architectures draw noise in training
-    model.train()
-    model(input_ids=ids, labels=ids).loss.backward()
+    return model.train()(input_ids=ids, labels=ids).loss
 
 
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """Of all that trains, by name."""
-    backward(model, ids)
+    language_loss(model, ids).backward()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, p in named.items() if p.grad is None]
     check(not missing, f"no gradient for {', '.join(missing[:3])}")
@@ -132,17 +131,16 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 # ---- operations: each takes an architecture's name and returns a note
 
 
+def _holds_experts(path: str, module: nn.Module) -> bool:
+    return type(module).__name__.lower().endswith(("experts", "cdmoe")) and "shared" not in path
+
+
 def discover(name: str) -> str:
     """Every decoder layer that has experts is found, at its index, and no experts of anything else."""
     model = build(name)
     decoder = model.get_decoder()
     layers = max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=lambda held: len(list(held.modules())))
-    kinds = ("experts", "cdmoe")
-    want = [
-        index
-        for index, layer in enumerate(layers)
-        if any(type(m).__name__.lower().endswith(kinds) and "Shared" not in type(m).__name__ for m in layer.modules())
-    ]
+    want = [index for index, layer in enumerate(layers) if any(map(_holds_experts, *zip(*layer.named_modules())))]
     check(bool(want), "no layer has experts: the miniature is wrong")
     tree = find_experts(model)
     check(list(tree.layers) == list(layers), f"{len(tree.layers)} decoder layers found, the decoder has {len(layers)}")
@@ -172,7 +170,33 @@ def routed(model: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Ten
     return {layer: (index, weight, output.grad) for layer, (index, weight, output) in seen.items()}  # type: ignore[misc]
 
 
-def measure(name: str, dtype: torch.dtype, implementation: str) -> None:
+def rounding(model: nn.Module, ids: Tensor) -> float:
+    """How exact autograd itself is where an architecture rounds to fp32 on the way: largest relative difference that
+    three times the loss makes to a third of the experts' gradients."""
+    found: list[dict[str, Tensor]] = []
+    for scale in (1, 3):
+        twin = copy.deepcopy(model).requires_grad_(True)
+        (scale * language_loss(twin, ids)).backward()
+        held = [p for site in find_experts(twin).sites for p in site.base.parameters()]
+        found.append({str(i): p.grad / scale for i, p in enumerate(held) if p.grad is not None})
+    return max(float((found[1][i] - want).norm() / want.norm()) for i, want in found[0].items() if want.any())
+
+
+def exactly(run: Callable[[float], None], name: str) -> str:
+    """`run(allowed)` at the tolerance for fp64, or at what the architecture's own rounding leaves; then says so."""
+    dtype = exact_dtype(name)
+    try:
+        run(GRADIENT[dtype])
+    except Departure as departure:
+        floor = rounding(build(name, dtype), tokens())
+        if 4 * floor <= GRADIENT[dtype]:
+            raise
+        run(4 * floor)
+        return f"{departure}; autograd's own rounding, by three times the loss: {floor:.1g}"
+    return ""
+
+
+def measure(name: str, dtype: torch.dtype, implementation: str, allowed: float) -> None:
     ids = tokens()
     emap = measure_errors(build(name, dtype, implementation), [ids], progress=False)
     seen = routed(build(name, dtype, implementation), ids)
@@ -184,42 +208,40 @@ def measure(name: str, dtype: torch.dtype, implementation: str) -> None:
         norms = (weight.abs() * error.norm(dim=-1, keepdim=True)).double()
         mass = torch.zeros_like(emap.mass[row]).index_add(0, index.flatten(), norms.flatten())
         check(bool(mass.any()), f"no error at layer {layer}")
-        check_close(emap.mass[row], mass, GRADIENT[dtype], f"error mass at layer {layer}")
+        check_close(emap.mass[row], mass, allowed, f"error mass at layer {layer}")
 
 
 def error_map(name: str) -> str:
     """Row counts equal those that hooks on the experts see, error mass the gate-weighted norms of autograd's errors."""
-    measure(name, exact_dtype(name), "eager")
-    return ""
+    return exactly(lambda allowed: measure(name, exact_dtype(name), "eager", allowed), name)
 
 
-def settle(name: str, dtype: torch.dtype, implementation: str) -> None:
+def settle(name: str, dtype: torch.dtype, implementation: str, allowed: float) -> None:
     ids, base = tokens(), build(name, dtype, implementation)
     chosen = locus(base)
     swept = grown(copy.deepcopy(base), settle="sweep")
     got = gradients(swept, ids)
     for label, want in gradients(grown(copy.deepcopy(base), settle="backprop"), ids).items():
-        check_close(got[label], want, GRADIENT[dtype], f"{label} against backprop")
+        check_close(got[label], want, allowed, f"{label} against backprop")
     # the oracle that knows nothing of settling: the base's own stacks, at the grown experts
-    backward(base.requires_grad_(True), ids)
+    language_loss(base.requires_grad_(True), ids).backward()
     own = {site.layer: dict(site.base.named_parameters()) for site in find_experts(base).sites}
     for site in find_experts(swept).sites:
         for stack, parameter in site.module.bank("default").items():
             label, want = f"{stack} of layer {site.layer}", own[site.layer][stack].grad
             check(want is not None and bool(want.any()), f"autograd has no gradient for {label}")
-            check_close(parameter.grad, want[chosen[site.layer]], GRADIENT[dtype], f"{label} against the base's own")
+            check_close(parameter.grad, want[chosen[site.layer]], allowed, f"{label} against the base's own")
 
 
 def sweep(name: str) -> str:
     """Gradients of the banks equal autograd's."""
-    settle(name, exact_dtype(name), "eager")
-    return ""
+    return exactly(lambda allowed: settle(name, exact_dtype(name), "eager", allowed), name)
 
 
 def grouped_mm(name: str) -> str:
     """The same and the error map, in fp32 by transformers' fast path."""
-    measure(name, torch.float32, "grouped_mm")
-    settle(name, torch.float32, "grouped_mm")
+    measure(name, torch.float32, "grouped_mm", GRADIENT[torch.float32])
+    settle(name, torch.float32, "grouped_mm", GRADIENT[torch.float32])
     return ""
 
 
@@ -262,6 +284,13 @@ LOADERS: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
+def aligned(model: Any) -> Any:
+    """With every weight in memory of its own: loaded ones lie as in the file, and products round by their address."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def _load(model: Any, adapter: Path) -> Any:
     model.load_adapter(adapter)
     return model
@@ -273,14 +302,14 @@ def save(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         base, adapter = Path(folder, "base"), Path(folder, "adapter")
         build(name).save_pretrained(base)
-        model = grown(AutoModelForCausalLM.from_pretrained(base))
+        model = grown(aligned(AutoModelForCausalLM.from_pretrained(base)))
         plain = logits(model, ids)
         train(model)
         model.save_pretrained(adapter)
         want = logits(model, ids)
         check(not torch.equal(want, plain), "training changed no logit")
         for loader, load in LOADERS.items():
-            check_same(logits(load(base, adapter), ids), want, f"logits by {loader}")
+            check_same(logits(aligned(load(base, adapter)), ids), want, f"logits by {loader}")
     return ""
 
 

@@ -1,12 +1,15 @@
 """Run a decoder layer again, with the result that it had in the forward."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from peft_pcgrow.handover import swap, tensors, written
 
 # what layers call their KV cache: transformers from 5.24 on, before, and of old
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -16,7 +19,13 @@ _recomputed: set[int] = set()
 
 @dataclass
 class LayerRun:
-    """How one decoder layer was called: enough to run it again with the same result."""
+    """How one decoder layer was called: enough to run it again with the same result.
+
+    Attributes:
+        extras: tensors among `args` and `kwargs` that other layers made, with their graphs.
+        origin: the input as it came, with its graph; None: it is the output of the layer before.
+        handed: what the layer handed on in the forward, marked, its output first.
+    """
 
     layer: Any  # an nn.Module
     index: int
@@ -27,9 +36,16 @@ class LayerRun:
     autocast: dict[str, Any]
     cpu_rng: Tensor
     device_rng: tuple[list[int], list[Tensor]]
+    extras: list[Tensor] = field(default_factory=list)
+    origin: Tensor | None = None
+    handed: list[Tensor] = field(default_factory=list)
 
-    def again(self, x: Tensor) -> Tensor:
-        """The layer's output for input `x`, under the recorded autocast and random state, without a KV cache."""
+    def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
+        """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, without
+        a KV cache; `extras` take the places of the recorded ones."""
+        given = {id(old): new for old, new in zip(self.extras, extras, strict=True)} if extras else {}
+        args, kwargs = swap((self.args, self.kwargs), lambda held: given.get(id(held), held.detach()))
+        before = swap(kwargs, lambda held: held)
         with ExitStack() as stack:
             devices = self.device_rng[0]
             stack.enter_context(torch.random.fork_rng(devices, device_type=self.device_type if devices else "cuda"))
@@ -44,7 +60,8 @@ class LayerRun:
                 self.layer.gradient_checkpointing = False
             _recomputed.add(id(self.layer))
             try:
-                return hidden_of(self.layer(x, *self.args, **self.kwargs), self.layer)
+                output = self.layer(x, *args, **kwargs)
+                return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs)]
             finally:
                 _recomputed.discard(id(self.layer))
                 if checkpointing:
@@ -87,15 +104,16 @@ def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, **changed}
 
 
+def handed_beside(output: Any, before: dict[str, Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a layer returned beside the residual stream, and those it put into mappings of its `kwargs`."""
+    returned = list(tensors(output[1:])) if isinstance(output, tuple) else []
+    return returned + [held for mapping, key in written(before, kwargs) for held in tensors(mapping[key])]
+
+
 def hidden_of(output: Any, layer: nn.Module) -> Tensor:
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple) and isinstance(output[0], Tensor):
-        if any(isinstance(other, Tensor) and other.requires_grad for other in output[1:]):
-            raise TypeError(
-                f"{type(layer).__name__} passes a second tensor with a gradient to the next layer; settling carries "
-                "the residual stream only: use PCGrowConfig(settle='backprop')"
-            )
         return output[0]
     raise TypeError(
         f"{type(layer).__name__} returns {type(output).__name__}, expected the residual stream or a tuple that starts "

@@ -55,6 +55,10 @@ class Sequence:
 
     def remember(self, name: str, running: Tensor) -> None:
         """Keep `running [B, P + S, 2]` for the calls to come."""
+        lazily, entries = getattr(self.cache, "layer_class_to_replicate", None), getattr(self.cache, "layers", None)
+        while lazily is not None and isinstance(entries, list) and len(entries) <= self.index:
+            # a layer that keeps what it remembers elsewhere in the cache never asks for an entry (MiniMax)
+            entries.append(lazily())
         entry = self._entry()
         if entry is None:
             return

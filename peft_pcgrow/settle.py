@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peft_pcgrow.handover import swap, tensors, trained_elsewhere, written
 from peft_pcgrow.recompute import LayerRun, hidden_of, is_recomputed, record, refuse_filled_cache, without_cache
 from peft_pcgrow.relax import relax
 
@@ -102,8 +103,16 @@ class Tape:
     way: Way
     # layers that will be run again
     wanted: list[bool]
+    # the lowest layer's input
+    start: Tensor
+    # the same, if something below trains through it
     bottom: Tensor | None = None
     runs: list[LayerRun] = field(default_factory=list)
+    # whether layers hand each other more than the residual stream, or have it changed between them
+    linked: bool = False
+    # of the layer at hand: its keyword arguments before it ran, and its run if it will be run again
+    before: dict[str, Any] = field(default_factory=dict)
+    current: LayerRun | None = None
 
 
 class Boundary(torch.autograd.Function):
@@ -125,7 +134,7 @@ class Boundary(torch.autograd.Function):
         bottom = ctx.tape.bottom
         wants_bottom = bottom is not None and ctx.needs_input_grad[3]
         trainable = {id(p) for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[4:], strict=True) if wanted}
-        found, below = ctx.stack.settle(ctx.tape.way, runs, delta, trainable, wants_bottom)
+        found, below = ctx.stack.settle(ctx.tape, runs, delta, trainable, wants_bottom)
         if below is not None and bottom is not None:
             # an error that was carried as it is comes from the top layer's device
             below = below.to(bottom.device, bottom.dtype)
@@ -153,8 +162,8 @@ class LayerStack:
     """The decoder layers of one model, settled instead of backpropagated through where `begin()` says so.
 
     Args:
-        layers: decoder layers in the order they run; each takes the residual stream `[..., H]` first and returns it
-            (alone, or first in a tuple whose other members carry no gradient).
+        layers: decoder layers in the order they run; each takes the residual stream `[..., H]` first and returns it,
+            alone or first in a tuple. What else they hand to each other, see `handover`, settles too.
         begin: called at the bottom layer of every forward; whether to settle this one (if gradients are enabled).
         probe: watches each layer while it is settled, down to the bottom.
         finished: called with (layer index) after every forward of a layer, settled or not.
@@ -216,20 +225,47 @@ class LayerStack:
                 raise ValueError(ROUTER_LOSS)
             # a leaf here is only enable_input_require_grads: no parameter below needs the error
             bottom = x if x.grad_fn is not None else None
-            self._tape = Tape(self.way, self._layers_wanted(bottom is not None), bottom)
-        elif type(x.grad_fn).__name__ not in HANDED_ON:
+            self._tape = Tape(self.way, self._layers_wanted(bottom is not None), x, bottom)
+        elif not x.requires_grad:
             raise TypeError(
-                f"{type(layer).__name__} {index} does not take the output of the layer before it as it is: errors "
-                "cannot be handed down between them; use PCGrowConfig(settle='backprop')"
+                f"{type(layer).__name__} {index} does not take the output of the layer before it: errors cannot be "
+                "handed down between them; use PCGrowConfig(settle='backprop')"
             )
         assert self._tape is not None
-        if self._tape.wanted[index]:
-            self._tape.runs.append(record(layer, index, x.detach(), args, without_cache(kwargs)))
+        self._note(self._tape, index, layer, x, args, kwargs)
         self._grad_was_enabled.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
         return (x.detach(), *args), kwargs
 
-    def after(self, index: int, layer: nn.Module, output: Any):
+    def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = without_cache(kwargs)
+        tape.current, tape.before = None, swap(kwargs, lambda held: held)
+        extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
+        changed = index > 0 and type(x.grad_fn).__name__ not in HANDED_ON
+        if extras or changed:
+            self._check_linked(tape, index, layer, extras, x)
+        if tape.wanted[index]:
+            run = tape.current = record(layer, index, x.detach(), args, tape.before)
+            run.extras, run.origin = extras, x
+            tape.runs.append(run)
+
+    def _check_linked(self, tape: Tape, index: int, layer: nn.Module, extras: list[Tensor], x: Tensor) -> None:
+        exact_all = tape.way.settle == "sweep"
+        if not exact_all and (tape.way.settle == "relax" or tape.way.depth):
+            raise ValueError(
+                f"{type(layer).__name__} {index} takes more from the layers before it than the residual stream, or has "
+                "that changed on the way; settle='relax' and settle_depth > 0 follow that stream only: use "
+                "settle='sweep', or PCGrowConfig(settle='backprop')"
+            )
+        bottom = x if index == 0 else tape.start
+        if any(trained_elsewhere(held, bottom) for held in extras):
+            raise TypeError(
+                f"{type(layer).__name__} {index} takes a tensor that something below the layers trains through beside "
+                "the residual stream: use PCGrowConfig(settle='backprop')"
+            )
+        tape.linked |= exact_all
+
+    def after(self, index: int, layer: nn.Module, kwargs: dict[str, Any], output: Any):
         if is_recomputed(layer):
             return None
         if self._grad_was_enabled:
@@ -242,13 +278,25 @@ class LayerStack:
         if self._tape is None:
             return None
         hidden = hidden_of(output, layer)
+        others = output[1:] if isinstance(output, tuple) else ()
         if index < len(self.layers) - 1:
-            # the next layer detaches it again; only a loss that reads captured states meets it
-            hidden = Refusal.apply(hidden, torch.zeros((), device=hidden.device, requires_grad=True))
+            # the layers above detach what they take; only a loss that reads captured states meets the mark
+            anchor = torch.zeros((), device=hidden.device, requires_grad=True)
+            marks: list[Tensor] = []
+
+            def mark(held: Tensor) -> Tensor:
+                marks.append(Refusal.apply(held, anchor.to(held.device)))
+                return marks[-1]
+
+            hidden, others = mark(hidden), swap(others, mark)
+            for mapping, key in list(written(self._tape.before, kwargs)):
+                mapping[key] = swap(mapping[key], mark)
+            if self._tape.current is not None:
+                self._tape.current.handed = marks
         else:
             tape, self._tape = self._tape, None
             hidden = self._bound(tape, hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *others) if isinstance(output, tuple) else hidden
 
     def _layers_wanted(self, wants_bottom: bool) -> list[bool]:
         """Which layers run again in the backward of a forward that begins now."""
@@ -273,7 +321,7 @@ class LayerStack:
 
     def settle(
         self,
-        way: Way,
+        tape: Tape,
         runs: list[tuple[LayerRun, Tensor]],
         delta: Tensor,
         trainable: set[int],
@@ -282,7 +330,7 @@ class LayerStack:
         """Settle from the top layer of `runs` to the lowest.
 
         Args:
-            runs: what each layer was called with and its stored input `[B, S, H]`, bottom first.
+            tape: of the forward. runs: what each layer was called with and its stored input `[B, S, H]`, bottom first.
             delta: error at the top output, `[B, S, H]`.
             trainable: ids of the parameters whose gradients are wanted.
             wants_bottom: whether something trains below the lowest layer.
@@ -291,22 +339,58 @@ class LayerStack:
             Gradients by parameter id, and the error at the lowest input (None unless wanted).
         """
         found: dict[int, Tensor] = {}
-        if way.settle == "relax":
-            return found, self._settle_relaxed(way.tol, runs, delta, trainable, wants_bottom, found)
+        if tape.linked:
+            return found, self._settle_linked(tape, runs, delta, trainable, wants_bottom, found)
+        if tape.way.settle == "relax":
+            return found, self._settle_relaxed(tape.way.tol, runs, delta, trainable, wants_bottom, found)
         carried: Tensor | None = delta
-        exact = self._lowest_exact(way)
+        exact = self._lowest_exact(tape.way)
         for position in range(len(runs) - 1, -1, -1):
             run, stored = runs[position]
             # layers below the lowest that trains are not among the runs
             unseen = self.probe is not None and not self.probe.again and exact > 0
             wants_below = run.index >= exact and (position > 0 or wants_bottom or unseen)
             if carried is not None:
-                below = self._settle_layer(run, stored, carried, trainable, wants_below, found)
+                (below,) = self._settle_layer(run, stored, [carried], trainable, wants_below, found)
                 carried = below if wants_below else carried
         if self.probe is not None and not self.probe.again and carried is not None:
             for index in range(exact - 1, -1, -1):
                 self.probe.carried(index, carried)
         return found, carried if wants_bottom else None
+
+    def _settle_linked(
+        self,
+        tape: Tape,
+        runs: list[tuple[LayerRun, Tensor]],
+        delta: Tensor,
+        trainable: set[int],
+        wants_bottom: bool,
+        found: dict[int, Tensor],
+    ) -> Tensor | None:
+        """The sweep where a layer's error goes to several of those below, along the graph of the code between them."""
+        below = [tape.bottom] if wants_bottom and tape.bottom is not None else []
+        marks = [*below, *(mark for run, _ in runs for mark in run.handed)]
+        errors: dict[int, Tensor] = {}
+        for position in range(len(runs) - 1, -1, -1):
+            run, stored = runs[position]
+            marks = marks[: len(marks) - len(run.handed)]
+            deltas = [errors.pop(id(mark), None) for mark in run.handed] if run.handed else [delta]
+            if all(error is None for error in deltas):
+                continue
+            arrived = self._settle_layer(run, stored, deltas, trainable, bool(marks), found)
+            taken = [
+                (source, error)
+                for source, error in zip((run.origin, *run.extras), arrived, strict=True)
+                if error is not None and source is not None and source.requires_grad
+            ]
+            if not taken or not marks:
+                continue
+            sources, arrived = zip(*taken, strict=True)
+            passed = torch.autograd.grad(sources, marks, arrived, retain_graph=True, allow_unused=True)
+            for mark, error in zip(marks, passed, strict=True):
+                if error is not None:
+                    errors[id(mark)] = errors[id(mark)] + error if id(mark) in errors else error
+        return errors.get(id(tape.bottom)) if wants_bottom else None
 
     def _settle_relaxed(
         self,
@@ -325,39 +409,49 @@ class LayerStack:
         if self.probe is not None:
             self.probe.settled(hops)
         for position in range(len(runs) - 1, -1, -1):
-            self._settle_layer(*runs[position], errors[position + 1], trainable, False, found)
+            self._settle_layer(*runs[position], [errors[position + 1]], trainable, False, found)
         return errors[0] if wants_bottom else None
 
     def _settle_layer(
         self,
         run: LayerRun,
         stored: Tensor,
-        delta: Tensor,
+        deltas: Sequence[Tensor | None],
         trainable: set[int],
         wants_below: bool,
         found: dict[int, Tensor],
-    ) -> Tensor | None:
+    ) -> list[Tensor | None]:
+        """From the errors at what a layer handed on to those at its input and `run.extras` (None where not wanted)."""
+        nothing: list[Tensor | None] = [None] * (1 + len(run.extras))
         parameters = [p for p in run.layer.parameters() if id(p) in trainable]
         if not (wants_below or parameters or self.probe is not None):
-            return None
+            return nothing
         watching = self.probe.watch(run.index) if self.probe is not None else nullcontext(list)
         with torch.enable_grad(), watching as listed:
             # for a probe too: through x, what it watches has a gradient where nothing trains
             x = stored.detach().requires_grad_(wants_below or self.probe is not None)
-            output = run.again(x)
+            extras = [extra.detach().requires_grad_(wants_below) for extra in run.extras]
+            outputs = run.again(x, extras)
             watched = listed()
-            wanted = ([x] if wants_below else []) + parameters + watched
-            if not wanted or not output.requires_grad:
-                return None
-            errors = list(torch.autograd.grad(output, wanted, delta.to(output.device, output.dtype), allow_unused=True))
-        below = errors.pop(0) if wants_below else None
+            inputs = [x, *extras] if wants_below else []
+            wanted = inputs + parameters + watched
+            reached = [
+                (output, delta.to(output.device, output.dtype))
+                for output, delta in zip(outputs, deltas, strict=False)
+                if delta is not None and output.requires_grad
+            ]
+            if not wanted or not reached:
+                return nothing
+            handed, given = zip(*reached, strict=True)
+            errors = list(torch.autograd.grad(handed, wanted, given, allow_unused=True))
+        below, errors = errors[: len(inputs)], errors[len(inputs) :]
         for parameter, gradient in zip(parameters, errors, strict=False):
             if gradient is not None:
                 key = id(parameter)
                 found[key] = found[key] + gradient if key in found else gradient
         if self.probe is not None:
             self.probe.receive(run.index, errors[len(parameters) :])
-        return below
+        return below or nothing
 
 
 # Compiled code breaks its graph at these hooks: what settles is not for a compiler. They are functions of the module
@@ -369,4 +463,4 @@ def _before_layer(stack: LayerStack, index: int, layer: nn.Module, args: tuple, 
 
 @torch.compiler.disable
 def _after_layer(stack: LayerStack, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
-    return stack.after(index, layer, output)
+    return stack.after(index, layer, kwargs, output)
