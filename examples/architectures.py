@@ -135,7 +135,11 @@ def moe_architectures() -> dict[str, type[PreTrainedModel]]:
 def small_config(name: str, **changes) -> PreTrainedConfig:
     """A config of model type `name` in miniature; `changes` go to the part about text."""
     kind = CONFIG_MAPPING[name]
-    parts = {part: _small(cls, SMALL_SENSES, SENSES.get(name, {}).get(part, {})) for part, cls in kind.sub_configs.items() if part != "text_config"}
+    parts = {
+        part: _small(cls, SMALL_SENSES, SENSES.get(name, {}).get(part, {}))
+        for part, cls in kind.sub_configs.items()
+        if part != "text_config"
+    }
     if "text_config" not in kind.sub_configs:
         return _small_text(kind, changes)
     whole = {"tie_word_embeddings": False, "initializer_range": SMALL["initializer_range"]}

@@ -13,13 +13,11 @@ model itself cannot do.
 
 import argparse
 import copy
-import json
 import logging
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,7 +137,9 @@ def discover(name: str) -> str:
     """Every decoder layer that has experts is found, at its index, and no experts of anything else."""
     model = build(name)
     decoder = model.get_decoder()
-    layers = max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=lambda held: len(list(held.modules())))
+    layers = max(
+        (m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=lambda held: len(list(held.modules()))
+    )
     want = [index for index, layer in enumerate(layers) if any(map(_holds_experts, *zip(*layer.named_modules())))]
     check(bool(want), "no layer has experts: the miniature is wrong")
     tree = find_experts(model)
@@ -268,7 +268,9 @@ def spawn(name: str) -> str:
     train(model, texts=domain)
     model.set_gate_fpr(0.3)
     check(not torch.equal(logits(model, ids), plain), "no newborn took a row")
-    held = {label.replace(".base_layer", "").removeprefix("base_model.model."): p for label, p in model.named_parameters()}
+    held = {
+        label.replace(".base_layer", "").removeprefix("base_model.model."): p for label, p in model.named_parameters()
+    }
     for label, bits in before.items():
         check_same(held[label], bits, label)
     with model.disable_adapter():
@@ -434,12 +436,16 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     ]
     for name in names:
         marks = [("yes" if cells[name, o]["ok"] else "**no**") for o in operations]
-        marks = [mark + ("\\*" if cells[name, o]["reason"] and mark == "yes" else "") for mark, o in zip(marks, operations)]
+        marks = [
+            mark + ("\\*" if cells[name, o]["reason"] and mark == "yes" else "") for mark, o in zip(marks, operations)
+        ]
         lines.append(f"| {name} | " + " | ".join(marks) + " |")
     said: dict[str, list[str]] = {}
     for row in rows:
         if row["reason"]:
-            said.setdefault(f"{row['operation']}{'*' if row['ok'] else ''}: {row['reason']}", []).append(row["architecture"])
+            said.setdefault(f"{row['operation']}{'*' if row['ok'] else ''}: {row['reason']}", []).append(
+                row["architecture"]
+            )
     if said:
         lines += ["", "What fails, and what is to be said of what does not (\\*):", ""]
         lines += [f"- {', '.join(who)}: {what}" for what, who in said.items()]
@@ -463,7 +469,9 @@ def main() -> None:
         for row in mine:
             corpora.emit(row, args.json)
         failed = [row["operation"] for row in mine if not row["ok"]]
-        corpora.note(f"{name}: {', '.join(failed) or 'all'} {'fail' if failed else 'pass'}, {time.perf_counter() - started:.1f} s")
+        corpora.note(
+            f"{name}: {', '.join(failed) or 'all'} {'fail' if failed else 'pass'}, {time.perf_counter() - started:.1f} s"
+        )
         rows += mine
     if args.table:
         args.table.write_text(table(rows), encoding="utf-8")

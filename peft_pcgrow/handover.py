@@ -44,7 +44,9 @@ def written(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tup
     for name, held in after.items():
         if isinstance(held, MutableMapping):
             for key, value in held.items():
-                if key not in before[name] or list(map(id, tensors(before[name][key]))) != list(map(id, tensors(value))):
+                if key not in before[name] or list(map(id, tensors(before[name][key]))) != list(
+                    map(id, tensors(value))
+                ):
                     yield held, key
 
 
@@ -55,7 +57,7 @@ def trained_elsewhere(taken: Tensor, bottom: Tensor) -> bool:
         return taken.requires_grad and taken is not bottom
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or node is bottom.grad_fn or node.name() == "RefusalBackward":
+        if node is None or node in seen or node is bottom.grad_fn or node.name() == "MarkBackward":
             continue
         seen.add(node)
         if (leaf := getattr(node, "variable", None)) is not None and leaf is not bottom:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts, parts
 from peft_pcgrow.bank import SHRUNK
+from peft_pcgrow.carry import Way
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.config import PCGrowConfig, check_share
@@ -25,7 +26,7 @@ from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
-from peft_pcgrow.settle import ROUTER_LOSS, LayerStack, Way
+from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
 
 
 class PCGrowModel(BaseTuner):
@@ -309,7 +310,9 @@ class PCGrowModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _follow_whole_texts(model: nn.Module, lowest: nn.Module, layers: Callable[[], list[PCGrowExperts]]) -> tuple[Any, ...]:
+def _follow_whole_texts(
+    model: nn.Module, lowest: nn.Module, layers: Callable[[], list[PCGrowExperts]]
+) -> tuple[Any, ...]:
     """Let newborns' gates see all of a prompt.
 
     Layers that only reuse lower ones' keys (Gemma 4) are otherwise given no more tokens of it than logits are wanted for.
@@ -321,7 +324,9 @@ def _follow_whole_texts(model: nn.Module, lowest: nn.Module, layers: Callable[[]
     return tuple(holder.register_forward_pre_hook(hook, with_kwargs=True) for holder in holders)
 
 
-def _keep_all_tokens(layers: Callable[[], list[PCGrowExperts]], _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _keep_all_tokens(
+    layers: Callable[[], list[PCGrowExperts]], _: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> Any:
     if kwargs.get("logits_to_keep") and any(layer.spawned(name) for layer in layers() for name in layer.active_banks()):
         return args, {**kwargs, "logits_to_keep": 0}
     return None

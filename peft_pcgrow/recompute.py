@@ -24,7 +24,7 @@ class LayerRun:
     Attributes:
         extras: tensors among `args` and `kwargs` that other layers made, with their graphs.
         origin: the input as it came, with its graph; None: it is the output of the layer before.
-        handed: what the layer handed on in the forward, marked, its output first.
+        handed: what the layer handed on in the forward, by the number of its mark, its output first.
     """
 
     layer: Any  # an nn.Module
@@ -38,7 +38,7 @@ class LayerRun:
     device_rng: tuple[list[int], list[Tensor]]
     extras: list[Tensor] = field(default_factory=list)
     origin: Tensor | None = None
-    handed: list[Tensor] = field(default_factory=list)
+    handed: dict[int, Tensor] = field(default_factory=dict)
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
         """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, without

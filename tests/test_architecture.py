@@ -14,10 +14,10 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "recompute", "lifecycle", "page", "staging"],
-    ["map_file", "diagnosis"],
+    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "handover", "lifecycle", "page", "staging"],
+    ["map_file", "diagnosis", "recompute"],
     ["separation", "relax", "removable", "page_html", "node_table"],
-    ["error_map"],
+    ["error_map", "carry"],
     ["settle", "plan", "processes"],
     ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
     ["rows", "flat", "parts", "bank", "compress.forms"],
