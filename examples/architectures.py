@@ -82,8 +82,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # one layer that routes by a table, layers with and without compressed keys
     "deepseek_v4": {
         "num_key_value_heads": 1, "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "partial_rotary_factor": 0.5,
-        "layer_types": ["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention"] + [
-            "sliding_attention"
+        "layer_types": [
+            "sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention",
         ],
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}, "hc_mult": 2,
         "hc_sinkhorn_iters": 4, "o_groups": 2, "o_lora_rank": 8, "head_dim": 16,

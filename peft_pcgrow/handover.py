@@ -44,9 +44,8 @@ def written(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tup
     for name, held in after.items():
         if isinstance(held, MutableMapping):
             for key, value in held.items():
-                if key not in before[name] or list(map(id, tensors(before[name][key]))) != list(
-                    map(id, tensors(value))
-                ):
+                old = before.get(name, {}).get(key, ())
+                if [id(tensor) for tensor in tensors(old)] != [id(tensor) for tensor in tensors(value)]:
                     yield held, key
 
 

@@ -315,7 +315,7 @@ def _follow_whole_texts(
 ) -> tuple[Any, ...]:
     """Let newborns' gates see all of a prompt.
 
-    Layers that only reuse lower ones' keys (Gemma 4) are otherwise given no more tokens of it than logits are wanted for.
+    Layers that only reuse lower ones' keys (Gemma 4) are otherwise given no more of it than logits are wanted for.
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(child is lowest for child in m)]
     holders = [m for m in model.modules() if any(child is held for child in m.children() for held in lists)]
@@ -326,8 +326,9 @@ def _follow_whole_texts(
 
 def _keep_all_tokens(
     layers: Callable[[], list[PCGrowExperts]], _: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    if kwargs.get("logits_to_keep") and any(layer.spawned(name) for layer in layers() for name in layer.active_banks()):
+) -> tuple[tuple, dict[str, Any]] | None:
+    gated = any(layer.spawned(name) for layer in layers() for name in layer.active_banks())
+    if gated and kwargs.get("logits_to_keep") is not None:
         return args, {**kwargs, "logits_to_keep": 0}
     return None
 

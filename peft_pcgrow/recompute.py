@@ -41,8 +41,8 @@ class LayerRun:
     handed: dict[int, Tensor] = field(default_factory=dict)
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
-        """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, without
-        a KV cache; `extras` take the places of the recorded ones."""
+        """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, and
+        without a KV cache; `extras` take the places of the recorded ones."""
         given = {id(old): new for old, new in zip(self.extras, extras, strict=True)} if extras else {}
         args, kwargs = swap((self.args, self.kwargs), lambda held: given.get(id(held), held.detach()))
         before = swap(kwargs, lambda held: held)

@@ -39,7 +39,9 @@ class Sequence:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         shape = hidden.shape[0], hidden.shape[1]
         held = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        return cls(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), held, index)
+        # layers that a model runs through several times have an entry for each (Inkling 2 with loops)
+        place = index + kwargs.get("cache_offset", 0)
+        return cls(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), held, place)
 
     def _entry(self) -> Any:
         """The layer's entry in the cache; some caches only have it when the layer's attention has run."""

@@ -162,10 +162,10 @@ class LayerStack:
         begin: Callable[[], bool] = lambda: True,
         probe: Probe | None = None,
         finished: Callable[[int], None] | None = None,
-        way: Way = Way(),
+        way: Way | None = None,
     ):
         self.layers = list(layers)
-        self.begin, self.probe, self.finished, self.way = begin, probe, finished, way
+        self.begin, self.probe, self.finished, self.way = begin, probe, finished, way or Way()
         self._tape: Tape | None = None
         self._grad_was_enabled: list[bool] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

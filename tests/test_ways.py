@@ -221,11 +221,12 @@ def test_hops_are_counted():
 def spy(monkeypatch) -> list[tuple[int, bool]]:
     """Layers that run again, and whether with a graph for their input."""
     calls, again = [], LayerRun.again
-    monkeypatch.setattr(
-        LayerRun,
-        "again",
-        lambda run, x, *extras: (calls.append((run.index, x.requires_grad)), again(run, x, *extras))[1],
-    )
+
+    def noted(run, x, *extras):
+        calls.append((run.index, x.requires_grad))
+        return again(run, x, *extras)
+
+    monkeypatch.setattr(LayerRun, "again", noted)
     return calls
 
 
