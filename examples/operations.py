@@ -247,9 +247,8 @@ def contrast(name: str) -> ErrorMap:
     return measure_errors(build(name), texts[0], retain=texts[1], window=8, coherent=False, progress=False)
 
 
-def spawned(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    base = build(name, dtype)
-    # gates of layers that cannot tell the texts apart refuse to be newborns' gates
+def spawned(name: str, dtype: torch.dtype = torch.float32, **changes) -> Any:
+    base = build(name, dtype, **changes)
     config = PCGrowConfig(error_map=contrast(name), locus=locus(base), grow="spawn", gate_fpr=0.2)
     return get_peft_model(base, config)
 
@@ -364,25 +363,27 @@ def cached(model: Any, prompt: Tensor) -> Tensor:
 def generate(name: str) -> str:
     """With a cache a grown model writes what it writes without one, and what the plain model that it merges into
     writes; so does a model with newborns, whose gates remember the text."""
-    prompt = tokens(4, PROMPT, seed=7)
-    base = build(name, exact_dtype(name))
-    try:
-        exact = torch.equal(cached(base, prompt), greedy(base, prompt))
-    except Exception as error:
-        return f"the base does not generate with a cache: {one_line(error)}"
+    prompt, dtype = tokens(4, PROMPT, seed=7), exact_dtype(name)
+    base, note, changes = build(name, dtype), "", {}
+    if not torch.equal(cached(base, prompt), greedy(base, prompt)):
+        # a sparse attention that chooses its keys writes the same only where it may choose them all
+        changes = {"index_topk": 64}
+        base = build(name, dtype, **changes)
+        note = (
+            "with index_topk=64: below the text's length the base itself writes other words with a cache than without"
+        )
+        check_same(cached(base, prompt), greedy(base, prompt), "words of the base itself without a cache")
     model = grown(base)
     train(model, steps=4)
     merged = copy.deepcopy(model).merge_and_unload()
     written = cached(model, prompt)
     check_same(written, cached(merged, prompt), "words of the merged plain model")
-    if not exact:
-        return "the base itself writes other words with a cache than without; the same as the merged plain model"
     check_same(written, greedy(model, prompt), "words without a cache")
-    newborn = spawned(name, exact_dtype(name))
+    newborn = spawned(name, dtype, **changes)
     train(newborn, steps=4, texts=domain)
     prompt = torch.cat([domain(3, PROMPT, seed=9), retain(3, PROMPT, seed=9)])
     check_same(cached(newborn, prompt), greedy(newborn, prompt), "words of newborns without a cache")
-    return ""
+    return note
 
 
 OPERATIONS: dict[str, Callable[[str], str]] = {

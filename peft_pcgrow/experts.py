@@ -6,13 +6,14 @@ expert. `use_experts_implementation` marks such modules; they are found by that 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.model_parts import in_decoder, layer_list
 from peft_pcgrow.removable import StackLayout
 
 # set on every instance by transformers' use_experts_implementation
@@ -69,11 +70,12 @@ def find_experts(model: nn.Module) -> Tree:
     marked = {name: module for name, module in modules.items() if MARK in module.__dict__}
     if not marked:
         raise ValueError(_why_none(model, modules))
-    lists = {_layer_list(name, modules) for name in marked}
+    marked = in_decoder(model, modules, marked)
+    lists = {layer_list(name, modules) for name in marked}
     if len(lists) > 1 or None in lists:
         raise ValueError(
             f"the experts of {type(model).__name__} do not sit in one list of decoder layers but in "
-            f"{sorted(str(found) for found in lists)}: this model cannot be grown"
+            f"{sorted(str(found) for found in lists)}: grow one of these parts, as a model of its own"
         )
     path = lists.pop()
     assert path is not None
@@ -331,20 +333,6 @@ def fingerprint(tree: Tree) -> str | None:
 def text_config(config: Any) -> Any:
     """The part of a config that is about the language model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _layer_list(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The outermost ModuleList on the path to `name`."""
-    for ancestor in _ancestors(name):
-        if isinstance(modules[ancestor], nn.ModuleList):
-            return ancestor
-    return None
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    for length in range(len(parts)):
-        yield ".".join(parts[:length])
 
 
 def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:

@@ -13,8 +13,8 @@ from peft_pcgrow.handover import swap, tensors, written
 
 # what layers call their KV cache: transformers from 5.24 on, before, and of old
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
-# layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
-_recomputed: set[int] = set()
+# layers that are being recomputed just now, by id, and their inputs: hooks, of whichever stack, must leave them alone
+_recomputed: dict[int, Tensor] = {}
 
 
 @dataclass
@@ -58,18 +58,19 @@ class LayerRun:
             checkpointing = getattr(self.layer, "gradient_checkpointing", False)
             if checkpointing:
                 self.layer.gradient_checkpointing = False
-            _recomputed.add(id(self.layer))
+            _recomputed[id(self.layer)] = x
             try:
                 output = self.layer(x, *args, **kwargs)
                 return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs)]
             finally:
-                _recomputed.discard(id(self.layer))
+                _recomputed.pop(id(self.layer), None)
                 if checkpointing:
                     self.layer.gradient_checkpointing = True
 
 
-def is_recomputed(layer: nn.Module) -> bool:
-    return id(layer) in _recomputed
+def recomputed_from(layer: nn.Module) -> Tensor | None:
+    """The input that a layer is being recomputed from just now; None: it is not."""
+    return _recomputed.get(id(layer))
 
 
 def record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> LayerRun:

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_pcgrow.carry import TOP, Descent, Probe, Way
 from peft_pcgrow.handover import swap, tensors, trained_elsewhere, written
-from peft_pcgrow.recompute import LayerRun, hidden_of, is_recomputed, record, refuse_filled_cache, without_cache
+from peft_pcgrow.recompute import LayerRun, hidden_of, recomputed_from, record, refuse_filled_cache, without_cache
 
 # what may stand between two layers: the mark of the lower one's output, or its move to another device or dtype
 HANDED_ON = ("MarkBackward", "ToCopyBackward0")
@@ -40,6 +40,15 @@ ROUTER_LOSS = (
     "output_router_logits=True would get no gradient: switch it off (TRL: router_aux_loss_coef=0.0), or use "
     "PCGrowConfig(settle='backprop')"
 )
+
+
+@dataclass
+class Arrivals:
+    """Errors that have arrived at marks, by their number; none is noted once settling has begun. It holds no graph, so
+    that marks may hold it."""
+
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    settling: bool = False
 
 
 @dataclass
@@ -57,8 +66,7 @@ class Tape:
     # what all marks hang on, and how many there are
     ground: Tensor = field(default_factory=lambda: torch.zeros(()))
     marks: int = TOP
-    # errors that have arrived, by the number of the mark; it holds no graph, so marks may hold it
-    arrived: dict[int, Tensor] = field(default_factory=dict)
+    arrived: Arrivals = field(default_factory=Arrivals)
     stored: tuple[Tensor, ...] = ()
     # of the layer at hand: its keyword arguments before it ran, and its run if it will be run again
     before: dict[str, Any] = field(default_factory=dict)
@@ -84,23 +92,29 @@ class Ground(torch.autograd.Function):
     def forward(ctx, stack: "LayerStack", tape: Tape, bottom: Tensor | None, *parameters: Tensor):
         # weakly: the tape holds marks, which hang on this node
         ctx.stack, ctx.tape, ctx.parameters, ctx.bottom = stack, weakref.ref(tape), parameters, bottom is not None
+        ctx.set_materialize_grads(False)
         return torch.zeros((), device=tape.start.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _: Tensor):
+    def backward(ctx, reached: Tensor | None):
+        if reached is None:  # on the way to the bottom while this settles
+            return (None,) * (3 + len(ctx.parameters))
         tape = ctx.tape()
-        if tape is None or TOP not in tape.arrived:
+        if tape is None or TOP not in tape.arrived.errors:
             raise RuntimeError(
                 "this loss reads hidden states of lower layers and not the top layer's output: use "
                 "PCGrowConfig(settle='backprop')"
             )
         runs = list(zip(tape.runs, tape.stored, strict=True))
-        arrived, tape.arrived, tape.stored = dict(tape.arrived), tape.arrived, ()
-        tape.arrived.clear()
+        errors, tape.arrived.errors, tape.stored = tape.arrived.errors, {}, ()
         trainable = {id(p) for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True) if wanted}
         bottom = tape.start if ctx.bottom and ctx.needs_input_grad[2] else None
-        found, below = ctx.stack.settle(tape, runs, arrived, trainable, bottom)
+        tape.arrived.settling = True
+        try:
+            found, below = ctx.stack.settle(tape, runs, errors, trainable, bottom)
+        finally:
+            tape.arrived.settling = False
         if below is not None and bottom is not None:
             # an error that was carried as it is comes from the top layer's device
             below = below.to(bottom.device, bottom.dtype)
@@ -113,15 +127,17 @@ class Mark(torch.autograd.Function):
     """What a layer below the top hands on."""
 
     @staticmethod
-    def forward(ctx, held: Tensor, ground: Tensor, arrived: dict[int, Tensor], number: int) -> Tensor:
+    def forward(ctx, held: Tensor, ground: Tensor, arrived: Arrivals, number: int) -> Tensor:
         ctx.arrived, ctx.number, ctx.device = arrived, number, ground.device
         return held.view_as(held)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, delta: Tensor):
-        held = ctx.arrived.get(ctx.number)
-        ctx.arrived[ctx.number] = delta if held is None else held + delta
+        if ctx.arrived.settling:
+            return None, None, None, None
+        held = ctx.arrived.errors.get(ctx.number)
+        ctx.arrived.errors[ctx.number] = delta if held is None else held + delta
         return None, torch.zeros((), device=ctx.device), None, None
 
 
@@ -140,7 +156,7 @@ class Top(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, delta: Tensor):
-        ctx.tape.stored, ctx.tape.arrived[TOP] = ctx.saved_tensors, delta
+        ctx.tape.stored, ctx.tape.arrived.errors[TOP] = ctx.saved_tensors, delta
         return None, torch.zeros((), device=ctx.tape.ground.device), None
 
 
@@ -191,7 +207,12 @@ class LayerStack:
         self.detach()
 
     def before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        if is_recomputed(layer):
+        if (given := recomputed_from(layer)) is not None:
+            if (args[0] if args else kwargs["hidden_states"]) is not given:
+                raise TypeError(
+                    f"a hook on {type(layer).__name__} {index} changes what it takes, and would do so again when "
+                    "the layer is run again: use PCGrowConfig(settle='backprop')"
+                )
             return None
         if index == 0:
             self._grad_was_enabled.clear()
@@ -248,7 +269,7 @@ class LayerStack:
         tape.linked |= tape.way.settle == "sweep"
 
     def after(self, index: int, layer: nn.Module, kwargs: dict[str, Any], output: Any):
-        if is_recomputed(layer):
+        if recomputed_from(layer) is not None:
             return None
         if self._grad_was_enabled:
             torch.set_grad_enabled(self._grad_was_enabled.pop())

@@ -14,8 +14,20 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # imports go strictly down; within the list of one floor, only to the left
 FLOORS = [
     ["pcgrow_kernels"],
-    ["locus", "energy", "heatmap", "checksum", "gate", "protect", "handover", "lifecycle", "page", "staging"],
-    ["map_file", "diagnosis", "recompute"],
+    [
+        "locus",
+        "energy",
+        "heatmap",
+        "checksum",
+        "gate",
+        "protect",
+        "handover",
+        "model_parts",
+        "lifecycle",
+        "page",
+        "staging",
+    ],
+    ["map_file", "diagnosis", "recompute", "staging"],
     ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map", "carry"],
     ["settle", "plan", "processes"],
