@@ -23,7 +23,8 @@ import transformers
 
 import architectures
 import corpora
-from operations import OPERATIONS, one_line
+from checks import one_line
+from operations import OPERATIONS
 
 
 def conform(name: str, operation: str) -> dict[str, Any]:
@@ -56,14 +57,17 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         mine = [cells[name, operation] for operation in operations]
         marks = [("yes\\*" if row["reason"] else "yes") if row["ok"] else "**no**" for row in mine]
         lines.append(f"| {name} | " + " | ".join(marks) + " |")
-    said: dict[str, list[str]] = {}
+    said: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         if row["reason"]:
-            what = f"{row['operation']}{'*' if row['ok'] else ''}: {row['reason']}"
-            said.setdefault(what, []).append(row["architecture"])
+            said.setdefault(row["reason"], {}).setdefault(row["architecture"], []).append(row["operation"])
     if said:
         lines += ["", "What fails, and what is to be said of what does not (\\*):", ""]
-        lines += [f"- {', '.join(who)}: {what}" for what, who in said.items()]
+    for reason, who in said.items():
+        befallen: dict[str, list[str]] = {}
+        for name, of in who.items():
+            befallen.setdefault("all" if of == operations else ", ".join(of), []).append(name)
+        lines.append(f"- {'; '.join(f'{', '.join(names)} ({of})' for of, names in befallen.items())}: {reason}")
     return "\n".join(lines) + "\n"
 
 

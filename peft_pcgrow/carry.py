@@ -199,4 +199,4 @@ class Descent:
                 self.found[key] = self.found[key] + gradient if key in self.found else gradient
         if self.probe is not None:
             self.probe.receive(run.index, errors[len(parameters) :])
-        return below or nothing
+        return [*below] or nothing

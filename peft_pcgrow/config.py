@@ -9,6 +9,7 @@ from peft.utils import PeftType
 
 from peft_pcgrow.carry import WAYS, Way
 from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.experts import NODES
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
@@ -59,6 +60,10 @@ class PCGrowConfig(PeftConfig):
         locus (`dict[int, list[int]]`, *optional*):
             The nodes to grow, decoder layer -> experts, instead of a map and a budget. Resolved when the adapter is
             created and stored in adapter_config.json.
+        nodes (`str`, *optional*):
+            What grows: `"routed"`: experts that a router chooses. `"shared"`: the MLPs that serve every token beside
+            them. `"dense"`: the MLPs of layers without routed experts. Shared and dense ones are one expert a layer,
+            number 0. By default what the map was measured on, or routed where there are some, else dense.
         resolution (`str`, defaults to `"expert"`):
             How much of a chosen expert trains: `"expert"`: all of it; `"matrix"`: single matrices; `"neurons"`: blocks
             of intermediate neurons. The rest stays as the base has it and takes no memory in the adapter.
@@ -105,6 +110,7 @@ class PCGrowConfig(PeftConfig):
     cost_weight: float = field(default=0.0, metadata={"help": "How much a step's cost counts, in [0, 1]."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
+    nodes: Optional[str] = field(default=None, metadata={"help": f"What grows: {', '.join(NODES)}."})
     resolution: str = field(default="expert", metadata={"help": f"What trains: one of {', '.join(RESOLUTIONS)}."})
     block: int = field(default=16, metadata={"help": "Intermediate neurons of a block."})
     parts: Optional[dict] = field(default=None, metadata={"help": "Parts to grow: layer -> expert -> [parts]."})
@@ -166,6 +172,8 @@ class PCGrowConfig(PeftConfig):
             raise ValueError(f"unknown router={self.router!r}; choose from {', '.join(ROUTERS)}")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
+        if self.nodes not in (None, *NODES):
+            raise ValueError(f"unknown nodes={self.nodes!r}; choose from {', '.join(NODES)}, or None")
         if self.resolution not in RESOLUTIONS:
             raise ValueError(f"unknown resolution={self.resolution!r}; choose from {', '.join(RESOLUTIONS)}")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:

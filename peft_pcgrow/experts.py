@@ -5,19 +5,22 @@ The contract (transformers 5, `integrations/moe.py`): an experts module is calle
 expert. `use_experts_implementation` marks such modules; they are found by that mark, never by their path.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.adopt import adopt, marked
+from peft_pcgrow.adopted import AdoptedExperts
 from peft_pcgrow.model_parts import in_decoder, layer_list
+from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.removable import StackLayout
+from peft_pcgrow.stack_view import StackView
 
-# set on every instance by transformers' use_experts_implementation
-MARK = "_is_expert_parallel"
+# what can be a node: experts that a router chooses, those that serve every token beside them, whole MLPs
+NODES = ("routed", "shared", "dense")
 # how configs call that experts are packed (see `compress.persist`)
 PACKED_METHOD = "pcgrow"
 # an nn.Module that follows the contract above: no class of transformers' says so, type checkers cannot either
@@ -49,40 +52,57 @@ class ExpertsSite:
 
 @dataclass(frozen=True)
 class Tree:
-    """The decoder layers of a model and its MoE sites, bottom first."""
+    """The decoder layers of a model and its sites, bottom first; of which kind its nodes are (`NODES`)."""
 
     layers: tuple[nn.Module, ...]
     sites: tuple[ExpertsSite, ...]
+    nodes: str
 
     @property
     def experts_at(self) -> dict[int, int]:
         return {site.layer: site.experts for site in self.sites}
 
 
-def find_experts(model: nn.Module) -> Tree:
+def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     """Find decoder layers, experts modules and routers by contract.
 
+    Blocks that do not follow the contract by themselves are adopted on the way (see `adopted`): their class becomes a
+    subclass with a child named `experts`, while parameters, their names, and what is computed stay as they are.
+
+    Args:
+        nodes: "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them; "dense":
+            the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer. None:
+            routed where there are some, else dense.
+
     Raises:
-        ValueError: no growable experts (a dense model, or an architecture that transformers does not decorate), experts
-            outside one list of decoder layers, experts sharded over devices, or a block replaced by a hub kernel.
+        ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, experts sharded
+            over devices, or a block replaced by a hub kernel.
     """
+    if nodes not in (None, *NODES):
+        raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
     modules = dict(model.named_modules())
-    marked = {name: module for name, module in modules.items() if MARK in module.__dict__}
-    if not marked:
-        raise ValueError(_why_none(model, modules))
-    marked = in_decoder(model, modules, marked)
-    lists = {layer_list(name, modules) for name in marked}
+    found = marked(modules, "routed")
+    if nodes is None:
+        nodes = "routed" if found or _undecorated(modules) else "dense"
+    if nodes == "routed":
+        if not found:
+            raise ValueError(_why_none(model, modules))
+    else:
+        found = adopt(model, modules, nodes)
+        modules = dict(model.named_modules())
+    found = in_decoder(model, modules, found)
+    lists = {layer_list(name, modules) for name in found}
     if len(lists) > 1 or None in lists:
         raise ValueError(
             f"the experts of {type(model).__name__} do not sit in one list of decoder layers but in "
-            f"{sorted(str(found) for found in lists)}: grow one of these parts, as a model of its own"
+            f"{sorted(map(str, lists))}: grow one of these parts, as a model of its own"
         )
     path = lists.pop()
     assert path is not None
     layers = modules[path]
     assert isinstance(layers, nn.ModuleList)
     sites = []
-    for name, base in marked.items():
+    for name, base in found.items():
         _check_base(name, base)
         outer = name
         while outer.endswith(".base_layer"):
@@ -93,16 +113,19 @@ def find_experts(model: nn.Module) -> Tree:
         sites.append(ExpertsSite(index, outer, modules[outer], base, layers[index], _router(block, base)))
     sites.sort(key=lambda site: site.layer)
     if len({site.layer for site in sites}) < len(sites):
-        raise ValueError(f"a decoder layer of {type(model).__name__} has two experts modules: it cannot be grown yet")
-    return Tree(tuple(layers), tuple(sites))
+        raise ValueError(
+            f"a decoder layer of {type(model).__name__} has two experts modules of one kind ({nodes}): it cannot be "
+            "grown yet"
+        )
+    return Tree(tuple(layers), tuple(sites), nodes)
 
 
 def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
     """The weights that have one slice per expert, by name (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, ...).
 
-    Of packed experts, stand-ins that decode the experts they are indexed with (see `compress.packed`).
+    Of packed or adopted experts, views that give the experts they are indexed with (see `StackView`).
     """
-    found = getattr(base, "packed_stacks", {}) | {
+    found = _views(base) | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
         if parameter.dim() > 1 and parameter.shape[0] == base.num_experts
@@ -111,47 +134,9 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
     return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
 
 
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """Pieces of one stack `[E, ...]`, N of them: whole slices, or neurons of an expert each.
-
-    Attributes:
-        experts: whose each piece is, `[N]` integer.
-        labels: what each is called beside its expert; empty for whole experts.
-        axis: axis of the stack that neurons lie along. places: where on it those of each piece lie, `[N, P]` integer;
-            None: pieces are whole slices.
-        inputs: whether the neurons are what enters the matrix.
-    """
-
-    experts: Tensor
-    labels: tuple[str, ...]
-    axis: int = 1
-    places: Tensor | None = None
-    inputs: bool = False
-
-    def to(self, device: torch.device, experts: Tensor | None = None) -> "Pieces":
-        """The same on a device; `experts`: where these are in another stack."""
-        places = None if self.places is None else self.places.to(device)
-        return replace(self, experts=(self.experts if experts is None else experts).to(device), places=places)
-
-    def read(self, stack: Tensor) -> Tensor:
-        """A copy of them, `[N, ...]`."""
-        found = stack.transpose(1, self.axis)[self._index(stack)].transpose(1, self.axis)
-        return found if self.places is None else found.contiguous()
-
-    def put(self, stack: Tensor, pieces: Tensor) -> Tensor:
-        """`stack` with `pieces [N, ...]` in their places: another tensor, of the same strides, differentiable."""
-        view, values = stack.transpose(1, self.axis), pieces.to(stack.device, stack.dtype).transpose(1, self.axis)
-        return view.index_put(self._index(stack), values).transpose(1, self.axis)
-
-    def write(self, stack: Tensor, pieces: Tensor) -> None:
-        """Overwrite them in place."""
-        values = pieces.to(stack.device, stack.dtype).transpose(1, self.axis)
-        stack.transpose(1, self.axis)[self._index(stack)] = values
-
-    def _index(self, stack: Tensor) -> tuple[Tensor, ...]:
-        experts = self.experts.to(stack.device)
-        return (experts,) if self.places is None else (experts.unsqueeze(1), self.places.to(stack.device))
+def _views(base: ExpertsModule) -> dict[str, Any]:
+    """What stands for stacks that are no tensors."""
+    return base.packed_stacks if is_packed(base) else getattr(base, "stack_views", {})
 
 
 def neuron_places(base: ExpertsModule, stack: str, neurons: Tensor) -> tuple[int, Tensor] | None:
@@ -215,16 +200,24 @@ def write_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces], values: Mapp
     """Overwrite some pieces of each stack in place, cast to the base's dtype."""
     stacks = expert_stacks(base)
     for name, held in pieces.items():
-        held.write(stacks[name], values[name])
+        stack = stacks[name]
+        if isinstance(stack, Tensor):
+            held.write(stack, values[name])
+        else:
+            chosen, places = torch.unique(held.experts, return_inverse=True)
+            slices = stack[chosen]
+            held.to(stack.device, places).write(slices, values[name])
+            stack.write(chosen, slices)
 
 
 def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
     """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
-    first = first_matrix(base)
-    weight = (base.packed_stacks[first] if is_packed(base) else getattr(base, first))[expert].to(x.dtype)
+    first, views = first_matrix(base), _views(base)
+    weight = (views[first] if first in views else getattr(base, first))[expert].to(x.dtype)
     projected = x @ weight if base.is_transposed else x @ weight.mT
     if base.has_bias:
-        projected = projected + getattr(base, f"{first}_bias")[expert].to(x.dtype)
+        name = f"{first}_bias"
+        projected = projected + (views[name] if name in views else getattr(base, name))[expert].to(x.dtype)
     inner = base._apply_gate(projected) if base.has_gate else base.act_fn(projected)
     return {first: x, "down_proj": inner}
 
@@ -248,6 +241,16 @@ def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
     return layouts
 
 
+def is_adopted(base: ExpertsModule) -> bool:
+    """Whether these experts stand for a block that does not follow the contract."""
+    return isinstance(base, AdoptedExperts)
+
+
+def weight_places(base: ExpertsModule) -> list[tuple[dict[str, Any], str]]:
+    """Of adopted experts: the dicts and keys of what holds their weights outside of the module itself."""
+    return base.places() if is_adopted(base) else []
+
+
 def is_packed(base: ExpertsModule) -> bool:
     """Whether `compress` has packed these experts."""
     return hasattr(base, "packed_stacks")
@@ -263,7 +266,7 @@ def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
     if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
         return True
-    return not all(stack.is_floating_point() for stack in expert_stacks(base).values())
+    return any(_is_read_only(stack) for stack in expert_stacks(base).values())
 
 
 def was_cast_up(base: ExpertsModule) -> bool:
@@ -282,52 +285,10 @@ def loaded_in_bits(base: ExpertsModule) -> int | None:
     return next((bits for bits, name in flags.items() if read.get(name) or read.get(f"_{name}")), None)
 
 
-def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
-    """What tells one base from another: model type, shapes and a fingerprint of the routers (None on meta)."""
-    config = text_config(getattr(model, "config", None))
-    site = tree.sites[0]
-    shapes = {name: list(stack.shape[1:]) for name, stack in expert_stacks(site.base).items()}
-    return {
-        "model_type": getattr(config, "model_type", type(model).__name__),
-        "layers": [site.layer for site in tree.sites],
-        "experts": [site.experts for site in tree.sites],
-        "shapes": shapes,
-        "layouts": {name: list(astuple(layout)) for name, layout in stack_layouts(site.base).items()},
-        "vocabulary": getattr(config, "vocab_size", None),
-        "routers": fingerprint(tree),
-    }
-
-
-def same_model(noted: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of models with the same experts, as far as is known."""
-    same = all(noted.get(key) == base[key] for key in ("model_type", "layers", "experts", "shapes"))
-    return same and not other_routers(noted, base)
-
-
-def other_routers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are known to be of bases with different router weights."""
-    known = {description.get("routers") for description in (one, other)} - {None}
-    return len(known) > 1
-
-
 def adds_router_loss(model: nn.Module) -> bool:
     """Whether the model adds a load-balancing loss to the language model's."""
     config: Any = getattr(model, "config", None)
     return bool(getattr(text_config(config), "output_router_logits", False))
-
-
-def fingerprint(tree: Tree) -> str | None:
-    """Hash of all router weights, rounded to bf16 so that one checkpoint hashes alike in every loading dtype."""
-    digest = hashlib.sha256()
-    for site in tree.sites:
-        for parameter in site.router.parameters() if site.router is not None else ():
-            if parameter.is_meta:
-                return None
-            if parameter.is_floating_point():
-                digest.update(
-                    parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
-                )
-    return digest.hexdigest()[:32]
 
 
 def text_config(config: Any) -> Any:
@@ -364,9 +325,19 @@ def _check_block(name: str, block: nn.Module) -> None:
         )
 
 
+def _undecorated(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Classes that call themselves experts and do not follow the contract."""
+    named = {type(m).__name__ for m in modules.values() if not isinstance(m, AdoptedExperts)}
+    return sorted(name for name in named if "expert" in name.lower() or name.lower().endswith("moe"))
+
+
+def _is_read_only(stack: Any) -> bool:
+    return stack.read_only if isinstance(stack, StackView) else not stack.is_floating_point()
+
+
 def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     named = type(model).__name__
-    undecorated = sorted({type(m).__name__ for m in modules.values() if "expert" in type(m).__name__.lower()})
+    undecorated = _undecorated(modules)
     if undecorated:
         return (
             f"{named} has experts ({', '.join(undecorated)}) that do not follow transformers' experts contract "
@@ -374,6 +345,6 @@ def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
             "transformers version that decorates it"
         )
     return (
-        f"{named} has no mixture-of-experts layers: peft_pcgrow grows the experts of an MoE (Qwen3-MoE, OLMoE, "
-        "Mixtral, DeepSeek-V3, gpt-oss, ...); use LoRA on a dense model"
+        f"{named} has no mixture-of-experts layers (Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3, gpt-oss, ... do): to grow "
+        "its MLPs, ask for nodes='dense'"
     )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, make_bank
-from peft_pcgrow.experts import Pieces
 from peft_pcgrow.gate import RATES, Gate, at_rate
+from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
@@ -199,7 +199,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             if self.births[name].pieces is not None
         }
         try:
-            with self.base_layer.composed_once() if experts.is_packed(self.base_layer) else nullcontext():
+            with self.base_layer.composed_once() if hasattr(self.base_layer, "composed_once") else nullcontext():
                 yield
         finally:
             self._composed = {}

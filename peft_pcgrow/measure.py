@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from peft_pcgrow import experts
+from peft_pcgrow import experts, identity
 from peft_pcgrow.carry import Way
 from peft_pcgrow.contrast import compare
 from peft_pcgrow.energy import GradientSketch
@@ -40,6 +40,7 @@ def measure_errors(
     sketch_dim: int | None = None,
     retain: Any = None,
     window: int = 64,
+    nodes: str | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
@@ -70,6 +71,7 @@ def measure_errors(
             "self": the model writes as many texts itself (see `sample_text`). Then the map also holds branch gates and
             what retain text looks like at every node (`ErrorMap.separation`), for two more forward passes over all.
         window: tokens of context that a gate looks at, the token itself included; 0: all of the text so far.
+        nodes: what is measured, "routed", "shared" or "dense" (see `find_experts`).
         checkpoint: folder that the map so far is saved in every `checkpoint_every` batches. If it holds a map of this
             model already, the batches in it are skipped: an interrupted measurement goes on, to the same map.
         progress: show a progress bar on standard error.
@@ -80,7 +82,7 @@ def measure_errors(
         FloatingPointError: a loss that is NaN or infinite.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    tree = experts.find_experts(model)
+    tree = experts.find_experts(model, nodes)
     way = Way(settle, settle_depth, settle_tol)
     if window < 0:
         raise ValueError(f"window must be a number of tokens, or 0 for all of the text so far; got {window}")
@@ -88,7 +90,7 @@ def measure_errors(
         coherent = settle != "direct"
     if sketch_dim is None:
         sketch_dim = _sketch_dim(tree)
-    base = experts.describe_base(model, tree) | {
+    base = identity.describe_base(model, tree) | {
         "sketch": sketch_dim if coherent else None,
         "settle": [settle, settle_depth] if settle == "direct" else settle,
     }

@@ -3,17 +3,16 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, parts
+from peft_pcgrow import experts, identity, parts
 from peft_pcgrow.bank import SHRUNK
 from peft_pcgrow.carry import Way
 from peft_pcgrow.checksum import MARK, seal, verify
@@ -27,6 +26,9 @@ from peft_pcgrow.locus import Locus
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
+
+# what a map and the model that it is used on must agree in
+FACTS = ("model_type", "nodes", "layers", "experts", "shapes", "routers")
 
 
 class PCGrowModel(BaseTuner):
@@ -50,8 +52,8 @@ class PCGrowModel(BaseTuner):
     # BaseTuner injects the first adapter before a subclass can set anything up
     _stack: LayerStack | None = None
     _guard: TrainingGuard | None = None
-    _grown: Mapping[int, PCGrowExperts] = MappingProxyType({})
-    _created: frozenset[int] = frozenset()
+    _grown: tuple[PCGrowExperts, ...] = ()
+    _created: tuple[PCGrowExperts, ...] = ()
     _handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
@@ -59,8 +61,12 @@ class PCGrowModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PCGrowConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve the locus, so that the config alone tells every shape of the adapter."""
-        tree = experts.find_experts(model)
-        base = experts.describe_base(model, tree)
+        measured = self._map(peft_config)
+        nodes = peft_config.nodes or (measured.base.get("nodes") if measured is not None else None)
+        tree = experts.find_experts(model, nodes)
+        base = identity.describe_base(model, tree)
+        if peft_config.error_map is not None and measured is not None:
+            measured.check_base({key: base.get(key) for key in FACTS})
         allowed = [site for site in tree.sites if self._may_grow(peft_config, site.name)]
         if not allowed:
             raise ValueError(
@@ -69,9 +75,8 @@ class PCGrowModel(BaseTuner):
                 f"are {', '.join(site.name for site in tree.sites[:3])}, ..."
             )
         experts_at = {site.layer: site.experts for site in allowed}
-        measured = self._map(peft_config, base)
         if peft_config.base_quantization is not None:
-            check_quantizable(tree.sites, peft_config.base_quantization)
+            check_quantizable(experts.find_experts(model).sites, peft_config.base_quantization)
         elif peft_config.base is None and (line := left_unpacked(tree.sites)) is not None:
             say(f"pcgrow: {line}")
         if peft_config.base is None:
@@ -83,8 +88,8 @@ class PCGrowModel(BaseTuner):
                 spawned = resolved.spawned or {}
                 newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
                 check_flat(model, tree, newborns, uniform=True)
-            peft_config.__dict__.update(resolved.__dict__, base=base)
-        elif experts.other_routers(base, peft_config.base):
+            peft_config.__dict__.update(resolved.__dict__, base=base, nodes=tree.nodes)
+        elif identity.other_routers(base, peft_config.base):
             warnings.warn(
                 "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2
             )
@@ -111,11 +116,9 @@ class PCGrowModel(BaseTuner):
         return bool(self._check_target_module_exists(config, name))
 
     @staticmethod
-    def _map(config: PCGrowConfig, base: dict[str, Any]) -> ErrorMap | None:
+    def _map(config: PCGrowConfig) -> ErrorMap | None:
         """The map that this config comes with, or came with when it was first used."""
         given = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
-        if given is not None:
-            given.check_base({key: base[key] for key in ("model_type", "layers", "experts", "shapes", "routers")})
         return given or config._measured
 
     def _check_donors(self, config: PCGrowConfig) -> None:
@@ -140,7 +143,7 @@ class PCGrowModel(BaseTuner):
             site = next(site for site in self._tree.sites if site.name == current_key)
             layer = PCGrowExperts(target, site.layer)
             # layers that another tuner on this model wrapped are that tuner's to watch
-            self._created |= {site.layer}
+            self._created += (layer,)
             self._handles += _follow_calls(site.decoder_layer, layer)
         birth = self._births[current_key]
         layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
@@ -157,8 +160,8 @@ class PCGrowModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if (quantization := self.peft_config[adapter_name].base_quantization) is not None:
             # not before: the banks are copies of the experts as they were
-            quantize_sites(self._tree.sites, quantization)
-        self._grown = {layer.layer_index: layer for layer in model.modules() if isinstance(layer, PCGrowExperts)}
+            quantize_sites(model, experts.find_experts(model).sites, quantization)
+        self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
         if self._stack is None:
             self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
@@ -176,7 +179,7 @@ class PCGrowModel(BaseTuner):
 
     def tuner_layers(self) -> list[PCGrowExperts]:
         """The layers that hold banks, bottom first."""
-        return list(self._grown.values())
+        return list(self._grown)
 
     def _begin(self) -> bool:
         """At the start of each forward: whether to settle, rather than let autograd go through the layers."""
@@ -226,8 +229,9 @@ class PCGrowModel(BaseTuner):
 
     def _check_called(self, index: int) -> None:
         """A grown layer whose block went round the adapter would train nothing: refuse at once."""
-        layer = self._grown.get(index)
-        if layer is not None and index in self._created:
+        for layer in self._created:
+            if layer.layer_index != index:
+                continue
             called, layer.called = layer.called, False
             if not called:
                 raise RuntimeError(

@@ -15,6 +15,7 @@ def layer_list(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def in_decoder(model: nn.Module, modules: Mapping[str, nn.Module], found: dict[str, Any]) -> dict[str, Any]:
     """Those of `found` that are in the language model, where other parts have some too; all, if it has none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get: Any = getattr(model, "get_decoder", None)
+    decoder = get() if get is not None else None
     inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     return {name: module for name, module in found.items() if id(modules[name]) in inside} or found

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow import experts
-from peft_pcgrow.experts import ExpertsModule, ExpertsSite, Pieces
+from peft_pcgrow.experts import ExpertsModule, ExpertsSite
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.separation import Separation
 
 # divisors named where a block does not fit

@@ -13,6 +13,7 @@ from peft_pcgrow.gate import Gate
 from peft_pcgrow.guard import say
 from peft_pcgrow.layer import Birth
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.pieces import Pieces
 
 
 def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorMap | None) -> None:
@@ -95,7 +96,7 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
     return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk)
 
 
-def _pieces(config: PCGrowConfig, site: experts.ExpertsSite) -> Mapping[str, experts.Pieces]:
+def _pieces(config: PCGrowConfig, site: experts.ExpertsSite) -> Mapping[str, Pieces]:
     """What an adapter's bank holds at a site."""
     if config.parts is None:
         return parts.whole(site.base, Locus(config.locus or {})[site.layer])

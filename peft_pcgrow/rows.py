@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import _batched_linear, _grouped_linear
 
-from peft_pcgrow.experts import ExpertsModule, expert_stacks, is_packed
+from peft_pcgrow.experts import ExpertsModule, expert_stacks, is_adopted, is_packed
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 def _implementation(base: ExpertsModule) -> str:
     if is_packed(base):
         return "grouped_mm"
+    if is_adopted(base):
+        return "eager"
     return getattr(base.config, "_experts_implementation", None) or "eager"
 
 
@@ -95,11 +97,11 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Experts
     """`base` with the stacks of `bank`, cast to the base's dtype, in the place of its own."""
     if bank is None:
         return base
-    if is_packed(base):
-        return base.replaced({name: weight.to(base.pcgrow_like.dtype) for name, weight in bank.items()})
+    stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
+    if hasattr(base, "replaced"):
+        return base.replaced(stacks)
     module = copy.copy(base)
     # a shallow copy shares its dicts with the base: give it its own before anything is put into them
-    stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
     module.__dict__["_parameters"] = {**base._parameters, **stacks}
     module.__dict__.pop("forward", None)
     module.num_experts = next(iter(stacks.values())).shape[0]

@@ -12,7 +12,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_mo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DogeConfig,
+    DogeForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
 from tiny import LOCUS, assert_same, build, dense, logits, snapshot, tokens, train
@@ -50,20 +57,37 @@ def emap(model: nn.Module, **settings) -> ErrorMap:
 # ---- models
 
 
-def test_dense_model():
+def test_dense_model_asked_for_experts():
     model = dense()
-    with refused(model, ValueError, "LlamaForCausalLM has no mixture-of-experts layers.*use LoRA on a dense model"):
+    with refused(model, ValueError, "LlamaForCausalLM has no mixture-of-experts layers.*nodes='dense'"):
+        grow(model, locus={0: [0]}, nodes="routed")
+    with refused(model, ValueError, "LlamaForCausalLM has no shared nodes that can be grown: no MLP.*beside routed"):
+        grow(model, locus={0: [0]}, nodes="shared")
+
+
+def test_mlps_that_are_no_blocks():
+    """OPT's decoder layers hold the two linear layers themselves."""
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    model = OPTForCausalLM(OPTConfig(vocab_size=128, max_position_embeddings=64, **sizes))
+    text = "OPTForCausalLM has no dense nodes that can be grown: no MLP of linear layers was found"
+    with refused(model, ValueError, text):
         grow(model, locus={0: [0]})
-    with refused(model, ValueError, "no mixture-of-experts layers"):
+    with refused(model, ValueError, text):
         emap(model)
 
 
-def test_undecorated_experts():
-    """Llama4's experts do not follow the contract of transformers' experts modules."""
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    model = Llama4ForCausalLM(Llama4TextConfig(vocab_size=128, num_hidden_layers=2, **sizes, **heads))
-    text = r"has experts \(Llama4TextExperts\) that do not follow transformers' experts contract"
+def test_experts_without_matrices():
+    """Doge's are rows of embeddings."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 16, "num_experts_per_tok": 4, "is_moe": True}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = DogeForCausalLM(DogeConfig(vocab_size=128, num_hidden_layers=2, **sizes, **heads))
+    text = r"DogeForCausalLM has experts \(DogeCDMoE\) that do not follow"
     with refused(model, ValueError, text):
         grow(model, locus={0: [0]})
     with refused(model, ValueError, text):

@@ -20,7 +20,8 @@ from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.candidates import candidates
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
-from peft_pcgrow.experts import describe_base, expert_stacks, first_matrix, is_packed, matrices, neuron_places
+from peft_pcgrow.experts import expert_stacks, first_matrix, is_packed, matrices, neuron_places
+from peft_pcgrow.identity import describe_base
 from test_compress_plan import state_of
 from tiny import ARCHITECTURES, EXPERTS, assert_same, build, grown, logits, retain, snapshot, tokens, train
 

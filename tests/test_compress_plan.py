@@ -18,7 +18,8 @@ from peft_pcgrow.compress.candidates import candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan
 from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.compress.skip import skip_damage
-from peft_pcgrow.experts import describe_base, expert_stacks, first_matrix, matrices, neuron_places
+from peft_pcgrow.experts import expert_stacks, first_matrix, matrices, neuron_places
+from peft_pcgrow.identity import describe_base
 from tiny import ARCHITECTURES, EXPERTS, HIDDEN, assert_same, build, dense, domain, grown, retain, snapshot, tokens
 
 METHODS = [

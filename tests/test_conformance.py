@@ -63,4 +63,4 @@ def test_a_row_says_why():
     written = table(rows)
     assert "0 of 2" in written
     assert "| one | yes | **no** |" in written
-    assert "- one, two: map: ValueError: no" in written
+    assert "- one, two (map): ValueError: no" in written

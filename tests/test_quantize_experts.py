@@ -15,7 +15,8 @@ from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.forms import Form, form_bytes
 from peft_pcgrow.compress.quantize import BITS, quantize_experts, storage_bytes
 from peft_pcgrow.error_map import SUMS
-from peft_pcgrow.experts import describe_base, expert_stacks, matrices
+from peft_pcgrow.experts import expert_stacks, matrices
+from peft_pcgrow.identity import describe_base
 from test_packed import plain, unpacked
 from tiny import (
     ARCHITECTURES,

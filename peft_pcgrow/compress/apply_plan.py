@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_pcgrow import experts
+from peft_pcgrow import experts, identity
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
@@ -158,7 +158,7 @@ def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) ->
             f"apply takes a CompressionPlan, got {type(plan).__name__}: CompressionPlan.load(path) reads one"
         )
     check_whole(tree)
-    if not experts.same_model(plan.base, experts.describe_base(model, tree)):
+    if not identity.same_model(plan.base, identity.describe_base(model, tree)):
         raise ValueError(
             f"this plan was made for another model ({plan.base.get('model_type')}, "
             f"{len(plan.base.get('layers', ()))} layers with experts): plan(model, ...) on this one"
@@ -239,8 +239,12 @@ class _Writer:
                 self._pack(layer, tuple(forms))
         return undo
 
-    def _restore(self, layer: int, forms: tuple[Form, ...], kind: type, held: dict[str, Any]) -> None:
+    def _restore(
+        self, layer: int, forms: tuple[Form, ...], kind: type, held: dict[str, Any], weights: list[Any]
+    ) -> None:
         base = self.bases[layer]
+        for (owner, name), weight in zip(experts.weight_places(base), weights, strict=True):
+            owner[name] = weight
         base.__class__ = kind
         base.__dict__.clear()
         base.__dict__.update(_copied(held))
@@ -254,9 +258,7 @@ class _Writer:
         names = self.calibration.names if self.calibration is not None else ("none",)
         sample = self.calibration.layers[layer] if self.calibration is not None else None
         made = candidates(base, sample, forms, len(names)) if forms else None
-        biases = {
-            name: stack.detach().clone() for name, stack in experts.expert_stacks(base).items() if stack.dim() == 2
-        }
+        biases = _biases(base)
         data = {}
         for expert, form in planned.items():
             assert made is not None
@@ -279,20 +281,27 @@ class _Writer:
                     data[name] += codec.encode(matrix[None], 16, half=half)
                 else:
                     data[name].append(self.data[layer][expert][name])
-        for name, moved in self.biases[layer].items():
-            bias = base._parameters[name]
-            values = bias.detach().clone()
+        for name, values in _biases(base).items():
             for expert, form in enumerate(forms):
                 if form.neurons:
-                    values[expert] = moved[expert]
-            base._parameters[name] = nn.Parameter(values, requires_grad=bias.requires_grad)
+                    values[expert] = self.biases[layer][name][expert]
+            trains = experts.expert_stacks(base)[name].requires_grad
+            base._parameters[name] = nn.Parameter(values, requires_grad=trains)
         pack(base, forms, data, half)
         self.forms[layer] = forms
 
 
-def _contents(base: experts.ExpertsModule) -> tuple[type, dict[str, Any]]:
-    """An experts module as it is: its class and attributes, with the same tensors."""
-    return type(base), _copied(base.__dict__)
+def _contents(base: experts.ExpertsModule) -> tuple[type, dict[str, Any], list[Any]]:
+    """An experts module as it is: its class and attributes, with the same tensors, and weights that lie elsewhere."""
+    return type(base), _copied(base.__dict__), [owner[name] for owner, name in experts.weight_places(base)]
+
+
+def _biases(base: experts.ExpertsModule) -> dict[str, Tensor]:
+    """Copies of the biases, `[E, O]` by stack."""
+    every = torch.arange(base.num_experts, device="cpu")
+    return {
+        name: stack.detach()[every] for name, stack in experts.expert_stacks(base).items() if name.endswith("_bias")
+    }
 
 
 def _copied(held: dict[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def candidates(
     Args:
         sample: calibration rows; None: plain rounding, and neurons by the size of their weights.
     """
+    whole = torch.arange(base.num_experts, device="cpu")
     stacks = {name: experts.expert_stacks(base)[name].detach() for name in experts.matrices(base)}
+    stacks = {name: stack if isinstance(stack, Tensor) else stack[whole] for name, stack in stacks.items()}
     plain = {name: (w.mT if base.is_transposed else w).float() for name, w in stacks.items()}
     rows = [_rows(base, sample, expert) for expert in range(base.num_experts)] if sample is not None else []
     moments = _moments(base, rows) if sample is not None else {}
@@ -187,7 +189,7 @@ def _run(
         y = inputs @ weights[name].mT
         if not base.has_bias:
             return y
-        bias = getattr(base, f"{name}_bias")[expert].float()
+        bias = experts.expert_stacks(base)[f"{name}_bias"][expert].float()
         if name == first and kept is not None:
             bias = bias[neurons_at(base, name, kept)]
         return y + bias

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow import experts
+from peft_pcgrow import experts, identity
 from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import STATISTICS, candidates, check_whole, forms_of
@@ -159,7 +159,7 @@ def survey(
     elif "skip" in methods:
         skips = torch.stack([skip_damage(calibration, layer).mean() for layer in layers])
     sizes = torch.stack([each.bytes for each in found])
-    base = experts.describe_base(model, tree)
+    base = identity.describe_base(model, tree)
     return Survey(layers, forms, sizes, damage, by_map, skips, calibration, tuple(methods), base)
 
 
@@ -211,6 +211,6 @@ def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> e
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, as a tuple or list; got {methods!r}")
     tree = experts.find_experts(model)
     check_whole(tree)
-    if emap is not None and not experts.same_model(emap.base, experts.describe_base(model, tree)):
+    if emap is not None and not identity.same_model(emap.base, identity.describe_base(model, tree)):
         raise ValueError("the error map was measured on another model: measure_errors(model, batches) on this one")
     return tree

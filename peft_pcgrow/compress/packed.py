@@ -1,13 +1,13 @@
 """Experts that are kept packed: each in a form of its own, read one at a time, never as a whole stack in 16 bits.
 
 A packed experts module still is an instance of its architecture's class, follows the experts contract, and looks as if
-it held stacks `[E, ...]` of full width (see `PackedStack`), so that it can be measured and grown like any other.
+it held stacks `[E, ...]` of full width (see `StackView`), so that it can be measured and grown like any other.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -20,53 +20,12 @@ from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons, full_matrix, matrix_shape
 from peft_pcgrow.compress.grouped import grouped_product, joined
 from peft_pcgrow.experts import ExpertsModule
+from peft_pcgrow.stack_view import StackView
 
 # not the adapters' prefix, by which loaders tell their tensors from the base's
 PREFIX = "packed_"
 # bytes of matrices that are decoded at a time, if it is more than one: on CPUs, what stays in the caches
 DECODED, DECODED_ON_CPU = 64 * 2**20, 4 * 2**20
-
-
-class PackedStack:
-    """What a stack of matrices `[E, ...]` looks like to those who read single experts of it; it is never whole.
-
-    `stack[expert]` and `stack[LongTensor]` decode, in the layout and dtype of the stack that was packed, zeros in the
-    place of neurons that are gone.
-    """
-
-    requires_grad = is_meta = False
-
-    def __init__(self, owner: "PackedExperts", name: str, shape: torch.Size):
-        self._owner, self.name, self.shape = owner, name, shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._owner.pcgrow_like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._owner.pcgrow_like.device
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        return True
-
-    def detach(self) -> "PackedStack":
-        return self
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, chosen: Any) -> Tensor:
-        if isinstance(chosen, Tensor) and chosen.dim() == 1:
-            found = [self[int(expert)] for expert in chosen]
-            return torch.stack(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
-        return self._owner.full_matrix(self.name, int(chosen))
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -97,7 +56,7 @@ class PackedExperts:
     def packed_stacks(self) -> dict[str, Any]:
         module: Any = self
         return {
-            name: (self.dense or {}).get(name, PackedStack(self, name, shape))
+            name: (self.dense or {}).get(name, StackView(shape, self.pcgrow_like, partial(self.full_matrix, name)))
             for name, shape in module.pcgrow_shapes.items()
         }
 
@@ -300,16 +259,18 @@ def pack(
         else:
             assert [len(piece) for piece in data[name]] == sizes
             buffers[name] = torch.cat(list(data[name])).to(like.device)
+    if experts.is_adopted(base):
+        base.let_go()
     gone = [expert for expert, form in enumerate(forms) if form.neurons == 0]
-    for stack in expert_stacks.values():
-        if stack.dim() == 2 and not stack.is_meta:
-            stack.data[gone] = 0
+    for name in expert_stacks.keys() - stacks.keys():
+        if not (bias := getattr(base, name)).is_meta:
+            bias.data[gone] = 0
     base.pcgrow_names = tuple(expert_stacks)
     base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
     base.pcgrow_offsets, base.pcgrow_half = offsets, half
     base.forms, base.dense = tuple(forms), None
     for name, buffer in buffers.items():
-        del base._parameters[name]
+        base._parameters.pop(name, None)
         base.register_buffer(PREFIX + name, buffer)
     # tells the dtype and device that the stacks would have
     base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)

@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -108,7 +109,8 @@ class PackedQuantizer(HfQuantizer):
                 )
             pack(sites[layer].base, forms, half=getattr(torch, self.quantization_config.half))
             # transformers would fill the stacks with random numbers, which are not there
-            sites[layer].base._is_hf_initialized = True
+            for module in {sites[layer].base, getattr(sites[layer].base, "block", sites[layer].base)}:
+                module._is_hf_initialized = True
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -159,7 +161,7 @@ class _Unwritable(HfQuantizer):
         )
 
 
-def note_packing(model: PreTrainedModel) -> None:
+def note_packing(model: nn.Module) -> None:
     """Tell a model whose experts were packed, so that `save_pretrained` writes what `from_pretrained` needs.
 
     A model that was loaded quantized by another method keeps its quantizer, and refuses to be saved.

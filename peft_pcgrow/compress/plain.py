@@ -195,6 +195,8 @@ def _build(model: Any, layers: list[_Layer], neurons: int) -> Any:
     """A model of the same class with what is left of the experts; it shares all other tensors."""
     paths = {module: name for name, module in model.named_modules()}
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if PREFIX not in name}
+    for base in (layer.site.base for layer in layers if experts.is_adopted(layer.site.base)):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{paths[base]}.")}
     whole = experts.intermediate_size(layers[0].site.base)
     for layer in layers:
         base, router = layer.site.base, layer.site.router
@@ -204,7 +206,10 @@ def _build(model: Any, layers: list[_Layer], neurons: int) -> Any:
             lying = experts.neuron_places(base, name, torch.arange(neurons, device=left.device))
             if neurons < whole and lying is not None:
                 left = left.index_select(*lying)
-            state[f"{paths[base]}.{name}"] = left.contiguous()
+            adopted = experts.is_adopted(base)
+            written = base.checkpoint(name, left) if adopted else {name: left.contiguous()}
+            owner = paths[base.block if adopted else base]
+            state |= {f"{owner}.{own}": tensor for own, tensor in written.items()}
         if len(kept) < layer.site.experts and router is not None:
             for name in ("weight", selection_bias(layer.site)):
                 if name is not None:

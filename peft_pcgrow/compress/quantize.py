@@ -10,11 +10,13 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_pcgrow import experts
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.forms import Form, form_bytes
 from peft_pcgrow.compress.packed import PREFIX, pack
+from peft_pcgrow.compress.persist import note_packing
 from peft_pcgrow.experts import ExpertsModule, ExpertsSite
 
 # bits a weight; blocks of `codec.BLOCK` weights share a scale, of int8 the rows
@@ -64,7 +66,7 @@ def quantize_experts(model: nn.Module, to: str = "nf4") -> QuantizeReport:
     sites = experts.find_experts(model).sites
     check_quantizable(sites, to)
     before = storage_bytes(chain(model.parameters(), model.buffers()))
-    quantize_sites(sites, to)
+    quantize_sites(model, sites, to)
     after = storage_bytes(chain(model.parameters(), model.buffers()))
     stacks = [stack for site in sites for stack in experts.expert_stacks(site.base).values()]
     packed = (b for site in sites for name, b in site.base.named_buffers(recurse=False) if name.startswith(PREFIX))
@@ -72,11 +74,13 @@ def quantize_experts(model: nn.Module, to: str = "nf4") -> QuantizeReport:
     return QuantizeReport(to, 2 * sum(stack.numel() for stack in stacks), held, before, after)
 
 
-def quantize_sites(sites: Sequence[ExpertsSite], to: str) -> None:
-    """Pack the experts of some layers that `check_quantizable` let pass."""
+def quantize_sites(model: nn.Module, sites: Sequence[ExpertsSite], to: str) -> None:
+    """Pack the experts of a model's layers that `check_quantizable` let pass."""
     for site in sites:
         if not experts.is_packed(site.base):
             _quantize(site.base, Form(BITS[to]))
+    if any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        note_packing(model)
 
 
 def check_quantizable(sites: Sequence[ExpertsSite], to: str) -> None:

@@ -1,0 +1,191 @@
+"""Find the blocks of a model that are nodes without following the experts contract, and adopt them (see `adopted`)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_pcgrow.adopted import AdoptedBlock, LinearBlock, LinearExperts, adopt_block
+
+# names that architectures give an MLP's linear layers: those that tokens enter, the one that they leave by
+LINEARS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("gate_up_proj",), "down_proj"),
+    (("input_linear",), "output_linear"),
+    (("up_proj",), "down_proj"),
+    (("fc1",), "fc2"),
+    (("c_fc",), "c_proj"),
+    (("fc_in",), "fc_out"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+)
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "hidden_act")
+DROPOUTS = ("dropout", "resid_dropout")
+# tokens that an adopted block is tried on
+TRIED = 3
+# set on every instance by transformers' use_experts_implementation
+MARK = "_is_expert_parallel"
+
+
+def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, nn.Module]:
+    """The experts modules of a kind."""
+    return {
+        name: module
+        for name, module in modules.items()
+        if MARK in module.__dict__ and getattr(module, "kind", "routed") == kind
+    }
+
+
+def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dict[str, nn.Module]:
+    """The MLPs that are nodes of a kind, adopted."""
+    named, config = type(model).__name__, getattr(model, "config", None)
+    path = _text_layers(model, modules)
+    if path is None or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{named} has no list of decoder layers, whose MLPs could be grown: use LoRA on this model")
+    layers: Any = modules[path]
+    inside = {name.removeprefix(f"{path}." if path else "").split(".")[0] for name in marked(modules, "routed")}
+    routed = {index for index in range(len(layers)) if str(index) in inside}
+    refused = _adopt_mlps(layers, routed, nodes, config)
+    found = marked(dict(model.named_modules()), nodes)
+    if refused or not found:
+        known = "beside" if nodes == "shared" else "without"
+        reasons = "; ".join(refused[:2]) or f"no MLP of linear layers was found in layers {known} routed experts"
+        raise ValueError(f"{named} has no {nodes} nodes that can be grown: {reasons}. Use LoRA on them")
+    return found
+
+
+def _text_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """Where the decoder layers of the text part are: its longest list of modules."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    prefix = next((name for name, module in modules.items() if module is decoder), "")
+    lists = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and (not prefix or name.startswith(f"{prefix}."))
+    ]
+    # the first of the longest is the outermost
+    return max(lists, key=lambda name: len(modules[name]), default=None)  # type: ignore[arg-type]
+
+
+def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any) -> list[str]:
+    """Adopt the MLPs of decoder layers, in place.
+
+    Args:
+        layers: decoder layers. routed: indices of those that have routed experts.
+        kind: "dense": of layers without routed experts; "shared": those beside routed experts.
+
+    Returns:
+        Why blocks that look like one were not adopted, one line each.
+    """
+    refused = []
+    for index, layer in enumerate(layers):
+        if (index in routed) != (kind == "shared"):
+            continue
+        for name, block, names in list(_mlps(layer)):
+            if isinstance(block, AdoptedBlock):
+                continue
+            where = f"{name} of layer {index} ({type(block).__name__})"
+            made = _adopted(block, *names, config, kind)
+            if isinstance(made, LinearExperts):
+                before = _tried(block, made)
+                block.__dict__["applied_last"] = _dropout(block)
+                adopt_block(block, LinearBlock, made)
+                if _differ(before, _tried(block, made)):
+                    _return_block(block)
+                    made = "computes something else than its linear layers and activation do"
+            if isinstance(made, str):
+                refused.append(f"{where} {made}")
+    return refused
+
+
+def _mlps(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, ...], str]]]:
+    """Blocks that own an MLP's linear layers, those inside other experts excepted."""
+    for name, block in layer.named_modules():
+        children = dict(block.named_children())
+        if block is layer or any(part.isdigit() for part in name.split(".")):
+            continue
+        for entering, leaving in LINEARS:
+            if all(_is_linear(children.get(each)) for each in (*entering, leaving)):
+                yield name, block, (entering, leaving)
+                break
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """bitsandbytes' layers are subclasses, wrappers of other adapters are not."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, kind: str) -> LinearExperts | str:
+    """Its experts module, or why there can be none."""
+    act_fn = next((getattr(block, name) for name in ACTIVATIONS if callable(getattr(block, name, None))), None)
+    if act_fn is None:
+        return f"has no activation function of its own ({', '.join(ACTIVATIONS)})"
+    if "forward" in block.__dict__ and not hasattr(block, "_hf_hook"):
+        return "has its forward replaced, by a hub kernel for example: load the model with use_kernels=False"
+    layers = [getattr(block, name) for name in (*entering, leaving)]
+    if len({getattr(layer, "bias", None) is None for layer in layers}) > 1:
+        return "has biases in some of its linear layers only"
+    first, last = layers[0], layers[-1]
+    gated = len(entering) == 2 or _outputs(first) == 2 * _inputs(last)
+    if not gated and _outputs(first) != _inputs(last):
+        return f"has linear layers of {_outputs(first)} outputs and {_inputs(last)} inputs, one after the other"
+    final = _dropout(block)
+    if any(isinstance(m, nn.Dropout) and m.p and name != final for name, m in block.named_modules()):
+        return "drops something out between its linear layers"
+    return LinearExperts(block, entering, leaving, gated, isinstance(first, Conv1D), act_fn, config, kind)
+
+
+def _dropout(block: nn.Module) -> str | None:
+    """Name of the dropout module at the end, if there is one."""
+    return next((name for name in DROPOUTS if isinstance(getattr(block, name, None), nn.Dropout)), None)
+
+
+def _outputs(layer: Any) -> int:
+    return layer.nf if isinstance(layer, Conv1D) else layer.out_features
+
+
+def _inputs(layer: Any) -> int:
+    return layer.nx if isinstance(layer, Conv1D) else layer.in_features
+
+
+@torch.no_grad()
+def _tried(block: nn.Module, made: LinearExperts) -> Any:
+    """The block's output for some random tokens; None where there are no values to compute with."""
+    like = made.like
+    if like.is_meta:
+        return None
+    width = made.shape("down_proj")[2 if made.is_transposed else 1]
+    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    with _evaluating(block):
+        try:
+            return block(x)
+        except TypeError:  # it takes more than tokens
+            return ()
+
+
+def _differ(before: Any, after: Any) -> bool:
+    if before is None:
+        return False
+    return not isinstance(before, Tensor) or not torch.equal(before, after)
+
+
+@contextmanager
+def _evaluating(block: nn.Module) -> Iterator[None]:
+    were = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        yield
+    finally:
+        for module, training in were.items():
+            module.training = training
+
+
+def _return_block(block: nn.Module) -> None:
+    """Undo `adopt_block`."""
+    del block._modules["experts"]
+    block.__class__ = type(block).__mro__[2]
+    if "_old_forward" in block.__dict__:
+        block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]

@@ -1,0 +1,67 @@
+"""What a stack of experts' weights looks like where no such tensor exists: it is packed, or lies in several pieces."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StackView:
+    """Stands for a stack `[E, ...]`; it is never whole.
+
+    `stack[expert]` and `stack[LongTensor]` make copies of single experts' slices.
+
+    Args:
+        shape: of the stack.
+        like: a tensor on its device, of its dtype.
+        read: gives one expert's slice.
+        write: overwrites one expert's slice; None: this stack cannot be written to.
+    """
+
+    requires_grad = False
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        like: Tensor,
+        read: Callable[[int], Tensor],
+        write: Callable[[int, Tensor], None] | None = None,
+    ):
+        self.shape, self.dtype, self.device = shape, like.dtype, like.device
+        self.is_meta = like.is_meta
+        self._read, self._write = read, write
+
+    @property
+    def read_only(self) -> bool:
+        return self._write is None
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def detach(self) -> "StackView":
+        return self
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: Any) -> Tensor:
+        if isinstance(chosen, Tensor) and chosen.dim() == 1:
+            found = [self[int(expert)] for expert in chosen]
+            return torch.stack(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return self._read(int(chosen))
+
+    def write(self, chosen: Tensor, values: Tensor) -> None:
+        """Overwrite the slices of some experts, `[N, ...]`."""
+        assert self._write is not None, "these weights are read-only"
+        for expert, value in zip(chosen.tolist(), values, strict=True):
+            self._write(expert, value)
