@@ -67,7 +67,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         befallen: dict[str, list[str]] = {}
         for name, of in who.items():
             befallen.setdefault("all" if of == operations else ", ".join(of), []).append(name)
-        lines.append(f"- {'; '.join(f'{', '.join(names)} ({of})' for of, names in befallen.items())}: {reason}")
+        listed = "; ".join(f"{', '.join(names)} ({of})" for of, names in befallen.items())
+        lines.append(f"- {listed}: {reason}")
     return "\n".join(lines) + "\n"
 
 
