@@ -1,14 +1,12 @@
 """Find the blocks of a model that are nodes without following the experts contract, and adopt them (see `adopted`)."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_pcgrow.adopted import AdoptedBlock, LinearBlock, LinearExperts, adopt_block
+from peft_pcgrow.adopted import AdoptedBlock, LinearBlock, LinearExperts, adopt_block, differ, return_block, tried
 
 # names that architectures give an MLP's linear layers: those that tokens enter, the one that they leave by
 LINEARS = (
@@ -24,8 +22,6 @@ LINEARS = (
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "hidden_act")
 DROPOUTS = ("dropout", "resid_dropout")
-# tokens that an adopted block is tried on
-TRIED = 3
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
 
@@ -90,11 +86,12 @@ def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any)
             where = f"{name} of layer {index} ({type(block).__name__})"
             made = _adopted(block, *names, config, kind)
             if isinstance(made, LinearExperts):
-                before = _tried(block, made)
+                width, like = made.shape("down_proj")[2 if made.is_transposed else 1], made.like
+                before = tried(block, width, like)
                 block.__dict__["applied_last"] = _dropout(block)
                 adopt_block(block, LinearBlock, made)
-                if _differ(before, _tried(block, made)):
-                    _return_block(block)
+                if differ(before, tried(block, width, like)):
+                    return_block(block)
                     made = "computes something else than its linear layers and activation do"
             if isinstance(made, str):
                 refused.append(f"{where} {made}")
@@ -149,43 +146,3 @@ def _outputs(layer: Any) -> int:
 
 def _inputs(layer: Any) -> int:
     return layer.nx if isinstance(layer, Conv1D) else layer.in_features
-
-
-@torch.no_grad()
-def _tried(block: nn.Module, made: LinearExperts) -> Any:
-    """The block's output for some random tokens; None where there are no values to compute with."""
-    like = made.like
-    if like.is_meta:
-        return None
-    width = made.shape("down_proj")[2 if made.is_transposed else 1]
-    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    with _evaluating(block):
-        try:
-            return block(x)
-        except TypeError:  # it takes more than tokens
-            return ()
-
-
-def _differ(before: Any, after: Any) -> bool:
-    if before is None:
-        return False
-    return not isinstance(before, Tensor) or not torch.equal(before, after)
-
-
-@contextmanager
-def _evaluating(block: nn.Module) -> Iterator[None]:
-    were = {module: module.training for module in block.modules()}
-    block.eval()
-    try:
-        yield
-    finally:
-        for module, training in were.items():
-            module.training = training
-
-
-def _return_block(block: nn.Module) -> None:
-    """Undo `adopt_block`."""
-    del block._modules["experts"]
-    block.__class__ = type(block).__mro__[2]
-    if "_old_forward" in block.__dict__:
-        block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]

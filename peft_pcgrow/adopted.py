@@ -19,6 +19,9 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from peft_pcgrow.stack_view import StackView
 
+# tokens that an adopted block is tried on
+TRIED = 3
+
 
 class AdoptedExperts(nn.Module):
     """The contract's flags, and stacks put together from a block's tensors.
@@ -31,6 +34,8 @@ class AdoptedExperts(nn.Module):
     has_post_expert_norm = False
     is_concatenated = True
     dense: Mapping[str, Tensor] | None = None
+    # how `run` goes about it (see `rows`)
+    implementation = "eager"
 
     def __init__(self, block: nn.Module, num_experts: int, act_fn: Any, config: Any, kind: str = "routed"):
         super().__init__()
@@ -105,8 +110,11 @@ class AdoptedExperts(nn.Module):
     @contextmanager
     def composed_once(self) -> Iterator[None]:
         """Inside, the weights are leaves, the same in every forward: their gradients can be asked for."""
-        every = torch.arange(self.num_experts, device="cpu")
-        self.dense = {name: stack[every] for name, stack in self.stack_views.items()}
+        pieces = {name: [piece.detach() for piece in self.pieces(name)] for name in self.names}
+        self.dense = {
+            name: held[0] if len(held) == 1 else torch.cat(held, dim=self._axis(name) + 1)
+            for name, held in pieces.items()
+        }
         try:
             yield
         finally:
@@ -126,12 +134,17 @@ class AdoptedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.dense is None:
             return self.run(hidden_states, top_k_index, top_k_weights)
-        # as the architectures' own loops: first choices first, experts in ascending order
+        return self.looped(hidden_states, top_k_index, top_k_weights, self.dense)
+
+    def looped(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, stacks: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The contract, as the architectures' own loops: first choices first, experts in ascending order."""
         total = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            choice, token = torch.where(top_k_index.mT == expert)
-            if len(token):
-                y = self.one(hidden_states[token], expert, self.dense)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert < self.num_experts:
+                choice, token = torch.where(top_k_index.mT == expert)
+                y = self.one(hidden_states[token], expert, stacks)
                 y = y * top_k_weights[token, choice, None]
                 total = total.index_add(0, token, y.to(total.dtype))
         return total
@@ -162,7 +175,21 @@ class AdoptedBlock:
 
 @cache
 def _adopted_class(mixin: type, kind: type) -> type:
-    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    held = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
+    return type(kind.__name__, (mixin, kind), held)
+
+
+def _reduced(module: Any, protocol: Any) -> Any:
+    """Pickle looks classes up by name, and finds the architecture's: say how this one is made."""
+    made = type(module)
+    if made.__dict__.get("__reduce_ex__") is not _reduced:  # packed: a class of that one
+        return object.__reduce_ex__(module, protocol)
+    return _empty, made.__bases__, module.__dict__
+
+
+def _empty(mixin: type, kind: type) -> Any:
+    made = _adopted_class(mixin, kind)
+    return made.__new__(made)  # type: ignore[call-overload]
 
 
 def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None) -> None:
@@ -173,6 +200,53 @@ def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None)
     if "_old_forward" in block.__dict__:
         # what accelerate's hooks of a model on several devices call
         block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
+
+
+def return_block(block: nn.Module) -> None:
+    """Undo `adopt_block`, of its experts too."""
+    held: Any = block._modules.get("experts")
+    if isinstance(held, AdoptedExperts):
+        if held.block is held:
+            del held._is_expert_parallel
+            return_block(held)
+        else:
+            del block._modules["experts"]
+    block.__class__ = type(block).__bases__[1]
+    if "_old_forward" in block.__dict__:
+        block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def tried(block: nn.Module, width: int, like: Tensor) -> Any:
+    """The block's output for some random tokens `[1, TRIED, width]`; None where there are no values to compute with."""
+    if like.is_meta:
+        return None
+    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    with _evaluating(block):
+        try:
+            return block(x)
+        except TypeError:  # it takes more than tokens
+            return ()
+
+
+def differ(before: Any, after: Any) -> bool:
+    """Whether two outputs of `tried` are known to be different, or no outputs of tokens."""
+    if before is None:
+        return False
+    return not isinstance(before, Tensor) or not torch.equal(before.nan_to_num(), after.nan_to_num())
+
+
+@contextmanager
+def _evaluating(block: nn.Module) -> Iterator[None]:
+    """Without dropout and the like. bitsandbytes' layers pack their weights anew when they evaluate on some CPUs."""
+    were = {m: m.training for m in block.modules() if not hasattr(m, "support_avx512bf16_for_cpu")}
+    for module in were:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in were.items():
+            module.training = training
 
 
 class LinearBlock(AdoptedBlock):
@@ -237,9 +311,9 @@ class LinearExperts(AdoptedExperts):
         weight = self._layers("down_proj")[0].weight
         if not self.read_only:
             return weight
-        state = getattr(weight, "quant_state", None)
-        known = getattr(self.config, "dtype", None) if state is None else state.dtype
-        return torch.empty(0, dtype=known or torch.get_default_dtype(), device=weight.device)
+        # not the quantizer's own, which evaluation on some CPUs changes
+        known = getattr(self.config, "dtype", None) or torch.get_default_dtype()
+        return torch.empty(0, dtype=known, device=weight.device)
 
     @property
     def read_only(self) -> bool:
@@ -290,4 +364,9 @@ def _full_weight(layer: Any, like: Tensor) -> Tensor:
     """A linear layer's weight, decoded if bitsandbytes quantized it."""
     if layer.weight.is_floating_point():
         return layer.weight
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # evaluation on some CPUs has packed it in another order, which only its own kernel reads
+        with torch.no_grad():
+            columns = layer(torch.eye(layer.in_features, dtype=like.dtype))
+            return (columns if layer.bias is None else columns - layer.bias).mT.to(like.dtype)
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(like.dtype)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
 from peft_pcgrow.protect import MomentSketch
+from peft_pcgrow.recompute import by_name
 from peft_pcgrow.separation import Separation
 from peft_pcgrow.sequence import Sequence
 
@@ -95,8 +96,9 @@ def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int)
     rows = torch.zeros(experts_here)
     passed = torch.zeros(experts_here, len(limits))
     for choice in index.mT.long():
-        rows.index_add_(0, choice, torch.ones(len(choice)))
-        passed.index_add_(0, choice, above)
+        somebodys = choice < experts_here
+        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum())))
+        passed.index_add_(0, choice[somebodys], above[somebodys])
     return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
 
 
@@ -120,8 +122,8 @@ def _watched(tree: experts.Tree, see: See, held: Tensor) -> Iterator[None]:
     for row, site in enumerate(tree.sites):
         calls: list[Sequence] = []
 
-        def entered(_: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
-            calls[:] = [Sequence.of(layer, args, kwargs)]
+        def entered(module: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
+            calls[:] = [Sequence.of(layer, *by_name(module, args, kwargs))]
 
         def routed(_: nn.Module, args: tuple, calls=calls, row=row) -> None:
             (call,) = calls
@@ -195,7 +197,8 @@ class _Scores:
         scores = Gate(gate.direction.to(x.device), gate.law, gate.window).scores(x).cpu()
         real, start = rows.real.cpu(), None if rows.start is None else rows.start.cpu()
         index = index.cpu()
-        self.routed[row] += torch.bincount(index[real].flatten(), minlength=len(self.routed[row]))
+        total = len(self.routed[row])
+        self.routed[row] += torch.bincount(index[real].flatten(), minlength=total)[:total]
         if row == 0:
             self.tokens += int(real.sum())
         if not bool(held.all()):

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_pcgrow import rows
+from peft_pcgrow.experts import ExpertsModule
 
 
 @dataclass(frozen=True)
@@ -38,41 +39,50 @@ def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu")
 
 
 def forward(
-    base: nn.Module, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool = True
+    base: ExpertsModule, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool = True
 ) -> Tensor:
     """The experts' output with the rows of each branch computed by its bank.
 
     Every expert sees its rows in the order in which the base would have handed them over, and a token's rows are added
-    up in the base's order: matrix products and sums round differently in another order.
+    up in the base's order: matrix products and sums round differently in another order. An implementation that cannot
+    be taken apart (a fused kernel, one of the user's) is called as it is, the rows taken from it with weight zero.
 
     Args:
-        base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with.
+        base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with. Rows whose
+            index is the number of experts are nobody's.
         branches: a row that several gates let pass goes to the first of them; without a gate, experts are disjoint.
         exact: matrix products also round differently with another number of rows, so an expert that keeps some of its
             rows and loses others computes all of them, and so does who takes them. False: each row is computed once.
 
     Returns:
         `[T, H]` in `hidden`'s dtype; if `exact`, equal bit for bit to `base(...)` for tokens that no branch takes a row
-        of, and for all if the banks hold the base's own weights.
+        of, and for all if the banks hold the base's own weights and the implementation can be taken apart.
     """
     tokens, choices = index.shape
+    apart = rows.implementation(base) is not None
+    exact = exact and apart
     order = rows.row_order(base, index)
     chosen = index.reshape(-1)[order]
+    slotted = chosen.clamp(max=base.num_experts - 1)
     # newborns come before what was deepened under them, and the base comes last
     ranked = sorted(branches, key=lambda branch: branch.passes is None)
-    taken = torch.zeros_like(chosen, dtype=torch.bool)
+    taken = chosen >= base.num_experts
     parts: list[rows.Part] = []
-    source, computed = torch.empty_like(order), 0
+    idle: list[Branch] = []
+    source, computed = torch.full_like(order, -1), 0
     for branch in (*ranked, None):
-        if branch is None and not bool(taken.any()):
-            return base(hidden, index, weight)
+        if branch is None and not parts:
+            return _counted(base(hidden, index, weight), idle)
+        if branch is None and not apart:
+            break
         mine = ~taken
         if branch is not None:
-            mine &= branch.slot[chosen] >= 0
+            mine &= branch.slot[slotted] >= 0
             if branch.passes is not None:
                 mine &= branch.passes[order // choices]
         found = (_with_siblings(chosen, mine, index) if exact else mine).nonzero().squeeze(1)
         if not found.numel():
+            idle += [branch] if branch is not None else []
             continue
         place = torch.empty_like(order)
         place[found] = torch.arange(computed, computed + len(found), device=found.device)
@@ -83,7 +93,9 @@ def forward(
         parts.append(rows.Part(found, own) if branch is None else rows.Part(found, branch.slot[own], branch.bank))
     ordered = rows.run_parts(base, hidden[order // choices], parts, source, joint=exact)
     weighted = (ordered * weight.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
-    return rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
+    total = rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
+    total = total if apart else total + base(hidden, index, weight.masked_fill(taken.view(index.shape), 0))
+    return _counted(total, idle)
 
 
 def _with_siblings(chosen: Tensor, mine: Tensor, index: Tensor) -> Tensor:
@@ -91,3 +103,20 @@ def _with_siblings(chosen: Tensor, mine: Tensor, index: Tensor) -> Tensor:
     touched = torch.zeros(int(index.max()) + 1, dtype=torch.bool, device=chosen.device)
     touched[chosen[mine]] = True
     return touched[chosen]
+
+
+def _counted(output: Tensor, idle: Sequence[Branch]) -> Tensor:
+    """`output`, with gradients of zero, not none, for banks that no row met: DDP waits for every parameter's."""
+    banks = [weight for branch in idle for weight in branch.bank.values() if weight.requires_grad]
+    return _Counted.apply(output, *banks) if banks and torch.is_grad_enabled() else output  # type: ignore[return-value]
+
+
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, *banks: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.like = [(bank.shape, bank.dtype, bank.device) for bank in banks]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, *errors: Tensor):
+        return *errors, *(torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.like)

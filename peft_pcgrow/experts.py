@@ -1,4 +1,4 @@
-"""The seam to transformers: the only file that knows how its mixture-of-experts modules look.
+"""The seam to transformers: how its mixture-of-experts modules look (those that differ: `adopted_moe`).
 
 The contract (transformers 5, `integrations/moe.py`): an experts module is called as
 `experts(hidden [T, H], index [T, K], weight [T, K]) -> [T, H]` and keeps its weights in stacks whose first axis is the
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adopt import adopt, marked
 from peft_pcgrow.adopted import AdoptedExperts
+from peft_pcgrow.adopted_moe import adopt_routed, why_refused
 from peft_pcgrow.model_parts import in_decoder, layer_list
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.removable import StackLayout
@@ -80,6 +81,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     """
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
+    adopt_routed(model)
     modules = dict(model.named_modules())
     found = marked(modules, "routed")
     if nodes is None:
@@ -125,10 +127,11 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
 
     Of packed or adopted experts, views that give the experts they are indexed with (see `StackView`).
     """
-    found = _views(base) | {
+    views = _views(base)
+    found = views | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
-        if parameter.dim() > 1 and parameter.shape[0] == base.num_experts
+        if name not in views and parameter.dim() > 1 and parameter.shape[0] == base.num_experts
     }
     # in the order from before packing, which an adapter's parameters and so an optimizer's state follow
     return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
@@ -266,7 +269,7 @@ def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
     if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
         return True
-    return any(_is_read_only(stack) for stack in expert_stacks(base).values())
+    return any(is_read_only(stack) for stack in expert_stacks(base).values())
 
 
 def was_cast_up(base: ExpertsModule) -> bool:
@@ -318,7 +321,9 @@ def _check_base(name: str, base: ExpertsModule) -> None:
 
 def _check_block(name: str, block: nn.Module) -> None:
     kernel = block.__dict__.get("forward")
-    if kernel is not None and not hasattr(block, "_hf_hook"):
+    # where no kernel fits, use_kernels=True puts the class's own forward there
+    own = getattr(kernel, "__func__", None) is type(block).forward
+    if kernel is not None and not own and not hasattr(block, "_hf_hook"):
         raise ValueError(
             f"the block around {name} ({type(block).__name__}) has its forward replaced, by a hub kernel for example, "
             "and would never call the grown experts: load the model with use_kernels=False"
@@ -327,16 +332,20 @@ def _check_block(name: str, block: nn.Module) -> None:
 
 def _undecorated(modules: Mapping[str, nn.Module]) -> list[str]:
     """Classes that call themselves experts and do not follow the contract."""
-    named = {type(m).__name__ for m in modules.values() if not isinstance(m, AdoptedExperts)}
+    # those around experts call themselves alike
+    named = {type(m).__name__ for m in modules.values() if not (is_adopted(m) or hasattr(m, "base_layer"))}
     return sorted(name for name in named if "expert" in name.lower() or name.lower().endswith("moe"))
 
 
-def _is_read_only(stack: Any) -> bool:
+def is_read_only(stack: Any) -> bool:
+    """Whether a stack is quantized in a way that cannot be written to."""
     return stack.read_only if isinstance(stack, StackView) else not stack.is_floating_point()
 
 
 def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     named = type(model).__name__
+    if (reason := why_refused(model)) is not None:
+        return f"the experts of {named} cannot be nodes ({reason}): use LoRA on this model"
     undecorated = _undecorated(modules)
     if undecorated:
         return (

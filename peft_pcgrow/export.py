@@ -77,11 +77,20 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, PCGrowModel):
         raise ValueError(f"export_flat takes a PeftModel grown by peft_pcgrow, got {type(model).__name__}")
-    grown: dict[int, PCGrowExperts] = {layer.layer_index: layer for layer in tuner.tuner_layers()}
-    if any(layer.merged for layer in grown.values()):
+    if any(layer.merged for layer in tuner.tuner_layers()):
         raise ValueError("an adapter is merged, which switches newborns off: call unmerge_adapter() before export_flat")
     base: Any = tuner.model
     tree = experts.find_experts(base)
+    grown: dict[int, PCGrowExperts] = {}
+    for layer in tuner.tuner_layers():
+        if layer.base_layer not in [site.base for site in tree.sites] or tree.nodes != "routed":
+            if _newborns(layer):
+                raise ValueError(
+                    f"layer {layer.layer_index} of {type(base).__name__} has a newborn beside an MLP that no router "
+                    "chooses, so a plain checkpoint cannot hold it: keep the adapter"
+                )
+        else:
+            grown[layer.layer_index] = layer
     newborns = {site.layer: _newborns(grown.get(site.layer)) for site in tree.sites}
     extra = check_flat(base, tree, {layer: len(found) for layer, found in newborns.items()})
     device = next(base.parameters()).device

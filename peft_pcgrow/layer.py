@@ -311,7 +311,8 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
                 if expert in owner:
                     raise ValueError(
                         f"adapters {owner[expert]!r} and {name!r} both grow expert {expert} of layer "
-                        f"{self.layer_index} and cannot be active together: activate one of them"
+                        f"{self.layer_index} and cannot be active together: activate one of them, or merge "
+                        "both, which adds up what they change"
                     )
                 owner[expert] = name
         for name in adapter_names:
@@ -341,14 +342,15 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write what has grown over the base's; the slices and pieces replaced are kept for `unmerge`."""
+        """Write what has grown over the base's; where several adapters grow the same expert, their changes add up."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.births]
         self.check_merge(safe_merge, names)
-        for name in names:
-            bank = {stack: weight.detach() for stack, weight in self.bank(name).items()}
-            pieces = self.pieces(self.births[name])
-            self._originals[name] = experts.read_pieces(self.base_layer, pieces)
-            experts.write_pieces(self.base_layer, pieces, bank)
+        names = [*self.merged_adapters, *names]
+        self.unmerge()  # each adapter changed the base, not what others made of it
+        pieces = {name: self.pieces(self.births[name]) for name in names}
+        self._originals = {name: experts.read_pieces(self.base_layer, held) for name, held in pieces.items()}
+        for name, held in pieces.items():
+            parts.write_grown(self.base_layer, held, self._originals[name], self.bank(name))
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -378,7 +380,6 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
                 "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "
                 "the base in bf16 or fp32, load the adapter onto it, and merge there"
             )
-        self.check_disjoint([*self.merged_adapters, *names])
         for name in names if safe_merge else ():
             if not all(bool(torch.isfinite(weight).all()) for weight in self.bank(name).values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -23,6 +23,7 @@ from peft_pcgrow.flat import check_flat
 from peft_pcgrow.guard import TrainingGuard, say
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.recompute import by_name
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
@@ -67,7 +68,7 @@ class PCGrowModel(BaseTuner):
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:
             measured.check_base({key: base.get(key) for key in FACTS})
-        allowed = [site for site in tree.sites if self._may_grow(peft_config, site.name)]
+        allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
         if not allowed:
             raise ValueError(
                 f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
@@ -109,11 +110,19 @@ class PCGrowModel(BaseTuner):
         self._births = {site.name: birth(peft_config, site, measured) for site in allowed if site.layer in locus}
         self._tree = tree
 
-    def _may_grow(self, config: PCGrowConfig, name: str) -> bool:
+    def _may_grow(self, config: PCGrowConfig, site: experts.ExpertsSite) -> bool:
+        config = copy.copy(config)
         if config.target_modules is None:
-            config = copy.copy(config)
-            config.target_modules = {name.rpartition(".")[2]}
-        return bool(self._check_target_module_exists(config, name))
+            config.target_modules = {site.name.rpartition(".")[2]}
+        listed = config.layers_to_transform
+        if listed not in (None, []) and not config.layers_pattern:
+            # PEFT reads the layer out of the name, and finds none in that of a model without a head ("layers.0.mlp")
+            if site.layer not in ([listed] if isinstance(listed, int) else listed):
+                return False
+            config.layers_to_transform = None
+        # users know the MLP that was adopted, not its child
+        names = (site.name, site.name.rpartition(".")[0]) if experts.is_adopted(site.base) else (site.name,)
+        return any(self._check_target_module_exists(config, name) for name in names)
 
     @staticmethod
     def _map(config: PCGrowConfig) -> ErrorMap | None:
@@ -352,9 +361,9 @@ def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch
 
 
 @torch.compiler.disable
-def _enter(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if any(layer.spawned(name) for name in layer.active_banks()):
-        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, args, kwargs)
+        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, *by_name(decoder_layer, args, kwargs))
 
 
 @torch.compiler.disable

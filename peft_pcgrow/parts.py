@@ -100,6 +100,22 @@ def compose(
     return weights | {name: pieces[name].put(weights[name], values) for name, values in bank.items()}
 
 
+def write_grown(
+    base: ExpertsModule, pieces: Mapping[str, Pieces], born: Mapping[str, Tensor], grown: Mapping[str, Tensor]
+) -> None:
+    """Write grown pieces over the base's. Where another adapter wrote before, what this one changed is added.
+
+    Args:
+        born: the base's own values of these pieces. grown: their values now, `[N, ...]` by stack.
+    """
+    now, values = experts.read_pieces(base, pieces), {}
+    for stack, start in born.items():
+        weight = grown[stack].detach().to(start.device)
+        # not by adding to what is still the base's: that would round
+        values[stack] = torch.where(now[stack] == start, weight, now[stack] + (weight - start))
+    experts.write_pieces(base, pieces, values)
+
+
 def placed(pieces: Mapping[str, Pieces], slot: Tensor) -> dict[str, Pieces]:
     """Pieces of the experts in a bank, for those of the base's.
 

@@ -1,8 +1,10 @@
 """Run a decoder layer again, with the result that it had in the forward."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +68,21 @@ class LayerRun:
                 _recomputed.pop(id(self.layer), None)
                 if checkpointing:
                     self.layer.gradient_checkpointing = True
+
+
+@cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    """Names of what a class of layers can be given by position after the residual stream."""
+    named = list(inspect.signature(kind.forward).parameters.values())[2:]  # type: ignore[attr-defined]
+    return tuple(each.name for each in named if each.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def by_name(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A layer's arguments, with all but the first by name; GPT-2's get their cache and mask by position."""
+    names = _parameters(type(layer)) if len(args) > 1 else ()
+    if len(names) < len(args) - 1:
+        return args, kwargs
+    return args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
 
 
 def recomputed_from(layer: nn.Module) -> Tensor | None:

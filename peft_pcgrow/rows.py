@@ -13,9 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import _batched_linear, _grouped_linear
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _batched_linear,
+    _grouped_linear,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
 from peft_pcgrow.experts import ExpertsModule, expert_stacks, is_adopted, is_packed
+
+# by function, not by name: a name can be registered anew
+FAST_PATHS = {grouped_mm_experts_forward: "grouped_mm", batched_mm_experts_forward: "batched_mm"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,12 @@ class Part:
 
 def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
     """The order in which `base` hands its rows (row t * K + k of `index [T, K]`) to the experts, `[R]`."""
-    implementation = _implementation(base)
-    if implementation == "grouped_mm":
+    way = implementation(base)
+    if way in ("grouped_mm", "sorted"):
         return torch.sort(index.reshape(-1)).indices
     rows = torch.arange(index.numel(), device=index.device)
     # the architectures' own loops take first choices first
-    return rows.view(index.shape).mT.reshape(-1) if implementation == "eager" else rows
+    return rows.view(index.shape).mT.reshape(-1) if way == "eager" else rows
 
 
 def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Tensor, joint: bool) -> Tensor:
@@ -48,8 +57,9 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
 
     Args:
         x: inputs `[R, H]`, in `row_order`.
-        parts: together they cover all rows; a row may be in several.
-        source: of each row, which of the parts' rows, one part after the other, is its own, `[R]`.
+        parts: a row may be in several.
+        source: of each row, which of the parts' rows, one part after the other, is its own, `[R]`; -1: none, its output
+            is zeros.
         joint: apply activations to all rows at once, as the fast paths do.
 
     Returns:
@@ -58,9 +68,11 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
     modules = [with_bank(base, part.bank) for part in parts]
 
     def together(outputs: list[Tensor]) -> Tensor:
-        return torch.cat(outputs)[source]
+        return torch.cat([*outputs, torch.zeros_like(outputs[0][:1])])[source]
 
-    if not joint or _implementation(base) == "eager":
+    if joint and implementation(base) == "spread":
+        return together([m.spread(x, part.rows, part.chosen) for m, part in zip(modules, parts, strict=True)])
+    if not joint or implementation(base) in ("eager", None):
         return together([_run(m, x[part.rows], part) for m, part in zip(modules, parts, strict=True)])
 
     def linear(inputs: Tensor, name: str) -> Tensor:
@@ -74,7 +86,7 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
 
     The architectures' loops add in ascending order of the experts and round after each; the fast paths add in one sum.
     """
-    if _implementation(base) != "eager":
+    if implementation(base) not in ("eager", "sorted"):
         return weighted.sum(dim=1).to(dtype)
     rows = weighted.to(dtype)
     ascending = torch.argsort(index, dim=1, stable=True)
@@ -85,12 +97,18 @@ def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.
     return total
 
 
-def _implementation(base: ExpertsModule) -> str:
+def implementation(base: ExpertsModule) -> str | None:
+    """How `base` runs its experts; None: by code that cannot be taken apart.
+
+    "eager", "grouped_mm" or "batched_mm"; adopted ones also "sorted" (as "grouped_mm", added up as "eager"), "spread"
+    (each expert is handed all rows, as zeros where they are not its own).
+    """
     if is_packed(base):
         return "grouped_mm"
     if is_adopted(base):
-        return "eager"
-    return getattr(base.config, "_experts_implementation", None) or "eager"
+        return base.implementation
+    way = ALL_EXPERTS_FUNCTIONS.get(getattr(base.config, "_experts_implementation", None))
+    return "eager" if way is None else FAST_PATHS.get(way)
 
 
 def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> ExpertsModule:
@@ -109,7 +127,7 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Experts
 
 
 def _run(module: ExpertsModule, x: Tensor, part: Part) -> Tensor:
-    if _implementation(module) == "grouped_mm":
+    if implementation(module) in ("grouped_mm", "sorted"):
         # not by its own forward, whose sort would reorder equals
         return _chain(module, x, lambda inputs, name: _linear(module, inputs, part.chosen, name))
     run = module if part.bank is None else partial(type(module).forward, module)
@@ -125,10 +143,10 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
 
 def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
-    if is_packed(module):
+    if is_packed(module) or implementation(module) == "sorted":
         return module.linear(inputs, chosen, name)
     stack, bias = getattr(module, name), getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
-    if _implementation(module) == "grouped_mm":
+    if implementation(module) == "grouped_mm":
         every = torch.arange(module.num_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
         return _grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)

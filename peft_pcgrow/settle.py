@@ -31,7 +31,15 @@ from torch.autograd.function import once_differentiable
 
 from peft_pcgrow.carry import TOP, Descent, Probe, Way
 from peft_pcgrow.handover import swap, tensors, trained_elsewhere, written
-from peft_pcgrow.recompute import LayerRun, hidden_of, recomputed_from, record, refuse_filled_cache, without_cache
+from peft_pcgrow.recompute import (
+    LayerRun,
+    by_name,
+    hidden_of,
+    recomputed_from,
+    record,
+    refuse_filled_cache,
+    without_cache,
+)
 
 # what may stand between two layers: the mark of the lower one's output, or its move to another device or dtype
 HANDED_ON = ("MarkBackward", "ToCopyBackward0")
@@ -222,6 +230,7 @@ class LayerStack:
             settling = self._tape is not None
         if not settling:
             return None
+        args, kwargs = by_name(layer, args, kwargs)
         if args:
             x, args = args[0], args[1:]
         else:

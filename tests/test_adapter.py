@@ -44,6 +44,16 @@ def test_random_selection_follows_its_seed():
     assert "0" not in drawn[0]  # the dense layer
 
 
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("given", [{}, {"layers_pattern": "layers"}])
+@pytest.mark.parametrize(("layers", "expected"), [(1, "1"), ([0, 1], "01"), ([], "012"), (None, "012")])
+def test_layers_to_transform(layers, expected, given, headless):
+    """Decoder layers are counted alike in a model with a head and in one without."""
+    model = build().model if headless else build()
+    adapted = get_peft_model(model, PCGrowConfig(select="random", budget=1.0, layers_to_transform=layers, **given))
+    assert "".join(adapted.peft_config["default"].locus) == expected
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_born_as_the_base(name, implementation):

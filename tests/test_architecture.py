@@ -32,7 +32,7 @@ FLOORS = [
     ["separation", "relax", "removable", "page_html", "node_table"],
     ["error_map", "carry"],
     ["settle", "plan", "processes", "adopted"],
-    ["adopt"],
+    ["adopt", "adopted_moe"],
     ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
     ["rows", "flat", "parts", "bank", "identity", "compress.forms"],
     ["deepen", "spawn", "sample", "contrast", "compress.packed"],
@@ -144,6 +144,15 @@ def test_importing_registers_and_costs_little():
         for c in (plain, code)
     ]
     assert loaded[0] == loaded[1]
+
+
+def test_oldest_versions_are_the_ones_allowed():
+    """What is installed for the tests of the oldest versions are the lower bounds, but torch, whose builds differ."""
+    project, pinned = (ROOT / "pyproject.toml").read_text(), (ROOT / ".ci" / "oldest.txt").read_text()
+    for name in ("transformers", "peft", "accelerate", "bitsandbytes"):
+        (allowed,) = re.findall(rf'"{name}>=([\d.]+)[,"]', project)
+        (oldest,) = re.findall(rf"^{name}==([\d.]+)$", pinned, re.MULTILINE)
+        assert oldest == f"{allowed}.0"
 
 
 def test_wheel_holds_both_packages(tmp_path):

@@ -20,7 +20,7 @@ from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.compress.skip import skip_damage
 from peft_pcgrow.experts import expert_stacks, first_matrix, matrices, neuron_places
 from peft_pcgrow.identity import describe_base
-from tiny import ARCHITECTURES, EXPERTS, HIDDEN, assert_same, build, dense, domain, grown, retain, snapshot, tokens
+from tiny import ARCHITECTURES, EXPERTS, HIDDEN, assert_same, build, domain, grown, retain, snapshot, tokens
 
 METHODS = [
     ("quantize",),
@@ -391,8 +391,9 @@ def test_refusals():
     compress.quantize_experts(model)
     with pytest.raises(ValueError, match="is packed already"):
         compress.plan(model, target=0.5, **text)
-    with pytest.raises(ValueError, match="experts"):
-        compress.plan(dense(), target=0.5, **text)
+    shared = measure_errors(build("qwen2_moe"), [tokens()], nodes="shared", progress=False)
+    with pytest.raises(ValueError, match="map was measured on another model"):
+        compress.plan(build("qwen2_moe"), shared, target=0.5, **text)
     with torch.device("meta"):
         nowhere = type(model)(build().config)
     with pytest.raises(ValueError, match="no values here"):

@@ -235,3 +235,23 @@ def test_only_layer_inputs_are_held():
     growth = (held_bytes(12, "sweep") - held_bytes(4, "sweep")) / 8
     assert growth == 4 * 16 * 32 * 4
     assert (held_bytes(12, "backprop") - held_bytes(4, "backprop")) / 8 > 10 * growth
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settle", ["sweep", "backprop"])
+def test_experts_that_no_row_meets_get_zeros(settle, training):
+    """Every bank gets a gradient, of zeros where it took no row, as an untouched slice of a stack does."""
+    base, ids, met = build("qwen3_moe", torch.float64), tokens(1, 2), {}
+    for site in find_experts(base).sites:
+
+        def note(_, args, layer=site.layer):
+            met.setdefault(layer, args[1].unique().tolist())
+
+        site.base.register_forward_pre_hook(note)
+    base(input_ids=ids)
+    idle = {layer: [min(set(range(8)) - set(chosen))] for layer, chosen in met.items()}
+    model = grown(base, settle, idle | {0: met[0][:1]}).train(training)
+    language_loss(ids)(model).backward()
+    for name, gradient in gradients(model).items():
+        assert gradient is not None, name
+        assert bool(gradient.any()) == (".layers.0." in name), name

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, measure_errors
 from tiny import LOCUS, assert_same, build, logits, needs_native, snapshot, tokens, train
 
@@ -27,22 +28,6 @@ def trained(base, tmp_path, **settings) -> nn.Module:
     model = get_peft_model(model, PCGrowConfig(**{"locus": LOCUS, **settings}))
     train(model)
     model.save_pretrained(tmp_path / "adapter")
-    return model
-
-
-LOADERS = {
-    "PeftModel": lambda base, adapter: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
-    "low_cpu_mem_usage": lambda base, adapter: PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=True
-    ),
-    "AutoPeftModel": lambda base, adapter: AutoPeftModelForCausalLM.from_pretrained(adapter),
-    "transformers": lambda base, adapter: AutoModelForCausalLM.from_pretrained(adapter),
-    "load_adapter": lambda base, adapter: native(AutoModelForCausalLM.from_pretrained(base), adapter),
-}
-
-
-def native(model: nn.Module, adapter) -> nn.Module:
-    model.load_adapter(adapter)
     return model
 
 

@@ -1,11 +1,14 @@
 """Several adapters on one model, PCGROW or not."""
 
+from itertools import product
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
-from close import assert_all_close
+from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig
+from peft_pcgrow.compress.shrink import shrink_adapter
 from tiny import LOCUS, assert_same, backward, build, grown, logits, needs_native, snapshot, train, trainable
 
 OTHER = {1: [0, 2], 2: [5]}
@@ -66,10 +69,57 @@ def test_overlapping_adapters_are_refused():
     assert model.active_adapters == ["default"]
     assert [layer.active_adapters for layer in model.base_model.tuner_layers()] == [["default"]] * 2
     assert set(trainable(model)) == training
-    for merge in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
-        with pytest.raises(ValueError, match="both grow expert 7 of layer 2"):
-            merge(["default", "second"])
-        assert [layer.merged_adapters for layer in model.base_model.tuner_layers()] == [[], []]
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overlapping_adapters_merge(dtype, at_once):
+    """Merged, adapters with nodes in common add up what each changes of the base; undone, every bit is back.
+
+    Oracle: their differences from the base, added in fp64; where a single adapter writes, its own weights.
+    """
+    model = grown(dtype=dtype, init_weights=False)
+    model.add_adapter("matrix", PCGrowConfig(parts={2: {7: ["down_proj"]}}, resolution="matrix", init_weights=False))
+    model.add_adapter("second", PCGrowConfig(locus={1: [0], 2: [6, 7]}, init_weights=False))
+    names, layers = ["default", "matrix", "second"], model.base_model.tuner_layers()
+    before, want = snapshot(model), {}
+    for layer, stack in product(layers, ("gate_up_proj", "down_proj")):
+        base = getattr(layer.base_layer, stack).detach().clone()
+        total, alone, writers = base.double(), base.clone(), torch.zeros(len(base))
+        for name in [name for name in names if stack in layer.bank(name)]:
+            places, weight = list(layer.grown[name]), layer.bank(name)[stack].detach()
+            total[places] += weight.double() - base[places].double()
+            alone[places] = weight.to(dtype)
+            writers[places] += 1
+        want[layer, stack] = total, alone, writers
+    for merged in [names] if at_once else [[name] for name in names]:
+        model.merge_adapter(merged)
+    for (layer, stack), (total, alone, writers) in want.items():
+        got = getattr(layer.base_layer, stack).detach()
+        assert_close(stack, got, total, "fp32" if dtype == torch.float32 else "bf16")
+        assert torch.equal(got[writers < 2], alone[writers < 2])
+    assert max(int(writers.max()) for _, _, writers in want.values()) == 3
+    model.unmerge_adapter()
+    assert_same(before, snapshot(model))
+
+
+def test_shrunk_adapter_merges_after_another():
+    """A shrunk bank holds differences from the base, also while another adapter has written over it."""
+    model = grown()
+    train(model)
+    shrink_adapter(model, bits=8)
+    alone = {layer: layer.bank("default")["down_proj"][-1].clone() for layer in model.base_model.tuner_layers()}
+    model.add_adapter("second", PCGrowConfig(locus={2: [7]}, init_weights=False))
+    before = snapshot(model)
+    model.merge_adapter(["second"])
+    model.merge_adapter(["default"])
+    layer = model.base_model.tuner_layers()[-1]
+    base = before["base_model.model.model.layers.2.mlp.experts.base_layer.down_proj"][7]
+    added = layer.bank("second")["down_proj"][0].detach() - base
+    assert torch.equal(layer.bank("default")["down_proj"][-1], alone[layer])
+    assert_close("both", layer.base_layer.down_proj[7].detach(), alone[layer] + added, "fp32")
+    model.unmerge_adapter()
     assert_same(before, snapshot(model))
 
 

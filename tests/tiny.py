@@ -142,16 +142,17 @@ ARCHITECTURES = {
 
 
 def build(
-    name: str = "qwen3_moe",
+    name: str | Callable[..., PreTrainedModel] = "qwen3_moe",
     dtype: torch.dtype = torch.float32,
     implementation: str = "eager",
     seed: int = 0,
     **changes,
 ) -> PreTrainedModel:
-    """A model in evaluation mode; the weights follow from `name` and `seed` alone, `changes` go to its config."""
+    """A model in evaluation mode; the weights follow from `name` (of an architecture above, or what makes a model) and
+    `seed` alone, `changes` go to its config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ARCHITECTURES[name](**changes)
+        model = (name if callable(name) else ARCHITECTURES[name])(**changes)
         with torch.no_grad():
             for label, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if label.endswith("bias"):

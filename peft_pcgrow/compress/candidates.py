@@ -77,7 +77,8 @@ def check_whole(tree: experts.Tree) -> None:
             )
         if experts.is_packed(site.base):
             raise ValueError(f"{site.name} is packed already: compress the model in full precision, once")
-        if hasattr(site.base, "parametrizations") or any(stack.dtype not in FLOATS for stack in stacks.values()):
+        foreign = any(stack.dtype not in FLOATS or experts.is_read_only(stack) for stack in stacks.values())
+        if hasattr(site.base, "parametrizations") or foreign:
             kinds = ", ".join(sorted({str(stack.dtype) for stack in stacks.values()}))
             raise ValueError(f"{site.name} is quantized in another way ({kinds}): load its experts in bf16")
         if any(stack.is_meta for stack in stacks.values()):

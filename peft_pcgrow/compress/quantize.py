@@ -107,7 +107,7 @@ def check_quantizable(sites: Sequence[ExpertsSite], to: str) -> None:
                 f"an adapter is merged into the experts of layer {site.layer}: call unmerge_adapter() before they are "
                 "packed"
             )
-        if hasattr(site.base, "parametrizations") or not all(stack.is_floating_point() for stack in stacks.values()):
+        if hasattr(site.base, "parametrizations") or any(map(experts.is_read_only, stacks.values())):
             raise ValueError(
                 f"the experts of layer {site.layer} are quantized in another way already: load them in bf16"
             )
@@ -123,6 +123,8 @@ def left_unpacked(sites: Sequence[ExpertsSite]) -> str | None:
     bits = experts.loaded_in_bits(sites[0].base)
     if bits is None or any(experts.is_packed(site.base) for site in sites):
         return None
+    if any(experts.is_read_only(stack) for stack in experts.expert_stacks(sites[0].base).values()):
+        return None  # linear layers, which it did quantize
     stacks = [(site, stack) for site in sites for stack in experts.expert_stacks(site.base).values()]
     now = sum(stack.numel() * stack.element_size() for _, stack in stacks)
     biases = sum(stack.numel() * stack.element_size() for _, stack in stacks if stack.dim() == 2)

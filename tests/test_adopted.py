@@ -1,0 +1,400 @@
+"""MLPs as nodes: dense ones, and those that serve every token beside routed experts."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from close import assert_all_close, assert_close
+from loaders import LOADERS
+from peft_pcgrow import Locus, PCGrowConfig, compress, export_flat, find_experts, measure_errors
+from peft_pcgrow.compress.forms import Form
+from tiny import COMMON, assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train
+
+GPT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.15,
+}
+
+
+def random_biases(model):
+    """No bias at zero, as some architectures start them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def seeded(kind, config):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return random_biases(kind(config)).eval()
+
+
+def phi3():
+    """Gate and up are one linear layer."""
+    return seeded(Phi3ForCausalLM, Phi3Config(**COMMON, intermediate_size=64))
+
+
+def gemma2():
+    return seeded(Gemma2ForCausalLM, Gemma2Config(**COMMON, intermediate_size=64, head_dim=8))
+
+
+def gpt2(**changes):
+    """No gate, biases, transposed weights, dropout after the MLP, layers called `h`."""
+    return seeded(GPT2LMHeadModel, GPT2Config(n_positions=128, **GPT, **changes))
+
+
+def neox():
+    """No gate, biases; attention and MLP read the same residual stream."""
+    return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(intermediate_size=64, max_position_embeddings=128, **GPT))
+
+
+CASES = {
+    "llama": (dense, "dense", ["gate_proj", "up_proj", "down_proj"]),
+    "phi3": (phi3, "dense", ["gate_up_proj", "down_proj"]),
+    "gemma2": (gemma2, "dense", ["gate_proj", "up_proj", "down_proj"]),
+    "gpt2": (gpt2, "dense", ["c_fc", "c_proj"]),
+    "neox": (neox, "dense", ["dense_h_to_4h", "dense_4h_to_h"]),
+    "qwen2_moe, shared": (lambda: build("qwen2_moe"), "shared", ["gate_proj", "up_proj", "down_proj"]),
+    "deepseek_v3, shared": (lambda: build("deepseek_v3"), "shared", ["gate_proj", "up_proj", "down_proj"]),
+    "deepseek_v3, dense": (lambda: build("deepseek_v3"), "dense", ["gate_proj", "up_proj", "down_proj"]),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def made(name, dtype=torch.float32):
+    make, nodes, _ = CASES[name]
+    return make().to(dtype), nodes
+
+
+def grown(model, nodes, **changes):
+    locus = {site.layer: [0] for site in find_experts(model, nodes).sites}
+    return get_peft_model(model, PCGrowConfig(**{"locus": locus, "nodes": nodes, **changes}))
+
+
+def linears(model, name):
+    """An MLP's linear layers, by decoder layer: read from the model, not through what is tested."""
+    found = {}
+    for path, module in model.named_modules():
+        names = CASES[name][2]
+        parts = path.split(".")
+        shared = any(part.startswith("shared_expert") for part in parts)
+        if all(hasattr(module, each) for each in names) and shared == (CASES[name][1] == "shared"):
+            found[int(next(part for part in parts if part.isdigit()))] = [getattr(module, each) for each in names]
+    return found
+
+
+@every_case
+def test_adoption_changes_nothing(name):
+    """Neither what is computed nor what is saved, nor what a copy of the model computes."""
+    model, nodes = made(name)
+    before, weights, kinds = logits(model), snapshot(model), {type(m) for m in model.modules()}
+    tree = find_experts(model, nodes)
+    assert tree.nodes == nodes
+    assert tree.experts_at == dict.fromkeys(linears(model, name), 1)
+    assert torch.equal(logits(model), before)
+    assert_same(weights, snapshot(model))
+    assert all(any(isinstance(m, kind) for m in model.modules()) for kind in kinds)
+    again = find_experts(model, nodes)
+    assert [site.base for site in again.sites] == [site.base for site in tree.sites]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layers in linears(model, name).values():
+            layers[-1].weight.mul_(2)
+    assert torch.equal(logits(twin), before)
+    assert not torch.equal(logits(model), before)
+
+
+def test_which_nodes():
+    """Without asking: routed experts where there are some, else the MLPs."""
+    assert find_experts(dense()).nodes == "dense"
+    model = build("deepseek_v3")
+    assert find_experts(model).nodes == "routed"
+    assert {nodes: list(find_experts(model, nodes).experts_at.items()) for nodes in ("routed", "shared", "dense")} == {
+        "routed": [(1, 8), (2, 8), (3, 8)],
+        "shared": [(1, 1), (2, 1), (3, 1)],
+        "dense": [(0, 1)],
+    }
+    with pytest.raises(ValueError, match="unknown nodes='all'; choose from routed, shared, dense"):
+        find_experts(model, "all")
+
+
+@every_case
+def test_map_equals_autograd(name):
+    """Every token is a row; its error is the norm of the loss's gradient at the MLP's output."""
+    model, nodes = made(name, torch.float64)
+    ids, outputs = tokens(), {}
+    reference = copy.deepcopy(model)
+    for layer, (*_, last) in linears(reference, name).items():
+        last.register_forward_hook(lambda _, args, y, layer=layer: outputs.update({layer: y}))
+    predicted = reference(input_ids=ids).logits[:, :-1]
+    loss = cross_entropy(predicted.reshape(-1, predicted.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum")
+    errors = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()), retain_graph=True), strict=True))
+    emap = measure_errors(model, [ids], nodes=nodes, progress=False)
+    assert emap.base.get("nodes") == nodes
+    assert emap.count.flatten().tolist() == [ids.numel()] * len(emap.layers)
+    mass = torch.stack([errors[layer].norm(dim=-1).sum() for layer in emap.layers])
+    assert_close("mass", emap.mass.flatten(), mass, "fp64 gradient")
+    loss.backward()
+    for row, layer in enumerate(emap.layers):
+        *_, last = linears(reference, name)[layer]
+        found = emap.gradient["down_proj"].sum(0)[row, 0]
+        assert_close("down_proj", found.double(), last.weight.grad, "fp32")
+
+
+@every_case
+def test_sweep_equals_autograd(name):
+    model, nodes = made(name, torch.float64)
+    ids, reference = tokens(), copy.deepcopy(model).train()
+    for module in [*model.modules(), *reference.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    reference(input_ids=ids, labels=ids).loss.backward()
+    model = grown(model, nodes, resolution="expert")
+    found = backward(model)
+    wanted = {}
+    for site in find_experts(model, nodes).sites:
+        *first, last = linears(reference, name)[site.layer]
+        axis = 1 if site.base.is_transposed else 0
+        key = next(key for key in found if f"{site.name}.pcgrow_" in key and "down" not in key and "bias" not in key)
+        wanted[key] = torch.cat([layer.weight.grad for layer in first], dim=axis)[None]
+        wanted[key.replace(key.split("pcgrow_")[1].split(".")[0], "down_proj")] = last.weight.grad[None]
+        if last.bias is not None:
+            stem = key.split("pcgrow_")[1].split(".")[0]
+            wanted[key.replace(stem, f"{stem}_bias")] = torch.cat([layer.bias.grad for layer in first])[None]
+            wanted[key.replace(stem, "down_proj_bias")] = last.bias.grad[None]
+    assert_all_close(found, wanted, "fp64 gradient")
+
+
+def test_dropout_after_the_mlp():
+    """A settled step draws what backprop draws."""
+    found = []
+    for settle in ("sweep", "backprop"):
+        model = grown(gpt2(resid_pdrop=0.5).double(), "dense", settle=settle)
+        torch.manual_seed(3)
+        found.append(backward(model))
+    without = backward(grown(gpt2(resid_pdrop=0.0).double(), "dense"))
+    assert_all_close(*found, "fp64 gradient")
+    assert any(not torch.allclose(without[key], gradient, rtol=0.1) for key, gradient in found[0].items())
+
+
+@every_case
+def test_grow_and_merge(name):
+    """The base's bits at birth and while disabled, untouched weights throughout, and merging there and back."""
+    model, nodes = made(name)
+    before, weights = logits(model), snapshot(model)
+    plain = copy.deepcopy(model)
+    model = grown(model, nodes)
+    assert torch.equal(logits(model), before)
+    train(model)
+    after = logits(model)
+    assert not torch.allclose(after, before)
+    base = {key.replace(".base_layer", ""): value for key, value in snapshot(model.base_model.model).items()}
+    assert_same(weights, {key: value for key, value in base.items() if "pcgrow_" not in key})
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    model.merge_adapter()
+    assert_close("logits", logits(model), after, "fp32")
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), after)
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == weights.keys()
+    # a model of the architecture that has never been adopted
+    plain.load_state_dict(merged.state_dict())
+    assert torch.equal(logits(plain), logits(merged))
+
+
+@every_case
+def test_save_and_load(name, tmp_path):
+    model, nodes = made(name)
+    model.save_pretrained(tmp_path / "base")
+    model = grown(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), nodes)
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for load in LOADERS.values():
+        assert torch.equal(logits(load(tmp_path / "base", tmp_path / "adapter")), logits(model))
+
+
+@every_case
+def test_two_branches(name):
+    """A newborn beside an MLP: the MLP's bits for tokens that its gate keeps out, whatever it has learned."""
+    model, nodes = made(name)
+    texts = [domain(64, seed=1), domain(64, seed=2)], [retain(64, seed=1), retain(64, seed=2)]
+    emap = measure_errors(model, texts[0], retain=texts[1], nodes=nodes, window=8, coherent=False, progress=False)
+    top = emap.layers[-1]
+    ids = torch.cat([domain(4, seed=9), retain(4, seed=9)])
+    before = logits(model, ids)
+    model = get_peft_model(model, PCGrowConfig(error_map=emap, locus={top: [0]}, grow="spawn", gate_fpr=0.2))
+    assert model.peft_config["default"].nodes == nodes
+    assert torch.equal(logits(model, ids), before)
+    losses = train(model, steps=20, texts=domain)
+    assert losses[-1] < losses[0]
+    after = logits(model, ids)
+    kept = (after == before).all(dim=-1)
+    layer = next(site.module for site in find_experts(model, nodes).sites if site.layer == top)
+    passed = []
+    handle = layer.register_forward_pre_hook(lambda module, args: passed.append(module.margin("default", args[0]) > 0))
+    logits(model, ids)
+    handle.remove()
+    # in the top layer nothing reaches other tokens
+    last = top == len(find_experts(model, nodes).layers) - 1
+    assert torch.equal(~kept, passed[0].view(ids.shape)) or not last
+    assert passed[0].any()
+    assert not passed[0].all()
+    with pytest.raises(ValueError, match="newborns"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_parts(name):
+    """Blocks of neurons of an MLP: everything else keeps its bits, merged too."""
+    model, _ = made(name)
+    before = {layer: [copy.deepcopy(each) for each in found] for layer, found in linears(model, name).items()}
+    emap = measure_errors(model, [domain()], progress=False)
+    config = PCGrowConfig(error_map=emap, budget=0.25, resolution="neurons", block=16, select="removable")
+    model = get_peft_model(model, config)
+    train(model)
+    after, parts = logits(model), model.peft_config["default"].parts
+    merged = model.merge_and_unload()
+    assert_close("logits", logits(merged), after, "fp32")
+    changed = 0
+    for layer, found in linears(merged, name).items():
+        blocks = parts.get(str(layer), {}).get("0", [])
+        neurons = {n for block in blocks for n in range(16 * block, 16 * (block + 1))}
+        down, was = found[-1].weight, before[layer][-1].weight
+        axis = 0 if name == "gpt2" else 1
+        moved = (down != was).any(dim=1 - axis).nonzero().flatten().tolist()
+        assert set(moved) <= neurons
+        changed += len(moved)
+    assert changed
+
+
+def test_kinds_side_by_side():
+    """Adapters on the routed and on the shared experts of one model, active together."""
+    base = build("qwen2_moe", torch.float64)
+    before = logits(base)
+    model = get_peft_model(base, PCGrowConfig(locus={1: [2, 5]}))
+    model.add_adapter("shared", PCGrowConfig(locus={1: [0], 2: [0]}, nodes="shared"))
+    model.base_model.set_adapter(["default", "shared"])
+    model.set_requires_grad(["default", "shared"], True)
+    assert torch.equal(logits(model), before)
+    found = backward(model)
+    assert {name.split(".pcgrow_")[0].split("layers.")[1] for name in found} == {
+        "1.mlp.experts", "1.mlp.shared_expert.experts", "2.mlp.shared_expert.experts"
+    }  # fmt: skip
+    reference = copy.deepcopy(model)
+    for config in reference.peft_config.values():
+        config.settle = "backprop"
+    assert_all_close(found, backward(reference), "fp64 gradient")
+    train(model)
+    after = logits(model)
+    model.base_model.set_adapter(["shared"])
+    assert not torch.equal(logits(model), after)
+    assert Locus(model.peft_config["shared"].locus) == Locus({1: [0], 2: [0]})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_compress(name, tmp_path):
+    """Dense MLPs are packed, saved, loaded, and grown on; a stage taken back leaves all as it was."""
+    model, _ = made(name)
+    known = domain(seed=1)
+    train(model, steps=30, lr=3e-3, texts=lambda seed: known)
+    before, weights = logits(model, known), snapshot(model)
+    texts = {"retain": [known], "progress": False}
+    plan = compress.plan(model, target=0.3, methods=("quantize", "thin"), **texts)
+    harsh = compress.plan(model, target=0.05, methods=("thin",), **texts)
+    assert torch.equal(logits(model, known), before)
+    model, report = compress.apply(model, harsh, max_loss_rise=1e-3)
+    assert report.stopped
+    assert_same(weights, {key: value for key, value in snapshot(model).items() if key in weights})
+    assert torch.equal(logits(model, known), before)
+    model, report = compress.apply(model, plan)
+    assert report.bytes_after <= 0.3 * report.bytes_before
+    assert not any(f"mlp.{layer}." in key for layer in CASES[name][2] for key in model.state_dict())
+    model.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    packed = logits(loaded)
+    assert torch.equal(packed, logits(model))
+    loaded = grown(loaded, "dense")
+    assert_close("logits", logits(loaded), packed, "fp32")
+    train(loaded)
+    assert not torch.allclose(logits(loaded), packed)
+
+
+def test_thinned_mlps_are_plain_checkpoints(tmp_path):
+    model = dense()
+    plan = compress.plan(model, target=0.5, methods=("thin",), retain=[retain()], progress=False)
+    for place, node in enumerate(plan.nodes):
+        plan.nodes[place] = replace(node, form=Form(neurons=32))
+    compress.apply(model, plan)
+    compress.export_plain(model, tmp_path / "plain", [retain()])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.config.intermediate_size == 32
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_base_in_four_bits(tmp_path):
+    """Linear layers that bitsandbytes quantized: banks hold their decoded weights, and merging is refused."""
+    pytest.importorskip("bitsandbytes")
+    # bitsandbytes' kernel takes rows of whole blocks of 64
+    LlamaForCausalLM(LlamaConfig(**{**COMMON, "hidden_size": 64}, intermediate_size=128)).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
+    before = logits(model)
+    with pytest.raises(ValueError, match="quantized in another way"):
+        compress.quantize_experts(model)
+    with pytest.raises(ValueError, match="quantized in another way"):
+        compress.plan(model, target=0.5, retain=[retain()])
+    model = grown(model, "dense")
+    # the base's own products may be in bf16
+    assert_close("logits", logits(model), before, "bf16")
+    losses = train(model, steps=5)
+    assert losses[-1] < losses[0]
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match="the base was loaded quantized"):
+        model.merge_adapter()
+
+
+def test_what_cannot_be_adopted():
+    """Blocks that compute more than their layers tell are left as they are."""
+    model = dense()
+    mlp = model.model.layers[1].mlp
+    kind = type(mlp)
+    mlp.__class__ = type("Scaled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"mlp of layer 1 \(Scaled\) computes something else than its linear layers"):
+        find_experts(model)
+    assert torch.equal(logits(model), before)
+    assert not hasattr(mlp, "experts")
+
+
+def test_no_router_to_export(tmp_path):
+    model = dense()
+    emap = measure_errors(model, [domain(64)], retain=[retain(64)], window=8, coherent=False, progress=False)
+    model = get_peft_model(model, PCGrowConfig(error_map=emap, locus={2: [0]}, grow="spawn", gate_fpr=0.2))
+    with pytest.raises(ValueError, match="beside an MLP that no router chooses"):
+        export_flat(model, tmp_path / "flat", [domain()])
