@@ -56,7 +56,9 @@ GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 8, "global_head_dim": 16, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
-LLAMA4: dict[str, Any] = {"intermediate_size_mlp": 48, "attention_chunk_size": 8, "interleave_moe_layer_step": 2}
+LLAMA4: dict[str, Any] = {
+    "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 8, "interleave_moe_layer_step": 2,
+}  # fmt: skip
 QWEN4: dict[str, Any] = {
     "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 16, "heads_per_ngram": 1,
     "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1, "indexer_n_heads": 2,
