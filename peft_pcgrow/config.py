@@ -7,12 +7,12 @@ from typing import Any, Optional, Union
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_pcgrow.carry import WAYS, Way
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import NODES
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
-from peft_pcgrow.settle import WAYS, Way
 from peft_pcgrow.spawn import GROWTHS
 
 SETTLING = (*WAYS, "backprop")

@@ -5,7 +5,7 @@ The contract (transformers 5, `integrations/moe.py`): an experts module is calle
 expert. `use_experts_implementation` marks such modules; they are found by that mark, never by their path.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_pcgrow.adopt import adopt, marked
 from peft_pcgrow.adopted import AdoptedExperts
 from peft_pcgrow.adopted_moe import adopt_routed, why_refused
+from peft_pcgrow.model_parts import in_decoder, layer_list
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.removable import StackLayout
 from peft_pcgrow.stack_view import StackView
@@ -91,11 +92,12 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     else:
         found = adopt(model, modules, nodes)
         modules = dict(model.named_modules())
-    lists = {_layer_list(name, modules) for name in found}
+    found = in_decoder(model, modules, found)
+    lists = {layer_list(name, modules) for name in found}
     if len(lists) > 1 or None in lists:
         raise ValueError(
             f"the experts of {type(model).__name__} do not sit in one list of decoder layers but in "
-            f"{sorted(map(str, lists))}: this model cannot be grown"
+            f"{sorted(map(str, lists))}: grow one of these parts, as a model of its own"
         )
     path = lists.pop()
     assert path is not None
@@ -295,20 +297,6 @@ def adds_router_loss(model: nn.Module) -> bool:
 def text_config(config: Any) -> Any:
     """The part of a config that is about the language model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _layer_list(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The outermost ModuleList on the path to `name`."""
-    for ancestor in _ancestors(name):
-        if isinstance(modules[ancestor], nn.ModuleList):
-            return ancestor
-    return None
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    for length in range(len(parts)):
-        yield ".".join(parts[:length])
 
 
 def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:

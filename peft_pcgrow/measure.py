@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity
+from peft_pcgrow.carry import Way
 from peft_pcgrow.contrast import compare
 from peft_pcgrow.energy import GradientSketch
 from peft_pcgrow.error_map import FOLDS, ErrorMap
@@ -20,7 +21,7 @@ from peft_pcgrow.probe import IGNORED, ErrorProbe
 from peft_pcgrow.processes import everywhere, over_processes, process, processes
 from peft_pcgrow.sample import sample_text
 from peft_pcgrow.separation import Separation
-from peft_pcgrow.settle import LayerStack, Way
+from peft_pcgrow.settle import LayerStack
 
 # expert parameters up to which summed gradients are kept whole (4 folds in fp32: 1 GiB); beyond, sketched to this
 EXACT_PARAMETERS = 2**26

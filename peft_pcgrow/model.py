@@ -1,7 +1,9 @@
 """PCGrowModel: places grown banks on the experts of a model and settles their errors."""
 
 import copy
+import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts, identity, parts
 from peft_pcgrow.bank import SHRUNK
+from peft_pcgrow.carry import Way
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.config import PCGrowConfig, check_share
@@ -23,7 +26,7 @@ from peft_pcgrow.locus import Locus
 from peft_pcgrow.recompute import by_name
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
-from peft_pcgrow.settle import ROUTER_LOSS, LayerStack, Way
+from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
 
 # what a map and the model that it is used on must agree in
 FACTS = ("model_type", "nodes", "layers", "experts", "shapes", "routers")
@@ -171,6 +174,7 @@ class PCGrowModel(BaseTuner):
         if self._stack is None:
             self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
+            self._handles += _follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
         assert self._guard is not None
         self._guard.rearm()
 
@@ -317,6 +321,29 @@ class PCGrowModel(BaseTuner):
         verify(state_dict)
         state_dict = {key: torch.zeros_like(t) if key.endswith(f".{MARK}") else t for key, t in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _follow_whole_texts(
+    model: nn.Module, lowest: nn.Module, layers: Callable[[], list[PCGrowExperts]]
+) -> tuple[Any, ...]:
+    """Let newborns' gates see all of a prompt.
+
+    Layers that only reuse lower ones' keys (Gemma 4) are otherwise given no more of it than logits are wanted for.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(child is lowest for child in m)]
+    holders = [m for m in model.modules() if any(child is held for child in m.children() for held in lists)]
+    holders = [m for m in holders if "logits_to_keep" in inspect.signature(m.forward).parameters]
+    hook = partial(_keep_all_tokens, layers)
+    return tuple(holder.register_forward_pre_hook(hook, with_kwargs=True) for holder in holders)
+
+
+def _keep_all_tokens(
+    layers: Callable[[], list[PCGrowExperts]], _: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    gated = any(layer.spawned(name) for layer in layers() for name in layer.active_banks())
+    if gated and kwargs.get("logits_to_keep") is not None:
+        return args, {**kwargs, "logits_to_keep": 0}
+    return None
 
 
 def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow import experts
+from peft_pcgrow.carry import Probe
 from peft_pcgrow.energy import GradientSketch, expert_error
 from peft_pcgrow.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
 from peft_pcgrow.separation import Separation
-from peft_pcgrow.settle import Probe
 
 # label of tokens that are not predicted
 IGNORED = -100

@@ -1,8 +1,9 @@
 """Run a decoder layer again, with the result that it had in the forward."""
 
 import inspect
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -10,15 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from peft_pcgrow.handover import swap, tensors, written
+
 # what layers call their KV cache: transformers from 5.24 on, before, and of old
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
-# layers that are being recomputed just now: hooks, of whichever stack, must leave them alone
-_recomputed: set[int] = set()
+# layers that are being recomputed just now, by id, and their inputs: hooks, of whichever stack, must leave them alone
+_recomputed: dict[int, Tensor] = {}
 
 
 @dataclass
 class LayerRun:
-    """How one decoder layer was called: enough to run it again with the same result."""
+    """How one decoder layer was called: enough to run it again with the same result.
+
+    Attributes:
+        extras: tensors among `args` and `kwargs` that other layers made, with their graphs.
+        origin: the input as it came, with its graph; None: it is the output of the layer before.
+        handed: what the layer handed on in the forward, by the number of its mark, its output first.
+    """
 
     layer: Any  # an nn.Module
     index: int
@@ -29,9 +38,16 @@ class LayerRun:
     autocast: dict[str, Any]
     cpu_rng: Tensor
     device_rng: tuple[list[int], list[Tensor]]
+    extras: list[Tensor] = field(default_factory=list)
+    origin: Tensor | None = None
+    handed: dict[int, Tensor] = field(default_factory=dict)
 
-    def again(self, x: Tensor) -> Tensor:
-        """The layer's output for input `x`, under the recorded autocast and random state, without a KV cache."""
+    def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
+        """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, and
+        without a KV cache; `extras` take the places of the recorded ones."""
+        given = {id(old): new for old, new in zip(self.extras, extras, strict=True)} if extras else {}
+        args, kwargs = swap((self.args, self.kwargs), lambda held: given.get(id(held), held.detach()))
+        before = swap(kwargs, lambda held: held)
         with ExitStack() as stack:
             devices = self.device_rng[0]
             stack.enter_context(torch.random.fork_rng(devices, device_type=self.device_type if devices else "cuda"))
@@ -44,11 +60,12 @@ class LayerRun:
             checkpointing = getattr(self.layer, "gradient_checkpointing", False)
             if checkpointing:
                 self.layer.gradient_checkpointing = False
-            _recomputed.add(id(self.layer))
+            _recomputed[id(self.layer)] = x
             try:
-                return hidden_of(self.layer(x, *self.args, **self.kwargs), self.layer)
+                output = self.layer(x, *args, **kwargs)
+                return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs)]
             finally:
-                _recomputed.discard(id(self.layer))
+                _recomputed.pop(id(self.layer), None)
                 if checkpointing:
                     self.layer.gradient_checkpointing = True
 
@@ -68,8 +85,9 @@ def by_name(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     return args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
 
 
-def is_recomputed(layer: nn.Module) -> bool:
-    return id(layer) in _recomputed
+def recomputed_from(layer: nn.Module) -> Tensor | None:
+    """The input that a layer is being recomputed from just now; None: it is not."""
+    return _recomputed.get(id(layer))
 
 
 def record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> LayerRun:
@@ -104,15 +122,16 @@ def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, **changed}
 
 
+def handed_beside(output: Any, before: dict[str, Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a layer returned beside the residual stream, and those it put into mappings of its `kwargs`."""
+    returned = list(tensors(output[1:])) if isinstance(output, tuple) else []
+    return returned + [held for mapping, key in written(before, kwargs) for held in tensors(mapping[key])]
+
+
 def hidden_of(output: Any, layer: nn.Module) -> Tensor:
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple) and isinstance(output[0], Tensor):
-        if any(isinstance(other, Tensor) and other.requires_grad for other in output[1:]):
-            raise TypeError(
-                f"{type(layer).__name__} passes a second tensor with a gradient to the next layer; settling carries "
-                "the residual stream only: use PCGrowConfig(settle='backprop')"
-            )
         return output[0]
     raise TypeError(
         f"{type(layer).__name__} returns {type(output).__name__}, expected the residual stream or a tuple that starts "

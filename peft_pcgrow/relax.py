@@ -71,7 +71,7 @@ def _through_branch(run: LayerRun, stored: Tensor, error: Tensor) -> Tensor:
     """`(dg/dx)^T error`: what a layer adds to the error that passes it by."""
     with torch.enable_grad():
         x = stored.detach().requires_grad_()
-        output = run.again(x)
+        output = run.again(x)[0]
     passed = error.to(output.device, output.dtype)
     (below,) = torch.autograd.grad(output, [x], passed)
     return below.to(error.dtype) - passed.to(below.device, error.dtype)

@@ -39,7 +39,9 @@ class Sequence:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         shape = hidden.shape[0], hidden.shape[1]
         held = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        return cls(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), held, index)
+        # layers that a model runs through several times have an entry for each (Inkling 2 with loops)
+        place = index + kwargs.get("cache_offset", 0)
+        return cls(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), held, place)
 
     def _entry(self) -> Any:
         """The layer's entry in the cache; some caches only have it when the layer's attention has run."""
@@ -55,6 +57,10 @@ class Sequence:
 
     def remember(self, name: str, running: Tensor) -> None:
         """Keep `running [B, P + S, 2]` for the calls to come."""
+        lazily, entries = getattr(self.cache, "layer_class_to_replicate", None), getattr(self.cache, "layers", None)
+        while lazily is not None and isinstance(entries, list) and len(entries) <= self.index:
+            # a layer that keeps what it remembers elsewhere in the cache never asks for an entry (MiniMax)
+            entries.append(lazily())
         entry = self._entry()
         if entry is None:
             return

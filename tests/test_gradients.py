@@ -237,15 +237,6 @@ def test_only_layer_inputs_are_held():
     assert (held_bytes(12, "backprop") - held_bytes(4, "backprop")) / 8 > 10 * growth
 
 
-def test_a_stream_changed_between_layers_is_refused():
-    """A model that adds to the residual stream between two layers would break the chain without an error."""
-    model = grown(build("qwen3_moe"))
-    layer = model.base_model._stack.layers[1]
-    layer.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]), prepend=True)
-    with pytest.raises(TypeError, match=r"Qwen3MoeDecoderLayer 1 does not take the output.*settle='backprop'"):
-        language_loss(tokens())(model)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 def test_experts_that_no_row_meets_get_zeros(settle, training):

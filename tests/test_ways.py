@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
+from peft_pcgrow.carry import Probe, Way
 from peft_pcgrow.recompute import LayerRun
-from peft_pcgrow.settle import LayerStack, Probe, Way
+from peft_pcgrow.settle import LayerStack
 from tiny import ARCHITECTURES, LOCUS, backward, build, grown, spawned, tokens, trainable
 
 DEPTH = 5
@@ -220,9 +221,12 @@ def test_hops_are_counted():
 def spy(monkeypatch) -> list[tuple[int, bool]]:
     """Layers that run again, and whether with a graph for their input."""
     calls, again = [], LayerRun.again
-    monkeypatch.setattr(
-        LayerRun, "again", lambda run, x: (calls.append((run.index, x.requires_grad)), again(run, x))[1]
-    )
+
+    def noted(run, x, *extras):
+        calls.append((run.index, x.requires_grad))
+        return again(run, x, *extras)
+
+    monkeypatch.setattr(LayerRun, "again", noted)
     return calls
 
 

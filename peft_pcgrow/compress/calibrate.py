@@ -14,10 +14,11 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
+from peft_pcgrow.carry import Probe
 from peft_pcgrow.measure import held_still, read_batches, settle_batch
 from peft_pcgrow.probe import IGNORED
 from peft_pcgrow.recompute import hidden_of
-from peft_pcgrow.settle import LayerStack, Probe
+from peft_pcgrow.settle import LayerStack
 
 
 @dataclass

@@ -1,0 +1,21 @@
+"""Where in a model something is: which list of layers, which part."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def layer_list(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The outermost ModuleList on the path to `name`."""
+    parts = name.split(".")
+    ancestors = (".".join(parts[:length]) for length in range(len(parts)))
+    return next((ancestor for ancestor in ancestors if isinstance(modules[ancestor], nn.ModuleList)), None)
+
+
+def in_decoder(model: nn.Module, modules: Mapping[str, nn.Module], found: dict[str, Any]) -> dict[str, Any]:
+    """Those of `found` that are in the language model, where other parts have some too; all, if it has none."""
+    get: Any = getattr(model, "get_decoder", None)
+    decoder = get() if get is not None else None
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    return {name: module for name, module in found.items() if id(modules[name]) in inside} or found

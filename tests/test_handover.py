@@ -1,0 +1,166 @@
+"""What layers hand each other beside the residual stream settles like autograd's, in fp64."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import architectures
+from close import assert_all_close
+from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
+from peft_pcgrow.handover import swap, tensors, written
+from peft_pcgrow.settle import Tape
+from tiny import build, tokens, trainable
+
+
+def gradients(base, loss, **config) -> dict[str, torch.Tensor]:
+    locus = {site.layer: [1, 4, 6] for site in find_experts(base).sites}
+    model = get_peft_model(copy.deepcopy(base), PCGrowConfig(locus=locus, **config)).train()
+    loss(model).backward()
+    return {name: p.grad for name, p in trainable(model).items()}
+
+
+def language_loss(model):
+    return model(input_ids=tokens(), labels=tokens()).loss
+
+
+def states_loss(model):
+    """Also of hidden states of lower layers."""
+    out = model(input_ids=tokens(), labels=tokens(), output_hidden_states=True)
+    return out.loss + sum(weight * states.square().mean() for weight, states in enumerate(out.hidden_states))
+
+
+def assert_settles(base, loss=language_loss, **config) -> None:
+    want = gradients(base, loss, settle="backprop", **config)
+    assert all(bool(gradient.any()) for gradient in want.values())
+    assert_all_close(gradients(base, loss, **config), want, "fp64 gradient")
+
+
+def test_a_hook_that_changes_the_stream_is_refused():
+    """Run again, it would change it twice."""
+    base = build("qwen3_moe")
+    find_experts(base).layers[1].register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    with pytest.raises(TypeError, match=r"a hook on Qwen3MoeDecoderLayer 1 changes what it takes.*settle='backprop'"):
+        gradients(base, language_loss)
+
+
+def test_a_stream_cut_between_layers_is_refused():
+    base = build("qwen3_moe")
+    find_experts(base).layers[1].register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+    with pytest.raises(TypeError, match=r"Qwen3MoeDecoderLayer 1 does not take the output.*settle='backprop'"):
+        gradients(base, language_loss)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_loss_of_hidden_states(name):
+    assert_settles(build(name, torch.float64), states_loss)
+
+
+def test_a_loss_of_hidden_states_and_embeddings():
+    assert_settles(build("qwen3_moe", torch.float64), states_loss, modules_to_save=["embed_tokens"])
+
+
+@pytest.mark.parametrize("settle", ["direct", "relax"])
+def test_a_loss_of_hidden_states_needs_the_sweep(settle):
+    with pytest.raises(RuntimeError, match=f"settle='{settle}' carries the error of the top layer's output only"):
+        gradients(build("qwen3_moe"), states_loss, settle=settle)
+
+
+def test_a_loss_of_lower_hidden_states_alone_is_refused():
+    def lower(model):
+        return model(input_ids=tokens(), output_hidden_states=True).hidden_states[2].sum()
+
+    with pytest.raises(RuntimeError, match="reads hidden states of lower layers and not the top layer's output"):
+        gradients(build("qwen3_moe"), lower)
+
+
+@pytest.mark.parametrize("settings", [{"settle": "relax"}, {"settle": "direct", "settle_depth": 2}])
+@pytest.mark.parametrize("name", ["zaya", "gemma4_text"])
+def test_approximate_ways_follow_the_stream_only(name, settings):
+    with pytest.raises(ValueError, match=r"takes more from the layers before it than the residual stream.*'sweep'"):
+        gradients(architectures.build(name), language_loss, **settings)
+
+
+def test_embeddings_below_layers_that_gather():
+    """Embeddings that train below layers which hand each other more get autograd's gradients too."""
+    assert_settles(architectures.build("zaya", torch.float64), modules_to_save=["embed_tokens"])
+
+
+def test_what_trains_beside_the_stream_is_refused():
+    """Gemma 4's embeddings for each layer reach the layers past the residual stream."""
+    with pytest.raises(TypeError, match=r"takes a tensor that something below the layers trains through"):
+        gradients(architectures.build("gemma4_text"), language_loss, modules_to_save=["embed_tokens_per_layer"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "zaya", "gemma4_text", "inkling2_text"])
+def test_a_forward_leaves_nothing_behind(name):
+    """Its tape is gone with its loss, whether or not that was differentiated, without the garbage collector's help."""
+    tapes: list[weakref.ref] = []
+    base = architectures.build(name)
+    model = get_peft_model(base, PCGrowConfig(locus={find_experts(base).sites[-1].layer: [1]})).train()
+    stack = model.base_model._stack
+    begin = stack._begin_tape
+
+    def noted(x: torch.Tensor) -> Tape:
+        tape = begin(x)
+        tapes.append(weakref.ref(tape))
+        return tape
+
+    stack._begin_tape = noted
+    gc.collect()
+    gc.disable()
+    try:
+        for differentiate in (True, False):
+            loss = language_loss(model)
+            assert tapes[-1]() is not None
+            if differentiate:
+                loss.backward()
+            del loss
+            assert tapes[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_nests():
+    one, two, count = torch.ones(1), torch.ones(2), torch.ones(3, dtype=torch.long)
+    nest = {"a": (one, [two, None]), "b": count}
+    assert [len(tensor) for tensor in tensors(nest)] == [1, 2]
+    doubled = swap(nest, lambda tensor: 2 * tensor)
+    assert doubled["a"][1][0].tolist() == [2, 2]
+    assert doubled["b"] is count
+    assert nest["a"][0] is one
+    after = {"shared": {"old": one, "new": two}}
+    assert [key for _, key in written({"shared": {"old": one}}, after)] == ["new"]
+
+
+# ---- which experts
+
+
+def omni():
+    """A whole composite: its vision part has experts of its own."""
+    from transformers import Dots3NoteForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Dots3NoteForConditionalGeneration(architectures.small_config("dots3_note")).eval()
+
+
+def test_experts_of_the_text_part():
+    """Where other parts have experts too, those of the decoder are meant."""
+    model = omni()
+    tree = find_experts(model)
+    decoder = model.get_decoder()
+    assert list(tree.layers) == list(decoder.layers)
+    assert all(any(site.base is module for module in decoder.modules()) for site in tree.sites)
+    emap = measure_errors(model, [tokens()], progress=False)
+    assert emap.layers == tuple(site.layer for site in tree.sites)
+
+
+def test_two_stacks_and_no_decoder_are_refused():
+    """Named, so that one of them can be grown."""
+    both = torch.nn.ModuleDict({"thinker": build(), "talker": build()})
+    with pytest.raises(ValueError, match=r"talker\.model\.layers.*thinker\.model\.layers.*grow one of these parts"):
+        find_experts(both)
