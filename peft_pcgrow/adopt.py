@@ -21,6 +21,8 @@ LINEARS = (
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "hidden_act")
+# what is in a child of a decoder layer with these in its name serves another end
+NO_MLPS = ("norm", "attn", "attention", "router")
 DROPOUTS = ("dropout", "resid_dropout")
 # set on every instance by transformers' use_experts_implementation
 MARK = "_is_expert_parallel"
@@ -99,10 +101,12 @@ def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any)
 
 
 def _mlps(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, ...], str]]]:
-    """Blocks that own an MLP's linear layers, those inside other experts excepted."""
+    """Blocks that own an MLP's linear layers, those inside other experts, routers, norms and attention excepted."""
     for name, block in layer.named_modules():
-        children = dict(block.named_children())
-        if block is layer or any(part.isdigit() for part in name.split(".")):
+        children, parts = dict(block.named_children()), name.split(".")
+        if block is layer or any(part.isdigit() or part == "gate" for part in parts):
+            continue
+        if any(word in part for part in parts for word in NO_MLPS):
             continue
         for entering, leaving in LINEARS:
             if all(_is_linear(children.get(each)) for each in (*entering, leaving)):
