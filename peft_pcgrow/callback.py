@@ -19,7 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.experts import kind_of
 from peft_pcgrow.guard import say
+from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import measure_errors
 
 PREFIX = "pcgrow/"
@@ -158,7 +160,7 @@ class ErrorMapCallback(TrainerCallback):
         _synchronize(args.device)
         began = time.perf_counter()
         with _undisturbed(model):
-            emap = measure_errors(model, self._anew(step), **self.measure)
+            emap = measure_errors(model, self._anew(step), **{"nodes": _grown_kind(model), **self.measure})
         taken = time.perf_counter() - began
         self.seconds, self._count = self.seconds + taken, self._count + 1
         if self._count == 1:
@@ -251,6 +253,12 @@ def _caller() -> CallbackHandler | None:
             return handler
         frame = frame.f_back
     return None
+
+
+def _grown_kind(model: nn.Module) -> str | None:
+    """Which kind of nodes grows, if it is one."""
+    kinds = {kind_of(layer.base_layer) for layer in model.modules() if isinstance(layer, PCGrowExperts)}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 @contextmanager

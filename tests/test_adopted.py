@@ -1,7 +1,6 @@
 """MLPs as nodes: dense ones, and those that serve every token beside routed experts."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,101 +9,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 from close import assert_all_close, assert_close
 from loaders import LOADERS
-from peft_pcgrow import Locus, PCGrowConfig, compress, export_flat, find_experts, measure_errors
-from peft_pcgrow.compress.forms import Form
-from tiny import COMMON, assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train
-
-GPT = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "initializer_range": 0.15,
-}
-
-
-def random_biases(model):
-    """No bias at zero, as some architectures start them."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def seeded(kind, config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return random_biases(kind(config)).eval()
-
-
-def phi3():
-    """Gate and up are one linear layer."""
-    return seeded(Phi3ForCausalLM, Phi3Config(**COMMON, intermediate_size=64))
-
-
-def gemma2():
-    return seeded(Gemma2ForCausalLM, Gemma2Config(**COMMON, intermediate_size=64, head_dim=8))
-
-
-def gpt2(**changes):
-    """No gate, biases, transposed weights, dropout after the MLP, layers called `h`."""
-    return seeded(GPT2LMHeadModel, GPT2Config(n_positions=128, **GPT, **changes))
-
-
-def neox():
-    """No gate, biases; attention and MLP read the same residual stream."""
-    return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(intermediate_size=64, max_position_embeddings=128, **GPT))
-
-
-CASES = {
-    "llama": (dense, "dense", ["gate_proj", "up_proj", "down_proj"]),
-    "phi3": (phi3, "dense", ["gate_up_proj", "down_proj"]),
-    "gemma2": (gemma2, "dense", ["gate_proj", "up_proj", "down_proj"]),
-    "gpt2": (gpt2, "dense", ["c_fc", "c_proj"]),
-    "neox": (neox, "dense", ["dense_h_to_4h", "dense_4h_to_h"]),
-    "qwen2_moe, shared": (lambda: build("qwen2_moe"), "shared", ["gate_proj", "up_proj", "down_proj"]),
-    "deepseek_v3, shared": (lambda: build("deepseek_v3"), "shared", ["gate_proj", "up_proj", "down_proj"]),
-    "deepseek_v3, dense": (lambda: build("deepseek_v3"), "dense", ["gate_proj", "up_proj", "down_proj"]),
-}
-every_case = pytest.mark.parametrize("name", CASES)
-
-
-def made(name, dtype=torch.float32):
-    make, nodes, _ = CASES[name]
-    return make().to(dtype), nodes
-
-
-def grown(model, nodes, **changes):
-    locus = {site.layer: [0] for site in find_experts(model, nodes).sites}
-    return get_peft_model(model, PCGrowConfig(**{"locus": locus, "nodes": nodes, **changes}))
-
-
-def linears(model, name):
-    """An MLP's linear layers, by decoder layer: read from the model, not through what is tested."""
-    found = {}
-    for path, module in model.named_modules():
-        names = CASES[name][2]
-        parts = path.split(".")
-        shared = any(part.startswith("shared_expert") for part in parts)
-        if all(hasattr(module, each) for each in names) and shared == (CASES[name][1] == "shared"):
-            found[int(next(part for part in parts if part.isdigit()))] = [getattr(module, each) for each in names]
-    return found
+from mlp_models import every_case, gpt2, grown, linears, made
+from peft_pcgrow import ErrorMapCallback, Locus, PCGrowConfig, export_flat, find_experts, measure_errors
+from tiny import assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train
 
 
 @every_case
@@ -316,67 +229,22 @@ def test_kinds_side_by_side():
     assert Locus(model.peft_config["shared"].locus) == Locus({1: [0], 2: [0]})
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_compress(name, tmp_path):
-    """Dense MLPs are packed, saved, loaded, and grown on; a stage taken back leaves all as it was."""
-    model, _ = made(name)
-    known = domain(seed=1)
-    train(model, steps=30, lr=3e-3, texts=lambda seed: known)
-    before, weights = logits(model, known), snapshot(model)
-    texts = {"retain": [known], "progress": False}
-    plan = compress.plan(model, target=0.3, methods=("quantize", "thin"), **texts)
-    harsh = compress.plan(model, target=0.05, methods=("thin",), **texts)
-    assert torch.equal(logits(model, known), before)
-    model, report = compress.apply(model, harsh, max_loss_rise=1e-3)
-    assert report.stopped
-    assert_same(weights, {key: value for key, value in snapshot(model).items() if key in weights})
-    assert torch.equal(logits(model, known), before)
-    model, report = compress.apply(model, plan)
-    assert report.bytes_after <= 0.3 * report.bytes_before
-    assert not any(f"mlp.{layer}." in key for layer in CASES[name][2] for key in model.state_dict())
-    model.save_pretrained(tmp_path / "packed")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    packed = logits(loaded)
-    assert torch.equal(packed, logits(model))
-    loaded = grown(loaded, "dense")
-    assert_close("logits", logits(loaded), packed, "fp32")
-    train(loaded)
-    assert not torch.allclose(logits(loaded), packed)
+def test_targets():
+    """MLPs go by the names that LoRA's users give them."""
+    for given in (["mlp"], ["mlp.experts"], r".*layers\.1\.mlp"):
+        model = get_peft_model(dense(), PCGrowConfig(select="random", budget=1.0, target_modules=given))
+        assert set(model.peft_config["default"].locus) == ({"1"} if isinstance(given, str) else {"0", "1", "2"})
+    model = get_peft_model(dense(), PCGrowConfig(select="random", budget=1.0, layers_to_transform=[2]))
+    assert set(model.peft_config["default"].locus) == {"2"}
 
 
-def test_thinned_mlps_are_plain_checkpoints(tmp_path):
-    model = dense()
-    plan = compress.plan(model, target=0.5, methods=("thin",), retain=[retain()], progress=False)
-    for place, node in enumerate(plan.nodes):
-        plan.nodes[place] = replace(node, form=Form(neurons=32))
-    compress.apply(model, plan)
-    compress.export_plain(model, tmp_path / "plain", [retain()])
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert plain.config.intermediate_size == 32
-    assert torch.equal(logits(plain), logits(model))
-
-
-def test_base_in_four_bits(tmp_path):
-    """Linear layers that bitsandbytes quantized: banks hold their decoded weights, and merging is refused."""
-    pytest.importorskip("bitsandbytes")
-    # bitsandbytes' kernel takes rows of whole blocks of 64
-    LlamaForCausalLM(LlamaConfig(**{**COMMON, "hidden_size": 64}, intermediate_size=128)).save_pretrained(tmp_path)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
-    before = logits(model)
-    with pytest.raises(ValueError, match="quantized in another way"):
-        compress.quantize_experts(model)
-    with pytest.raises(ValueError, match="quantized in another way"):
-        compress.plan(model, target=0.5, retain=[retain()])
-    model = grown(model, "dense")
-    # the base's own products may be in bf16
-    assert_close("logits", logits(model), before, "bf16")
-    losses = train(model, steps=5)
-    assert losses[-1] < losses[0]
-    with model.disable_adapter():
-        assert torch.equal(logits(model), before)
-    with pytest.raises(ValueError, match="the base was loaded quantized"):
-        model.merge_adapter()
+def test_callback_measures_what_grows(tmp_path):
+    model = grown(build("qwen2_moe"), "shared")
+    callback = ErrorMapCallback([tokens()], every=2, max_share=1.0)
+    data = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
+    assert callback.map.base["nodes"] == "shared"
 
 
 def test_what_cannot_be_adopted():
