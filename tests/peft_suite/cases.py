@@ -18,6 +18,15 @@ MODELS: dict[str, dict[str, Any]] = {
     **{f"tiny/{name}": {"architecture": name} for name in ("qwen3_moe", "olmoe", "mixtral", "qwen2_moe")},
     # some rows grow layer 0 alone, which is dense by default
     "tiny/deepseek_v3": {"architecture": "deepseek_v3", "first_k_dense_replace": 0},
+    # experts that do not follow transformers' contract, one for each token
+    "tiny/llama4": {
+        "architecture": "llama4_text",
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "interleave_moe_layer_step": 1,
+    },  # fmt: skip
     # MLPs as nodes
     **{
         f"tiny/{name}": {"architecture": name, "intermediate_size": 64}
