@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "head_dim": 8,
         "interleave_moe_layer_step": 1,
-    },  # fmt: skip
+    },
     # MLPs as nodes
     **{
         f"tiny/{name}": {"architecture": name, "intermediate_size": 64}
