@@ -6,7 +6,17 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_pcgrow.adopted import AdoptedBlock, LinearBlock, LinearExperts, adopt_block, differ, return_block, tried
+from peft_pcgrow.adopted import (
+    AdoptedBlock,
+    LinearBlock,
+    LinearExperts,
+    adopt_block,
+    differ,
+    kind_of,
+    return_block,
+    tried,
+)
+from peft_pcgrow.model_parts import decoder_layers
 
 # names that architectures give an MLP's linear layers: those that tokens enter, the one that they leave by
 LINEARS = (
@@ -30,17 +40,13 @@ MARK = "_is_expert_parallel"
 
 def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, nn.Module]:
     """The experts modules of a kind."""
-    return {
-        name: module
-        for name, module in modules.items()
-        if MARK in module.__dict__ and getattr(module, "kind", "routed") == kind
-    }
+    return {name: module for name, module in modules.items() if MARK in module.__dict__ and kind_of(module) == kind}
 
 
 def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dict[str, nn.Module]:
     """The MLPs that are nodes of a kind, adopted."""
     named, config = type(model).__name__, getattr(model, "config", None)
-    path = _text_layers(model, modules)
+    path = decoder_layers(model, modules)
     if path is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{named} has no list of decoder layers, whose MLPs could be grown: use LoRA on this model")
     layers: Any = modules[path]
@@ -53,19 +59,6 @@ def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dic
         reasons = "; ".join(refused[:2]) or f"no MLP of linear layers was found in layers {known} routed experts"
         raise ValueError(f"{named} has no {nodes} nodes that can be grown: {reasons}. Use LoRA on them")
     return found
-
-
-def _text_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    """Where the decoder layers of the text part are: its longest list of modules."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    prefix = next((name for name, module in modules.items() if module is decoder), "")
-    lists = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and (not prefix or name.startswith(f"{prefix}."))
-    ]
-    # the first of the longest is the outermost
-    return max(lists, key=lambda name: len(modules[name]), default=None)  # type: ignore[arg-type]
 
 
 def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any) -> list[str]:

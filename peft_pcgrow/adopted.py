@@ -167,6 +167,11 @@ class AdoptedExperts(nn.Module):
         """A whole stack `[E, ...]` as the block would save it, by name within the block."""
 
 
+def kind_of(experts: nn.Module) -> str:
+    """Which kind of nodes an experts module holds: "routed", "shared" or "dense"."""
+    return experts.kind if isinstance(experts, AdoptedExperts) else "routed"
+
+
 class AdoptedBlock:
     """Mixed into a block's class by `adopt_block`: runs its child `experts` in the place of its own code."""
 

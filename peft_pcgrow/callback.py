@@ -18,8 +18,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from peft_pcgrow.adopted import kind_of
 from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.experts import kind_of
 from peft_pcgrow.guard import say
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import measure_errors

@@ -249,11 +249,6 @@ def is_adopted(base: ExpertsModule) -> bool:
     return isinstance(base, AdoptedExperts)
 
 
-def kind_of(base: ExpertsModule) -> str:
-    """Which of `NODES` these experts are."""
-    return base.kind if is_adopted(base) else "routed"
-
-
 def weight_places(base: ExpertsModule) -> list[tuple[dict[str, Any], str]]:
     """Of adopted experts: the dicts and keys of what holds their weights outside of the module itself."""
     return base.places() if is_adopted(base) else []

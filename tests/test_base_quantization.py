@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_all_close
+from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
 from peft_pcgrow.compress.forms import Form, form_bytes
 from peft_pcgrow.compress.quantize import BITS, quantize_experts
 from peft_pcgrow.experts import expert_stacks, is_packed
 from test_parts import PARTS, config
-from test_saving import LOADERS
 from tiny import (
     ARCHITECTURES,
     EXPERTS,
@@ -282,4 +282,27 @@ def test_prepared_for_kbit_training(four_bit, recwarn):
     for site in find_experts(model).sites:
         assert torch.equal(site.base._buffers["packed_down_proj"], before[site.layer])
     losses = train(model, steps=4, texts=lambda seed: tokens())
+    assert losses[-1] < losses[0]
+
+
+def test_saved_without_the_adapter(tmp_path):
+    """The packed base that an adapter leaves behind, and one packed by itself, are saved and read back."""
+    model = grown(base_quantization="int8")
+    quantized = build()
+    quantize_experts(quantized, "int8")
+    for name, base in (("left", model.unload()), ("packed", quantized)):
+        base.save_pretrained(tmp_path / name)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert all(is_packed(site.base) for site in find_experts(loaded).sites)
+        assert torch.equal(logits(loaded), logits(base))
+
+
+def test_shared_experts_on_packed_routed_ones():
+    """What is packed are the routed experts, whichever nodes grow."""
+    base = build("qwen2_moe")
+    shared = {layer: [0] for layer in find_experts(base, "shared").experts_at}
+    model = get_peft_model(base, PCGrowConfig(locus=shared, nodes="shared", base_quantization="nf4"))
+    assert all(is_packed(site.base) for site in find_experts(model).sites)
+    assert not any(is_packed(site.base) for site in find_experts(model, "shared").sites)
+    losses = train(model, steps=5, texts=lambda seed: tokens(seed=1))
     assert losses[-1] < losses[0]

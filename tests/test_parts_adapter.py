@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_all_close, assert_close
+from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer
 from peft_pcgrow.experts import expert_stacks
 from test_parts import PARTS, config, grown
-from test_saving import LOADERS
 from test_trainer import banks, fit, logged
 from tiny import (
     assert_same,

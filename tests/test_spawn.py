@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM
 
 from close import assert_all_close, assert_close
+from loaders import LOADERS
 from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts
-from test_saving import LOADERS
 from test_trainer import banks, fit
 from tiny import (
     ARCHITECTURES,
