@@ -170,8 +170,8 @@ def measure(name: str, dtype: torch.dtype, implementation: str, allowed: float) 
     check(set(emap.layers) == set(seen), f"layers {list(emap.layers)} measured, {sorted(seen)} called")
     for row, layer in enumerate(emap.layers):
         index, weight, error = seen[layer]
-        # some routers choose beyond the experts, for tokens that need none
-        count = torch.bincount(index.flatten(), minlength=EXPERTS)[:EXPERTS]
+        # some routers choose beyond the experts, or the first one at weight 0, for tokens that need none
+        count = torch.bincount(index[weight != 0], minlength=EXPERTS)[:EXPERTS]
         check_same(emap.count[row].long(), count, f"rows at layer {layer}")
         norms = (weight.abs() * error.norm(dim=-1, keepdim=True)).double()
         mass = torch.zeros(int(index.max()) + EXPERTS, dtype=torch.float64)

@@ -14,13 +14,13 @@ def test_expert_error(tokens, choices, experts, dtype):
     delta = torch.randn(tokens, 7, dtype=dtype)
     # one index past the end is no expert: that is how expert parallelism marks rows of other devices
     index = torch.randint(0, experts + 1, (tokens, choices))
-    weight = torch.randn(tokens, choices, dtype=dtype)
+    weight = torch.randn(tokens, choices, dtype=dtype) * (torch.rand(tokens, choices) > 0.2)
     keep = torch.rand(tokens) > 0.3
     want = torch.zeros(4, experts, dtype=torch.float64)
     for t in range(tokens):
         for k in range(choices):
             e, p = int(index[t, k]), float(weight[t, k])
-            if keep[t] and e < experts:
+            if keep[t] and e < experts and p:
                 error = p * delta[t].double()
                 want[:, e] += torch.tensor([1.0, p, error.norm(), error @ error], dtype=torch.float64)
     for name, got, expected in zip(

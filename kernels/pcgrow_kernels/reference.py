@@ -18,7 +18,8 @@ def expert_error(
     Args:
         delta: error at the experts module's summed output, `[T, H]`, dLoss/d(output) in nats per unit.
         index: expert chosen by each row, `[T, K]`, integer; values outside `0..experts-1` are no expert.
-        weight: routing weight of each row, `[T, K]`.
+        weight: routing weight of each row, `[T, K]`; a row at weight 0 does nothing and is not counted (ZAYA's router
+            sends tokens that skip the experts to the first of them so).
         experts: E.
         keep: `[T]` bool, tokens that count (padding does not); all of them if None.
 
@@ -26,7 +27,7 @@ def expert_error(
         Four `[E]` fp64 tensors: rows, sum of routing weights, sum of error norms, sum of squared error norms.
     """
     norm = torch.linalg.vector_norm(delta, dim=-1, dtype=torch.promote_types(delta.dtype, torch.float32)).double()
-    routed = (index >= 0) & (index < experts)
+    routed = (index >= 0) & (index < experts) & (weight != 0)
     if keep is not None:
         routed = routed & keep[:, None]
     chosen = index[routed]
