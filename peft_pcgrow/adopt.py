@@ -76,10 +76,15 @@ def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any)
         if (index in routed) != (kind == "shared"):
             continue
         for name, block, names in list(_mlps(layer)):
+            where = f"{name} of layer {index} ({type(block).__name__})"
+            entering, leaving = names
+            if any(hasattr(getattr(block, each), "base_layer") for each in (*entering, leaving)):
+                # a bank is made of the weights alone, and would compute without it
+                refused.append(f"{where} has another adapter on its linear layers: leave them out of its targets")
+                continue
             if isinstance(block, AdoptedBlock):
                 continue
-            where = f"{name} of layer {index} ({type(block).__name__})"
-            made = _adopted(block, *names, config, kind)
+            made = _adopted(block, entering, leaving, config, kind)
             if isinstance(made, LinearExperts):
                 width, like = made.shape("down_proj")[2 if made.is_transposed else 1], made.like
                 before = tried(block, width, like)
@@ -108,8 +113,8 @@ def _mlps(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, .
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    """bitsandbytes' layers are subclasses, wrappers of other adapters are not."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Also by bitsandbytes, whose layers are subclasses, or in the wrapper of another adapter."""
+    return isinstance(getattr(module, "base_layer", module), (nn.Linear, Conv1D))
 
 
 def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, kind: str) -> LinearExperts | str:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -236,6 +236,20 @@ def test_targets():
         assert set(model.peft_config["default"].locus) == ({"1"} if isinstance(given, str) else {"0", "1", "2"})
     model = get_peft_model(dense(), PCGrowConfig(select="random", budget=1.0, layers_to_transform=[2]))
     assert set(model.peft_config["default"].locus) == {"2"}
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_beside_lora(adopted):
+    """On the attention it is trained along; on the MLPs' own layers a bank would compute without it."""
+    model = dense()
+    if adopted:
+        find_experts(model)
+    wrapped = inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), copy.deepcopy(model))
+    with pytest.raises(ValueError, match=r"mlp of layer 0 \(LlamaMLP\) has another adapter on its linear layers"):
+        find_experts(wrapped)
+    beside = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model)
+    before = logits(beside)
+    assert torch.equal(logits(grown(beside, "dense")), before)
 
 
 def test_callback_measures_what_grows(tmp_path):
