@@ -11,11 +11,8 @@ model itself cannot do.
 """
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ import transformers
 
 import architectures
 import corpora
+import tables
 from checks import one_line
 from operations import OPERATIONS
 
@@ -77,11 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=every, choices=every, metavar="NAME")
     parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
-    parser.add_argument("--table", type=Path, metavar="PATH", help="write the table to this file")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    args = tables.parse(parser)
     rows = []
     for name in args.architectures:
         started = time.perf_counter()
@@ -92,10 +86,7 @@ def main() -> None:
         result = f"{', '.join(failed)} fail" if failed else "all pass"
         corpora.note(f"{name}: {result}, {time.perf_counter() - started:.1f} s")
         rows += mine
-    if args.table:
-        args.table.write_text(table(rows), encoding="utf-8")
-    else:
-        corpora.note(table(rows))
+    tables.publish(table(rows), args.table)
 
 
 if __name__ == "__main__":

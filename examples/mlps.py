@@ -11,9 +11,6 @@ beside them must leave the bits as they are at birth.
 
 import argparse
 import copy
-import logging
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import corpora
+import tables
 from architectures import build, exact_dtype, moe_architectures, small_config
 from checks import check, check_close, check_same, one_line
 from operations import domain, gradients, language_loss, logits, retain, tokens
@@ -125,18 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=every, choices=every, metavar="NAME")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--table", type=Path, metavar="PATH", help="write the table to this file")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    args = tables.parse(parser)
     found = rows(args.models, args.kinds)
     for row in found:
         corpora.emit(row, args.json)
-    if args.table:
-        args.table.write_text(table(found), encoding="utf-8")
-    else:
-        corpora.note(table(found))
+    tables.publish(table(found), args.table)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_pcgrow.adopted import (
+    MARK,
     AdoptedBlock,
     LinearBlock,
     LinearExperts,
     adopt_block,
     differ,
     kind_of,
+    linear_sizes,
     return_block,
     tried,
 )
@@ -34,8 +36,6 @@ ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "hidden_act")
 # what is in a child of a decoder layer with these in its name serves another end
 NO_MLPS = ("norm", "attn", "attention", "router")
 DROPOUTS = ("dropout", "resid_dropout")
-# set on every instance by transformers' use_experts_implementation
-MARK = "_is_expert_parallel"
 
 
 def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, nn.Module]:
@@ -127,24 +127,16 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     layers = [getattr(block, name) for name in (*entering, leaving)]
     if len({getattr(layer, "bias", None) is None for layer in layers}) > 1:
         return "has biases in some of its linear layers only"
-    first, last = layers[0], layers[-1]
-    gated = len(entering) == 2 or _outputs(first) == 2 * _inputs(last)
-    if not gated and _outputs(first) != _inputs(last):
-        return f"has linear layers of {_outputs(first)} outputs and {_inputs(last)} inputs, one after the other"
+    outputs, inputs = linear_sizes(layers[0])[0], linear_sizes(layers[-1])[1]
+    gated = len(entering) == 2 or outputs == 2 * inputs
+    if not gated and outputs != inputs:
+        return f"has linear layers of {outputs} outputs and {inputs} inputs, one after the other"
     final = _dropout(block)
     if any(isinstance(m, nn.Dropout) and m.p and name != final for name, m in block.named_modules()):
         return "drops something out between its linear layers"
-    return LinearExperts(block, entering, leaving, gated, isinstance(first, Conv1D), act_fn, config, kind)
+    return LinearExperts(block, entering, leaving, gated, isinstance(layers[0], Conv1D), act_fn, config, kind)
 
 
 def _dropout(block: nn.Module) -> str | None:
     """Name of the dropout module at the end, if there is one."""
     return next((name for name in DROPOUTS if isinstance(getattr(block, name, None), nn.Dropout)), None)
-
-
-def _outputs(layer: Any) -> int:
-    return layer.nf if isinstance(layer, Conv1D) else layer.out_features
-
-
-def _inputs(layer: Any) -> int:
-    return layer.nx if isinstance(layer, Conv1D) else layer.in_features

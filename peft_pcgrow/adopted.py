@@ -19,6 +19,8 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from peft_pcgrow.stack_view import StackView
 
+# set on every instance of an experts module by transformers' use_experts_implementation
+MARK = "_is_expert_parallel"
 # tokens that an adopted block is tried on
 TRIED = 3
 
@@ -39,8 +41,7 @@ class AdoptedExperts(nn.Module):
 
     def __init__(self, block: nn.Module, num_experts: int, act_fn: Any, config: Any, kind: str = "routed"):
         super().__init__()
-        # transformers' mark of experts modules
-        self._is_expert_parallel = False
+        setattr(self, MARK, False)
         # not registered as a child, which it is not
         self._held = (block,)
         self.num_experts, self.act_fn, self.config, self.kind = num_experts, act_fn, config, kind
@@ -201,10 +202,14 @@ def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None)
     """Make a block an instance of a subclass whose forward is `mixin`'s; `experts` becomes its child of that name."""
     if experts is not None:
         block.add_module("experts", experts)
-    block.__class__ = _adopted_class(mixin, type(block))
-    if "_old_forward" in block.__dict__:
-        # what accelerate's hooks of a model on several devices call
-        block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
+    change_class(block, _adopted_class(mixin, type(block)))
+
+
+def change_class(module: Any, kind: type) -> None:
+    """Make a module an instance of another class, for accelerate's hooks of a model on several devices too."""
+    module.__class__ = kind
+    if "_old_forward" in module.__dict__:
+        module._old_forward = type(module).forward.__get__(module)
 
 
 def return_block(block: nn.Module) -> None:
@@ -212,13 +217,11 @@ def return_block(block: nn.Module) -> None:
     held: Any = block._modules.get("experts")
     if isinstance(held, AdoptedExperts):
         if held.block is held:
-            del held._is_expert_parallel
+            delattr(held, MARK)
             return_block(held)
         else:
             del block._modules["experts"]
-    block.__class__ = type(block).__bases__[1]
-    if "_old_forward" in block.__dict__:
-        block._old_forward = type(block).forward.__get__(block)  # type: ignore[assignment]
+    change_class(block, type(block).__bases__[1])
 
 
 @torch.no_grad()
@@ -299,10 +302,10 @@ class LinearExperts(AdoptedExperts):
 
     def shape(self, stack: str) -> tuple[int, ...]:
         layers = self._layers(stack.removesuffix("_bias"))
-        outputs = sum(_sizes(layer)[0] for layer in layers)
+        outputs = sum(linear_sizes(layer)[0] for layer in layers)
         if stack.endswith("_bias"):
             return 1, outputs
-        inputs = _sizes(layers[0])[1]
+        inputs = linear_sizes(layers[0])[1]
         return (1, inputs, outputs) if self.is_transposed else (1, outputs, inputs)
 
     def pieces(self, stack: str) -> list[Tensor]:
@@ -360,7 +363,7 @@ class LinearExperts(AdoptedExperts):
         return {f"{name}.{kind}": part.contiguous() for name, part in zip(names, parts, strict=True)}
 
 
-def _sizes(layer: Any) -> tuple[int, int]:
+def linear_sizes(layer: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear layer, or of transformers' Conv1D, also if it is quantized."""
     return (layer.nf, layer.nx) if hasattr(layer, "nf") else (layer.out_features, layer.in_features)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from peft_pcgrow.adopted import AdoptedBlock, AdoptedExperts, adopt_block, differ, return_block, tried
+from peft_pcgrow.adopted import MARK, AdoptedBlock, AdoptedExperts, adopt_block, differ, return_block, tried
 
 # blocks whose experts cannot be nodes, and why
 REFUSED = {
@@ -289,7 +289,8 @@ def _adopt(block: Any, how: Foreign, config: Any) -> None:
         return
     held = _innermost(block.experts)
     count, act_fn = attrgetter(how.count)(held), attrgetter(how.act_fn)(held)
-    held._is_expert_parallel, held.num_experts, held.act_fn, held.config = False, count, act_fn, config
+    setattr(held, MARK, False)
+    held.num_experts, held.act_fn, held.config = count, act_fn, config
     adopt_block(held, how.experts)
     adopt_block(block, how.block)
 
@@ -304,7 +305,7 @@ def _innermost(module: Any) -> Any:
 def _is_marked(block: nn.Module) -> bool:
     """Whether this transformers has marked its experts itself."""
     held = getattr(block, "experts", None)
-    return held is not None and "_is_expert_parallel" in _innermost(held).__dict__
+    return held is not None and MARK in _innermost(held).__dict__
 
 
 def _tried(block: Any) -> Any:

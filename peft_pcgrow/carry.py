@@ -143,7 +143,7 @@ class Descent:
             taken = [
                 (source, error)
                 for source, error in zip((run.origin, *run.extras), arrived, strict=True)
-                if error is not None and source is not None and source.requires_grad
+                if error is not None and source.requires_grad
             ]
             if not taken:
                 continue

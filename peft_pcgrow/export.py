@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
+from peft_pcgrow.adopted import kind_of
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import read_batch
@@ -83,14 +84,13 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     tree = experts.find_experts(base)
     grown: dict[int, PCGrowExperts] = {}
     for layer in tuner.tuner_layers():
-        if layer.base_layer not in [site.base for site in tree.sites] or tree.nodes != "routed":
-            if _newborns(layer):
-                raise ValueError(
-                    f"layer {layer.layer_index} of {type(base).__name__} has a newborn beside an MLP that no router "
-                    "chooses, so a plain checkpoint cannot hold it: keep the adapter"
-                )
-        else:
+        if kind_of(layer.base_layer) == "routed":
             grown[layer.layer_index] = layer
+        elif _newborns(layer):
+            raise ValueError(
+                f"layer {layer.layer_index} of {type(base).__name__} has a newborn beside an MLP that no router "
+                "chooses, so a plain checkpoint cannot hold it: keep the adapter"
+            )
     newborns = {site.layer: _newborns(grown.get(site.layer)) for site in tree.sites}
     extra = check_flat(base, tree, {layer: len(found) for layer, found in newborns.items()})
     device = next(base.parameters()).device

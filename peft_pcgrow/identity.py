@@ -10,6 +10,9 @@ from torch import nn
 
 from peft_pcgrow import experts
 
+# what descriptions of one model agree in, beside its routers
+SAME = ("model_type", "nodes", "layers", "experts", "shapes")
+
 
 def describe_base(model: nn.Module, tree: experts.Tree) -> dict[str, Any]:
     """What tells one base from another: model type, shapes and a fingerprint of the routers (None on meta, or if there
@@ -32,7 +35,7 @@ def describe_base(model: nn.Module, tree: experts.Tree) -> dict[str, Any]:
 
 def same_model(noted: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     """Whether two descriptions are of models with the same experts, as far as is known."""
-    same = all(noted.get(key) == base.get(key) for key in ("model_type", "nodes", "layers", "experts", "shapes"))
+    same = all(noted.get(key) == base.get(key) for key in SAME)
     return same and not other_routers(noted, base)
 
 

@@ -3,9 +3,10 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +28,6 @@ from peft_pcgrow.recompute import by_name
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.sequence import Sequence
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
-
-# what a map and the model that it is used on must agree in
-FACTS = ("model_type", "nodes", "layers", "experts", "shapes", "routers")
 
 
 class PCGrowModel(BaseTuner):
@@ -54,7 +52,7 @@ class PCGrowModel(BaseTuner):
     _stack: LayerStack | None = None
     _guard: TrainingGuard | None = None
     _grown: tuple[PCGrowExperts, ...] = ()
-    _created: tuple[PCGrowExperts, ...] = ()
+    _created: Mapping[int, tuple[PCGrowExperts, ...]] = MappingProxyType({})
     _handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
@@ -67,7 +65,7 @@ class PCGrowModel(BaseTuner):
         tree = experts.find_experts(model, nodes)
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:
-            measured.check_base({key: base.get(key) for key in FACTS})
+            measured.check_base({key: base.get(key) for key in (*identity.SAME, "routers")})
         allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
         if not allowed:
             raise ValueError(
@@ -152,7 +150,7 @@ class PCGrowModel(BaseTuner):
             site = next(site for site in self._tree.sites if site.name == current_key)
             layer = PCGrowExperts(target, site.layer)
             # layers that another tuner on this model wrapped are that tuner's to watch
-            self._created += (layer,)
+            self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
             self._handles += _follow_calls(site.decoder_layer, layer)
         birth = self._births[current_key]
         layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
@@ -238,9 +236,7 @@ class PCGrowModel(BaseTuner):
 
     def _check_called(self, index: int) -> None:
         """A grown layer whose block went round the adapter would train nothing: refuse at once."""
-        for layer in self._created:
-            if layer.layer_index != index:
-                continue
+        for layer in self._created.get(index, ()):
             called, layer.called = layer.called, False
             if not called:
                 raise RuntimeError(

@@ -24,8 +24,8 @@ class LayerRun:
     """How one decoder layer was called: enough to run it again with the same result.
 
     Attributes:
+        origin: the input as it came, with its graph; x: the same without.
         extras: tensors among `args` and `kwargs` that other layers made, with their graphs.
-        origin: the input as it came, with its graph; None: it is the output of the layer before.
         handed: what the layer handed on in the forward, by the number of its mark, its output first.
     """
 
@@ -38,8 +38,8 @@ class LayerRun:
     autocast: dict[str, Any]
     cpu_rng: Tensor
     device_rng: tuple[list[int], list[Tensor]]
-    extras: list[Tensor] = field(default_factory=list)
-    origin: Tensor | None = None
+    origin: Tensor
+    extras: list[Tensor]
     handed: dict[int, Tensor] = field(default_factory=dict)
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -90,7 +90,9 @@ def recomputed_from(layer: nn.Module) -> Tensor | None:
     return _recomputed.get(id(layer))
 
 
-def record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> LayerRun:
+def record(
+    layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any], extras: list[Tensor]
+) -> LayerRun:
     device_type = x.device.type
     autocast = {
         kind: {
@@ -101,7 +103,8 @@ def record(layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[st
         for kind in {device_type, "cpu"}
     }
     device_rng = get_device_states(x) if device_type not in ("cpu", "meta") else ([], [])
-    return LayerRun(layer, index, x, args, kwargs, device_type, autocast, torch.get_rng_state(), device_rng)
+    cpu_rng = torch.get_rng_state()
+    return LayerRun(layer, index, x.detach(), args, kwargs, device_type, autocast, cpu_rng, device_rng, x, extras)
 
 
 def refuse_filled_cache(kwargs: dict[str, Any]) -> None:

@@ -259,9 +259,8 @@ class LayerStack:
         if extras or changed:
             self._check_linked(tape, index, layer, extras)
         if tape.wanted[index]:
-            run = tape.current = record(layer, index, x.detach(), args, tape.before)
-            run.extras, run.origin = extras, x
-            tape.runs.append(run)
+            tape.current = record(layer, index, x, args, tape.before, extras)
+            tape.runs.append(tape.current)
 
     def _check_linked(self, tape: Tape, index: int, layer: nn.Module, extras: list[Tensor]) -> None:
         if tape.way.settle == "relax" or (tape.way.settle == "direct" and tape.way.depth):

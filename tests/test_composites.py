@@ -10,8 +10,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.experts import expert_stacks
-from tiny import EXPERTS, VOCABULARY, assert_same, snapshot
+from tiny import EXPERTS, VOCABULARY, assert_same, oracle, snapshot
 
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
 LOCUS = {0: [1, 4], 2: [0, 3, 7]}
@@ -104,14 +103,7 @@ def test_map(inputs):
 @CASES
 def test_sweep_equals_autograd(inputs):
     model, given = build(), inputs() | {"labels": inputs()["input_ids"], "use_cache": False}
-    reference = copy.deepcopy(model).train().requires_grad_(True)
-    reference(**given).loss.backward()
-    wanted = {
-        f"base_model.model.{site.name}.pcgrow_{name}.default.weight": stack.grad[LOCUS[site.layer]]
-        for site in find_experts(reference).sites
-        if site.layer in LOCUS
-        for name, stack in expert_stacks(site.base).items()
-    }
+    wanted = oracle(copy.deepcopy(model), lambda reference: reference(**given).loss, LOCUS)
     model = get_peft_model(model, PCGrowConfig(locus=LOCUS)).train()
     model(**given).loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -9,8 +9,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.experts import expert_stacks
-from tiny import ARCHITECTURES, PAD, build, tokens
+from tiny import ARCHITECTURES, PAD, build, language_loss, oracle, tokens
 
 
 def grown(model, settle="sweep", locus=None, **config):
@@ -20,23 +19,6 @@ def grown(model, settle="sweep", locus=None, **config):
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def oracle(base, loss, locus) -> dict[str, torch.Tensor]:
-    """Autograd through the whole untouched model: located slices of the gradients of its stacks."""
-    base.train().requires_grad_(True)
-    loss(base).backward()
-    found = {}
-    for site in find_experts(base).sites:
-        for name, stack in expert_stacks(site.base).items():
-            if site.layer in locus:
-                key = f"base_model.model.{site.name}.pcgrow_{name}.default.weight"
-                found[key] = stack.grad[list(locus[site.layer])]
-    return found
-
-
-def language_loss(ids):
-    return lambda model: model(input_ids=ids, labels=ids).loss
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -18,7 +18,21 @@ from peft_pcgrow import PCGrowConfig, compress, find_experts
 from peft_pcgrow.experts import expert_stacks
 from test_spawn import any_taken
 from test_spawn import trained as spawn_trained
-from tiny import LOCUS, build, domain, grown, logits, mixed, retain, spawned, tokens, train, trainable
+from tiny import (
+    LOCUS,
+    build,
+    domain,
+    grown,
+    language_loss,
+    logits,
+    mixed,
+    oracle,
+    retain,
+    spawned,
+    tokens,
+    train,
+    trainable,
+)
 
 WAYS = ("eager", "grouped_mm", "batched_mm")
 SWITCHES = [(one, other) for one in WAYS for other in WAYS if one != other]
@@ -32,18 +46,6 @@ def switch(model: nn.Module, way: str) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_experts_implementation(way)
     assert {site.base.config._experts_implementation for site in find_experts(model).sites} == {way}
-
-
-def oracle(base: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Located slices of autograd's gradients through the whole model without an adapter."""
-    base.train().requires_grad_(True).zero_grad()
-    base(input_ids=ids, labels=ids).loss.backward()
-    return {
-        f"base_model.model.{site.name}.pcgrow_{name}.default.weight": stack.grad[LOCUS[site.layer]]
-        for site in find_experts(base).sites
-        if site.layer in LOCUS
-        for name, stack in expert_stacks(site.base).items()
-    }
 
 
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -81,7 +83,7 @@ def test_gradients(name, first, second):
     base, ids = build(name, dtype, first), tokens()
     reference = build(name, dtype, second)
     model = get_peft_model(base, PCGrowConfig(locus=LOCUS), autocast_adapter_dtype=False)
-    want = oracle(reference, ids)
+    want = oracle(reference, language_loss(ids), LOCUS)
     assert all(bool(gradient.any()) for gradient in want.values())
     for way in (first, second):
         switch(model, way)
@@ -100,7 +102,7 @@ def test_between_steps(name):
     base, model = build(name), grown(name=name)
     start = {n: p.detach().clone() for n, p in trainable(model).items()}
     for batch, way in zip(ids, WAYS, strict=True):
-        want = oracle(base, batch)
+        want = oracle(base, language_loss(batch), LOCUS)
         with torch.no_grad():
             for site in find_experts(base).sites:
                 for stack, weights in expert_stacks(site.base).items() if site.layer in LOCUS else ():
@@ -197,7 +199,7 @@ def test_a_registered_implementation_is_followed(registered, name, training):
     base = build(implementation=name)
     want = logits(base, ids)
     assert not torch.allclose(want, plain, atol=0.1)
-    gradient = oracle(copy.deepcopy(base), ids)
+    gradient = oracle(copy.deepcopy(base), language_loss(ids), LOCUS)
     model = get_peft_model(base, PCGrowConfig(locus=LOCUS)).train(training)
     with torch.no_grad():
         assert_close("logits", model(input_ids=ids, use_cache=False).logits, want, "fp32")

@@ -4,7 +4,7 @@ All have hidden size 32, 8 experts and 128 words; every width divides by 8, so t
 are larger than a fresh initialisation's and no router bias is left at zero, so that routing is not degenerate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 
@@ -33,6 +33,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts, measure_errors
+from peft_pcgrow.experts import expert_stacks
 from peft_pcgrow.gate import at_rate
 
 # transformers 5.24 came out before the PEFT that its own integration asks for
@@ -295,6 +296,25 @@ def backward(model: nn.Module) -> dict[str, Tensor]:
     gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
     assert all(bool(gradient.any()) for gradient in gradients.values())
     return gradients
+
+
+def language_loss(ids: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda model: model(input_ids=ids, labels=ids).loss
+
+
+def oracle(
+    base: nn.Module, loss: Callable[[nn.Module], Tensor], locus: Mapping[int, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Autograd through the whole untouched model: located slices of the gradients of its stacks, by the adapter's
+    names."""
+    base.train().requires_grad_(True).zero_grad()
+    loss(base).backward()
+    return {
+        f"base_model.model.{site.name}.pcgrow_{name}.default.weight": stack.grad[list(locus[site.layer])]
+        for site in find_experts(base).sites
+        if site.layer in locus
+        for name, stack in expert_stacks(site.base).items()
+    }
 
 
 def train(

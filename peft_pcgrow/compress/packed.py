@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from peft_pcgrow import experts
+from peft_pcgrow.adopted import change_class
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons, full_matrix, matrix_shape
 from peft_pcgrow.compress.grouped import grouped_product, joined
@@ -274,7 +275,4 @@ def pack(
         base.register_buffer(PREFIX + name, buffer)
     # tells the dtype and device that the stacks would have
     base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
-    base.__class__ = packed_class(type(base))
-    if "_old_forward" in base.__dict__:
-        # what accelerate's hooks of a model on several devices call
-        base._old_forward = type(base).forward.__get__(base)
+    change_class(base, packed_class(type(base)))
