@@ -20,9 +20,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from peft_pcgrow.adopted import kind_of
 from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.guard import say
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import measure_errors
+from peft_pcgrow.say import say
 
 PREFIX = "pcgrow/"
 # in every entry of the Trainer's log history that stands for a map

@@ -16,9 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, Subset, get_worker_info
 from tqdm.auto import tqdm
 
+from peft_pcgrow.batches import IGNORED, read_batch
 from peft_pcgrow.layer import PCGrowExperts
-from peft_pcgrow.measure import read_batch
-from peft_pcgrow.probe import IGNORED
 
 Needs = Mapping[int, set[int]]
 # what an example may hold where no collator is given, and what pads it

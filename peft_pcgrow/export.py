@@ -21,11 +21,10 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
 from peft_pcgrow.adopted import kind_of
+from peft_pcgrow.batches import IGNORED, read_batch
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
-from peft_pcgrow.measure import read_batch
 from peft_pcgrow.model import PCGrowModel
-from peft_pcgrow.probe import IGNORED
 from peft_pcgrow.staging import check_empty, staged
 
 # margins beyond this many nats tell a router no more

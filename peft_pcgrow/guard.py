@@ -1,21 +1,18 @@
 """Say what trains, refuse steps that are not finite, and notice experts that silently do not move."""
 
-import logging
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peft_pcgrow import experts
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.protect import keep_off
+from peft_pcgrow.say import say
 
-logger = logging.getLogger("peft_pcgrow")
 _guards: "weakref.WeakSet[TrainingGuard]" = weakref.WeakSet()
 _hooked = False
 # layer, expert, and what a slice of a bank is called
@@ -195,13 +192,3 @@ def _hook_optimizers() -> None:
 
         register_optimizer_step_pre_hook(before)
         register_optimizer_step_post_hook(after)
-
-
-def say(text: str) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-        return
-    if not logger.handlers and not logging.getLogger().handlers and logger.level == logging.NOTSET:
-        # nobody configured logging: a line on standard error is what users of a Trainer expect
-        logger.addHandler(logging.StreamHandler(sys.stderr))
-        logger.setLevel(logging.INFO)
-    logger.info(text)

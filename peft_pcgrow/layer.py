@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,37 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts, parts
-from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, make_bank
+from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
+from peft_pcgrow.birth import Birth, check_disjoint
 from peft_pcgrow.gate import RATES, Gate, at_rate
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
 PERTURBATION = 0.5
-
-
-@dataclass(frozen=True)
-class Birth:
-    """What an adapter's nodes at one layer are, beside their weights.
-
-    Attributes:
-        grown: the experts chosen, G of them. spawned: those of them that are newborns' donors.
-        window: tokens of context that the gate looks at (see `gate.Gate`).
-        gate: the gate, and its threshold at each of `gate.RATES` `[F]`; None: unknown until an adapter file is loaded.
-        gate_fpr: the rate in use.
-        directions: per stack, what updates are kept off, `[G, I, K]`, or by `parts.protected_inputs`.
-        pieces: what the bank holds of the experts, by stack; None: all of them, whole.
-        shrunk: how the bank is stored, by stack; None: in full width.
-    """
-
-    grown: tuple[int, ...]
-    spawned: tuple[int, ...] = ()
-    window: int = 0
-    gate: tuple[Gate, Tensor] | None = None
-    gate_fpr: float = 0.0
-    directions: Mapping[str, Tensor] = field(default_factory=dict)
-    pieces: Mapping[str, Pieces] | None = None
-    shrunk: Mapping[str, Coding] | None = None
 
 
 class PCGrowExperts(nn.Module, BaseTunerLayer):
@@ -302,33 +279,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def check_disjoint(self, adapter_names: Sequence[str]) -> None:
-        """Raise ValueError if two of these adapters deepen the same expert here, or one deepens what a newborn with
-        parts takes the rest of its weights from."""
-        owner: dict[int, str] = {}
-        for name in adapter_names:
-            birth = self.births.get(name, Birth(()))
-            for expert in sorted(set(birth.grown) - set(birth.spawned)):
-                if expert in owner:
-                    raise ValueError(
-                        f"adapters {owner[expert]!r} and {name!r} both grow expert {expert} of layer "
-                        f"{self.layer_index} and cannot be active together: activate one of them, or merge "
-                        "both, which adds up what they change"
-                    )
-                owner[expert] = name
-        for name in adapter_names:
-            birth = self.births.get(name, Birth(()))
-            if birth.pieces is not None:
-                self.check_donors(f"adapter {name!r}", birth.spawned, owner)
-
-    def check_donors(self, who: str, donors: Sequence[int], owner: Mapping[int, str]) -> None:
-        """Raise ValueError if one of a newborn's donors is deepened by its `owner`."""
-        for expert in donors:
-            if expert in owner:
-                raise ValueError(
-                    f"{who} spawns parts of expert {expert} of layer {self.layer_index}, whose other "
-                    f"parts would change with adapter {owner[expert]!r}, which deepens it: activate one of them, or "
-                    "spawn with resolution='expert'"
-                )
+        """Raise ValueError if these adapters cannot be active together here (see `birth.check_disjoint`)."""
+        births = {name: self.births[name] for name in adapter_names if name in self.births}
+        check_disjoint(births, self.layer_index)
 
     def deepened(self) -> dict[int, str]:
         """Which active adapter deepens an expert here."""

@@ -1,11 +1,9 @@
 """PCGrowModel: places grown banks on the experts of a model and settles their errors."""
 
 import copy
-import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -15,19 +13,20 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts, identity, parts
 from peft_pcgrow.bank import SHRUNK
+from peft_pcgrow.birth import check_donors
 from peft_pcgrow.carry import Way
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.flat import check_flat
-from peft_pcgrow.guard import TrainingGuard, say
+from peft_pcgrow.guard import TrainingGuard
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
-from peft_pcgrow.recompute import by_name
 from peft_pcgrow.resolve import birth, resolve
-from peft_pcgrow.sequence import Sequence
+from peft_pcgrow.say import say
 from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
+from peft_pcgrow.text_hooks import follow_calls, follow_whole_texts
 
 
 class PCGrowModel(BaseTuner):
@@ -132,7 +131,7 @@ class PCGrowModel(BaseTuner):
         """A newborn with parts has the rest from the base: nobody may have deepened its donor meanwhile."""
         for layer in self.tuner_layers() if config.parts is not None else ():
             donors = (config.spawned or {}).get(str(layer.layer_index), ())
-            layer.check_donors("the new adapter", donors, layer.deepened())
+            check_donors("the new adapter", donors, layer.deepened(), layer.layer_index)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -151,7 +150,7 @@ class PCGrowModel(BaseTuner):
             layer = PCGrowExperts(target, site.layer)
             # layers that another tuner on this model wrapped are that tuner's to watch
             self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
-            self._handles += _follow_calls(site.decoder_layer, layer)
+            self._handles += follow_calls(site.decoder_layer, layer)
         birth = self._births[current_key]
         layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
@@ -172,7 +171,7 @@ class PCGrowModel(BaseTuner):
         if self._stack is None:
             self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
-            self._handles += _follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
+            self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
         assert self._guard is not None
         self._guard.rearm()
 
@@ -317,58 +316,3 @@ class PCGrowModel(BaseTuner):
         verify(state_dict)
         state_dict = {key: torch.zeros_like(t) if key.endswith(f".{MARK}") else t for key, t in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _follow_whole_texts(
-    model: nn.Module, lowest: nn.Module, layers: Callable[[], list[PCGrowExperts]]
-) -> tuple[Any, ...]:
-    """Let newborns' gates see all of a prompt.
-
-    Layers that only reuse lower ones' keys (Gemma 4) are otherwise given no more of it than logits are wanted for.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(child is lowest for child in m)]
-    holders = [m for m in model.modules() if any(child is held for child in m.children() for held in lists)]
-    holders = [m for m in holders if "logits_to_keep" in inspect.signature(m.forward).parameters]
-    hook = partial(_keep_all_tokens, layers)
-    return tuple(holder.register_forward_pre_hook(hook, with_kwargs=True) for holder in holders)
-
-
-def _keep_all_tokens(
-    layers: Callable[[], list[PCGrowExperts]], _: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]] | None:
-    gated = any(layer.spawned(name) for layer in layers() for name in layer.active_banks())
-    if gated and kwargs.get("logits_to_keep") is not None:
-        return args, {**kwargs, "logits_to_keep": 0}
-    return None
-
-
-def _follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-    """Let `layer` know how the tokens of each call stand in their texts.
-
-    Also where only the inside of its decoder layer runs: transformers' gradient checkpointing recomputes without the
-    decoder layer's own hooks.
-    """
-    inside = partial(_note_inside, layer)
-    return (
-        decoder_layer.register_forward_pre_hook(partial(_enter, layer), with_kwargs=True),
-        decoder_layer.register_forward_hook(partial(_leave, layer), always_call=True),
-        *(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children()),
-    )
-
-
-@torch.compiler.disable
-def _enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if any(layer.spawned(name) for name in layer.active_banks()):
-        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, *by_name(decoder_layer, args, kwargs))
-
-
-@torch.compiler.disable
-def _leave(layer: PCGrowExperts, *_: Any) -> None:
-    layer.entered, layer.sequence = False, None
-
-
-@torch.compiler.disable
-def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The attention is handed all that the decoder layer is."""
-    if not layer.entered and "attention_mask" in kwargs:
-        layer.sequence = Sequence.of(layer.layer_index, args, kwargs)

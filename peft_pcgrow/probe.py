@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow import experts
+from peft_pcgrow.batches import IGNORED
 from peft_pcgrow.carry import Probe
 from peft_pcgrow.energy import GradientSketch, expert_error
 from peft_pcgrow.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
 from peft_pcgrow.separation import Separation
 
-# label of tokens that are not predicted
-IGNORED = -100
 # nodes up to which their overlap is kept (fp32: 16 MiB)
 SHARED_NODES = 2048
 

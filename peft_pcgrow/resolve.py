@@ -7,13 +7,13 @@ from torch import Tensor
 
 from peft_pcgrow import experts, parts, plan, spawn
 from peft_pcgrow.bank import codings
+from peft_pcgrow.birth import Birth
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
-from peft_pcgrow.guard import say
-from peft_pcgrow.layer import Birth
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.pieces import Pieces
+from peft_pcgrow.say import say
 
 
 def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorMap | None) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from close import assert_close
-from peft_pcgrow import compress, find_experts, measure_errors
+from peft_pcgrow import batches, compress, find_experts, measure_errors
 from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
+from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan
 from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
@@ -91,7 +91,7 @@ def test_calibration_is_what_autograd_finds(name):
         total, labels = (sum(each[i] for each in want[key]) for i in range(2))
         assert found.labels[place] == labels
         assert found.losses[place] == pytest.approx(total / labels, rel=1e-12)
-    assert losses(model, found.batches) == pytest.approx(found.losses, rel=1e-12)
+    assert batches.losses(model, found.batches) == pytest.approx(found.losses, rel=1e-12)
     pieces = [each[2] for batches in want.values() for each in batches]
     assert found.layers.keys() == pieces[0].keys()
     for layer, sample in found.layers.items():

@@ -12,7 +12,7 @@ import architectures
 from close import assert_all_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
 from peft_pcgrow.handover import swap, tensors, written
-from peft_pcgrow.settle import Tape
+from peft_pcgrow.tape import Tape
 from tiny import build, tokens, trainable
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity
+from peft_pcgrow.batches import losses
 from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.calibrate import Calibration, calibrate, losses
+from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons

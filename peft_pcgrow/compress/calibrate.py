@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
+from peft_pcgrow.batches import IGNORED, held_still, read_batches, settle_batch
 from peft_pcgrow.carry import Probe
-from peft_pcgrow.measure import held_still, read_batches, settle_batch
-from peft_pcgrow.probe import IGNORED
 from peft_pcgrow.recompute import hidden_of
 from peft_pcgrow.settle import LayerStack
 
@@ -154,20 +152,3 @@ def calibrate(
         x, index, weight, error, rows, skipped, text = (torch.cat(column) for column in zip(*noted, strict=True))
         layers[layer] = LayerSample(x, index, weight, error, text, rows, skipped)
     return Calibration(tuple(texts), labels, losses, layers, read)
-
-
-@torch.no_grad()
-def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Tensor]]]) -> list[float]:
-    """Mean loss of each text, nats per predicted token."""
-    found = []
-    with held_still(model):
-        for held in batches:
-            total = count = 0.0
-            for inputs, target in held:
-                logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                wanted = target[:, 1:].reshape(-1).to(logits.device)
-                total += float(cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
-                count += int((wanted != IGNORED).sum())
-            found.append(total / count)
-    return found

@@ -18,10 +18,10 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from peft_pcgrow import experts
+from peft_pcgrow.batches import read_batch
 from peft_pcgrow.compress.forms import WHOLE, Form
 from peft_pcgrow.compress.packed import PREFIX
 from peft_pcgrow.flat import COUNTS, selection_bias
-from peft_pcgrow.measure import read_batch
 from peft_pcgrow.staging import check_empty, staged
 
 # how configs may call the intermediate size of experts

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
+from peft_pcgrow.batches import IGNORED, losses, read_batch
 from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.calibrate import losses
 from peft_pcgrow.compress.moments import Moments, Place, input_moments
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.layer import PCGrowExperts
-from peft_pcgrow.measure import read_batch
 from peft_pcgrow.model import PCGrowModel
-from peft_pcgrow.probe import IGNORED
 
 # widths of matrices, narrowest first
 LADDER = tuple(sorted(codec.WIDTHS))

@@ -1,0 +1,133 @@
+"""What a settled forward leaves behind, and the autograd functions that its backward goes through.
+
+See `settle` for how they work together.
+"""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_pcgrow.carry import TOP, Way
+from peft_pcgrow.recompute import LayerRun
+
+
+@dataclass
+class Arrivals:
+    """Errors that have arrived at marks, by their number; none is noted once settling has begun. It holds no graph, so
+    that marks may hold it."""
+
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    settling: bool = False
+
+
+@dataclass
+class Tape:
+    """What one forward leaves behind for its backward."""
+
+    way: Way
+    # layers that will be run again
+    wanted: list[bool]
+    # the lowest layer's input
+    start: Tensor
+    runs: list[LayerRun] = field(default_factory=list)
+    # whether layers hand each other more than the residual stream, or have it changed between them
+    linked: bool = False
+    # what all marks hang on, and how many there are
+    ground: Tensor = field(default_factory=lambda: torch.zeros(()))
+    marks: int = TOP
+    arrived: Arrivals = field(default_factory=Arrivals)
+    stored: tuple[Tensor, ...] = ()
+    # of the layer at hand: its keyword arguments before it ran, and its run if it will be run again
+    before: dict[str, Any] = field(default_factory=dict)
+    current: LayerRun | None = None
+
+    @property
+    def bottom(self) -> Tensor | None:
+        """The lowest layer's input, if something below trains through it: a leaf is only enable_input_require_grads."""
+        return self.start if self.start.grad_fn is not None else None
+
+    def mark(self, held: Tensor) -> Tensor:
+        self.marks += 1
+        marked: Any = Mark.apply(held, self.ground, self.arrived, self.marks)
+        if self.current is not None:
+            self.current.handed[self.marks] = marked
+        return marked
+
+
+class Ground(torch.autograd.Function):
+    """Below the decoder layers: its backward, when all errors have arrived at the marks, settles."""
+
+    @staticmethod
+    def forward(ctx, stack: Any, tape: Tape, bottom: Tensor | None, *parameters: Tensor):
+        # weakly: the tape holds marks, which hang on this node
+        ctx.stack, ctx.tape, ctx.parameters, ctx.bottom = stack, weakref.ref(tape), parameters, bottom is not None
+        ctx.set_materialize_grads(False)
+        return torch.zeros((), device=tape.start.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, reached: Tensor | None):
+        if reached is None:  # on the way to the bottom while this settles
+            return (None,) * (3 + len(ctx.parameters))
+        tape = ctx.tape()
+        if tape is None or TOP not in tape.arrived.errors:
+            raise RuntimeError(
+                "this loss reads hidden states of lower layers and not the top layer's output: use "
+                "PCGrowConfig(settle='backprop')"
+            )
+        runs = list(zip(tape.runs, tape.stored, strict=True))
+        errors, tape.arrived.errors, tape.stored = tape.arrived.errors, {}, ()
+        trainable = {id(p) for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True) if wanted}
+        bottom = tape.start if ctx.bottom and ctx.needs_input_grad[2] else None
+        tape.arrived.settling = True
+        try:
+            found, below = ctx.stack.settle(tape, runs, errors, trainable, bottom)
+        finally:
+            tape.arrived.settling = False
+        if below is not None and bottom is not None:
+            # an error that was carried as it is comes from the top layer's device
+            below = below.to(bottom.device, bottom.dtype)
+        # a parameter that no row reached has a zero gradient, as under autograd; DDP's reducer waits for it
+        gradients = [found.get(id(p), torch.zeros_like(p)) if id(p) in trainable else None for p in ctx.parameters]
+        return None, None, below, *gradients
+
+
+class Mark(torch.autograd.Function):
+    """What a layer below the top hands on."""
+
+    @staticmethod
+    def forward(ctx, held: Tensor, ground: Tensor, arrived: Arrivals, number: int) -> Tensor:
+        ctx.arrived, ctx.number, ctx.device = arrived, number, ground.device
+        return held.view_as(held)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta: Tensor):
+        if ctx.arrived.settling:
+            return None, None, None, None
+        held = ctx.arrived.errors.get(ctx.number)
+        ctx.arrived.errors[ctx.number] = delta if held is None else held + delta
+        return None, torch.zeros((), device=ctx.device), None, None
+
+
+class Top(torch.autograd.Function):
+    """The top layer's output; the owner of the tape."""
+
+    @staticmethod
+    def forward(ctx, top: Tensor, ground: Tensor, tape: Tape) -> Tensor:
+        ctx.tape = tape
+        # saved through autograd: freed with the graph, checked against writes in place
+        ctx.save_for_backward(*(run.x for run in tape.runs))
+        for run in tape.runs:
+            run.x = None  # type: ignore[assignment]
+        return top.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta: Tensor):
+        ctx.tape.stored, ctx.tape.arrived.errors[TOP] = ctx.saved_tensors, delta
+        return None, torch.zeros((), device=ctx.tape.ground.device), None
