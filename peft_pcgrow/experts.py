@@ -288,12 +288,6 @@ def loaded_in_bits(base: ExpertsModule) -> int | None:
     return next((bits for bits, name in flags.items() if read.get(name) or read.get(f"_{name}")), None)
 
 
-def adds_router_loss(model: nn.Module) -> bool:
-    """Whether the model adds a load-balancing loss to the language model's."""
-    config: Any = getattr(model, "config", None)
-    return bool(getattr(text_config(config), "output_router_logits", False))
-
-
 def text_config(config: Any) -> Any:
     """The part of a config that is about the language model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config

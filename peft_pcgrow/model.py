@@ -25,7 +25,7 @@ from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.say import say
-from peft_pcgrow.settle import ROUTER_LOSS, LayerStack
+from peft_pcgrow.settle import LayerStack
 from peft_pcgrow.text_hooks import follow_calls, follow_whole_texts
 
 
@@ -211,8 +211,6 @@ class PCGrowModel(BaseTuner):
                 f"the active adapters settle in different ways ({listed}), and one forward has one way: give "
                 "them the same settle, settle_depth and settle_tol, or activate one of them"
             )
-        if experts.adds_router_loss(self.model):
-            raise ValueError(ROUTER_LOSS)
         if self._stack is not None:
             self._stack.way = next((way for way in ways.values() if way is not None), Way())
         return True

@@ -26,6 +26,7 @@ class LayerRun:
     Attributes:
         origin: the input as it came, with its graph; x: the same without.
         extras: tensors among `args` and `kwargs` that other layers made, with their graphs.
+        recorded: what transformers recorded inside it in the forward, an `inner_outputs.Recorded`.
         handed: what the layer handed on in the forward, by the number of its mark, its output first.
     """
 
@@ -40,6 +41,7 @@ class LayerRun:
     device_rng: tuple[list[int], list[Tensor]]
     origin: Tensor
     extras: list[Tensor]
+    recorded: Any
     handed: dict[int, Tensor] = field(default_factory=dict)
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -61,9 +63,10 @@ class LayerRun:
             if checkpointing:
                 self.layer.gradient_checkpointing = False
             _recomputed[id(self.layer)] = x
+            inside = stack.enter_context(self.recorded.again())
             try:
                 output = self.layer(x, *args, **kwargs)
-                return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs)]
+                return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs), *inside()]
             finally:
                 _recomputed.pop(id(self.layer), None)
                 if checkpointing:
@@ -91,7 +94,13 @@ def recomputed_from(layer: nn.Module) -> Tensor | None:
 
 
 def record(
-    layer: nn.Module, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any], extras: list[Tensor]
+    layer: nn.Module,
+    index: int,
+    x: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    extras: list[Tensor],
+    recorded: Any,
 ) -> LayerRun:
     device_type = x.device.type
     autocast = {
@@ -104,7 +113,8 @@ def record(
     }
     device_rng = get_device_states(x) if device_type not in ("cpu", "meta") else ([], [])
     cpu_rng = torch.get_rng_state()
-    return LayerRun(layer, index, x.detach(), args, kwargs, device_type, autocast, cpu_rng, device_rng, x, extras)
+    rng = cpu_rng, device_rng
+    return LayerRun(layer, index, x.detach(), args, kwargs, device_type, autocast, *rng, x, extras, recorded)
 
 
 def refuse_filled_cache(kwargs: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.carry import TOP, Descent, Probe, Way
 from peft_pcgrow.handover import swap, tensors, trained_elsewhere, written
+from peft_pcgrow.inner_outputs import Recorded
 from peft_pcgrow.recompute import (
     LayerRun,
     by_name,
@@ -41,11 +42,6 @@ from peft_pcgrow.tape import Ground, Tape, Top
 
 # what may stand between two layers: the mark of the lower one's output, or its move to another device or dtype
 HANDED_ON = ("MarkBackward", "ToCopyBackward0")
-ROUTER_LOSS = (
-    "settling carries the errors of layers' outputs only, so the load-balancing loss of "
-    "output_router_logits=True would get no gradient: switch it off (TRL: router_aux_loss_coef=0.0), or use "
-    "PCGrowConfig(settle='backprop')"
-)
 
 
 class LayerStack:
@@ -117,8 +113,6 @@ class LayerStack:
             x, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
         if index == 0:
             refuse_filled_cache(kwargs)
-            if kwargs.get("output_router_logits"):
-                raise ValueError(ROUTER_LOSS)
             self._tape = self._begin_tape(x)
         elif not x.requires_grad:
             raise TypeError(
@@ -129,17 +123,18 @@ class LayerStack:
         self._note(self._tape, index, layer, x, args, kwargs)
         self._grad_was_enabled.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)
-        return (x.detach(), *args), kwargs
+        # with its graph, which nothing is added to: it may be recorded as the lowest hidden state
+        return (x, *args), kwargs
 
     def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         kwargs = without_cache(kwargs)
-        tape.current, tape.before = None, swap(kwargs, lambda held: held)
+        tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
         changed = index > 0 and type(x.grad_fn).__name__ not in HANDED_ON
         if extras or changed:
             self._check_linked(tape, index, layer, extras)
         if tape.wanted[index]:
-            tape.current = record(layer, index, x, args, tape.before, extras)
+            tape.current = record(layer, index, x, args, tape.before, extras, tape.recorded)
             tape.runs.append(tape.current)
 
     def _check_linked(self, tape: Tape, index: int, layer: nn.Module, extras: list[Tensor]) -> None:
@@ -170,17 +165,19 @@ class LayerStack:
             return None
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
-        tape = self._tape
+        tape, plain = self._tape, hidden
         if index < len(self.layers) - 1:
-            # the layers above detach what they take
-            hidden, others = tape.mark(hidden), swap(others, tape.mark)
-            for mapping, key in list(written(tape.before, kwargs)):
-                mapping[key] = swap(mapping[key], tape.mark)
+            hidden = tape.mark(hidden)
         else:
             self._tape = None
             if tape.current is not None:
                 tape.current.handed[TOP] = hidden
             hidden = Top.apply(hidden, tape.ground, tape)
+        # in the order of `LayerRun.again`
+        others = swap(others, tape.mark)
+        for mapping, key in list(written(tape.before, kwargs)):
+            mapping[key] = swap(mapping[key], tape.mark)
+        tape.recorded.mark(tape.mark, plain, hidden)
         return (hidden, *others) if isinstance(output, tuple) else hidden
 
     def _begin_tape(self, x: Tensor) -> Tape:
@@ -216,7 +213,9 @@ class LayerStack:
         if lower and tape.way.settle != "sweep":
             raise RuntimeError(
                 f"settle={tape.way.settle!r} carries the error of the top layer's output only, and this loss also "
-                "reads hidden states of lower layers: use settle='sweep', or PCGrowConfig(settle='backprop')"
+                "reads hidden states of lower layers, or what is recorded inside layers (router logits: a "
+                "load-balancing loss, which TRL adds unless router_aux_loss_coef=0.0): use settle='sweep', or "
+                "PCGrowConfig(settle='backprop')"
             )
         linked = tape.linked or lower
         return descent.found, descent.linked(runs, arrived) if linked else descent.run(runs, arrived[TOP])

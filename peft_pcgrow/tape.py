@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_pcgrow.carry import TOP, Way
+from peft_pcgrow.inner_outputs import Recorded
 from peft_pcgrow.recompute import LayerRun
 
 
@@ -41,8 +42,9 @@ class Tape:
     marks: int = TOP
     arrived: Arrivals = field(default_factory=Arrivals)
     stored: tuple[Tensor, ...] = ()
-    # of the layer at hand: its keyword arguments before it ran, and its run if it will be run again
+    # of the layer at hand: its keyword arguments before it ran, what is recorded beside, its run if it runs again
     before: dict[str, Any] = field(default_factory=dict)
+    recorded: Recorded = field(default_factory=lambda: Recorded({}))
     current: LayerRun | None = None
 
     @property
@@ -76,8 +78,8 @@ class Ground(torch.autograd.Function):
         tape = ctx.tape()
         if tape is None or TOP not in tape.arrived.errors:
             raise RuntimeError(
-                "this loss reads hidden states of lower layers and not the top layer's output: use "
-                "PCGrowConfig(settle='backprop')"
+                "this loss reads hidden states of lower layers, or router logits, and not the top layer's output: "
+                "add it to the one that does before backward(), or use PCGrowConfig(settle='backprop')"
             )
         runs = list(zip(tape.runs, tape.stored, strict=True))
         errors, tape.arrived.errors, tape.stored = tape.arrived.errors, {}, ()

@@ -15,11 +15,13 @@ from peft_pcgrow.error_map import SUMS
 from tiny import build, domain, mixed, retain, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
-STEPS, ROWS = 4, 4
+STEPS, ROWS, COEFFICIENT = 4, 4, 0.001
 
 
 def grow() -> PeftModel:
-    return get_peft_model(build(num_experts_per_tok=1), PCGrowConfig(locus=LOCUS)).train()
+    return get_peft_model(
+        build(num_experts_per_tok=1, router_aux_loss_coef=COEFFICIENT), PCGrowConfig(locus=LOCUS)
+    ).train()
 
 
 def banks(model: nn.Module) -> dict[str, Tensor]:
@@ -52,7 +54,13 @@ def loop(accelerator: Accelerator | None, spawn: bool = False) -> dict:
         model, optimizer = accelerator.prepare(model, optimizer)
     for step in range(STEPS):
         ids = (mixed(seed=50 + step) if spawn else batch(step))[rank::world]
-        loss = model(input_ids=ids, labels=ids).loss
+        if spawn:
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            output = model(input_ids=ids, labels=ids, output_router_logits=True)
+            # of the model's own load-balancing loss, halves of a batch do not make up that of the whole
+            squares = [logits.logsumexp(dim=-1).square().mean() for logits in output.router_logits]
+            loss = output.loss - output.aux_loss * COEFFICIENT + 0.1 * sum(squares)
         loss.backward() if accelerator is None else accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

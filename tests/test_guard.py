@@ -267,17 +267,6 @@ def test_training_while_merged():
 # ---- losses that a sweep does not see
 
 
-@pytest.mark.parametrize("how", ["argument", "config"])
-def test_router_loss_is_refused(how):
-    """A load-balancing loss reads routers inside the layers: refused, for a sweep carries the top's error only."""
-    arguments = {"output_router_logits": True} if how == "argument" else {}
-    model = grow(build(output_router_logits=how == "config"))
-    with pytest.raises(ValueError, match=r"router.*settle='backprop'"):
-        model(input_ids=tokens(), labels=tokens(), **arguments)
-    control = grow(build(output_router_logits=how == "config"), settle="backprop")
-    assert control(input_ids=tokens(), labels=tokens(), **arguments).aux_loss.requires_grad
-
-
 def test_lower_states_are_read_as_they_are():
     """Reading a lower layer's hidden state changes nothing (see test_handover for losses on them)."""
     model = grow(build())
