@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pcgrow import heatmap, lifecycle, map_file, node_table, page, page_html
+from peft_pcgrow import heatmap, lifecycle, map_file, node_table, page, page_html, same_base
 from peft_pcgrow.diagnosis import Diagnosis, judge
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.removable import Removable, StackLayout, coherent, removable
@@ -226,12 +226,10 @@ class ErrorMap:
 
     def check_base(self, base: dict[str, Any]) -> None:
         """Raise ValueError if the map was not measured on the model that `base` describes."""
-        known = {key: value for key, value in base.items() if value is not None}
-        mine = {key: self.base.get(key) for key in known}
-        if mine != known:
+        if unlike := same_base.difference(self.base, base):
             raise ValueError(
-                f"this error map was measured on another model ({_difference(mine, known)}); measure one on this "
-                "model with measure_errors(model, batches)"
+                f"this error map was measured on another model ({unlike}); measure one on this model with "
+                "measure_errors(model, batches)"
             )
 
     def save(self, path: str | os.PathLike) -> None:

@@ -33,8 +33,9 @@ def check_pair(now: Any, before: Any) -> None:
     """Raise TypeError or ValueError unless `before` is a map of the base and the corpus of `now`."""
     if type(before) is not type(now):
         raise TypeError(f"before must be an ErrorMap measured before growth, got {type(before).__name__}")
-    # how gradients were sketched makes no other model
-    bases = [{key: value for key, value in emap.base.items() if key != "sketch"} for emap in (now, before)]
+    # how gradients were sketched makes no other model, and experts may have trained between the two
+    beside = ("sketch", "stacks")
+    bases = [{key: value for key, value in emap.base.items() if key not in beside} for emap in (now, before)]
     if bases[0] != bases[1] or now.layers != before.layers or now.count.shape != before.count.shape:
         raise ValueError(
             "these maps cannot be compared: they were measured on different base models; measure both with "

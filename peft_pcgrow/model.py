@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, identity, parts
+from peft_pcgrow import experts, identity, parts, same_base
 from peft_pcgrow.bank import SHRUNK
 from peft_pcgrow.birth import check_donors
 from peft_pcgrow.carry import Way
@@ -64,7 +64,7 @@ class PCGrowModel(BaseTuner):
         tree = experts.find_experts(model, nodes)
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:
-            measured.check_base({key: base.get(key) for key in (*identity.SAME, "routers")})
+            measured.check_base(base)
         allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
         if not allowed:
             raise ValueError(
@@ -87,10 +87,8 @@ class PCGrowModel(BaseTuner):
                 newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
                 check_flat(model, tree, newborns, uniform=True)
             peft_config.__dict__.update(resolved.__dict__, base=base, nodes=tree.nodes)
-        elif identity.other_routers(base, peft_config.base):
-            warnings.warn(
-                "this adapter was grown on a base with other router weights; its experts may not fit here", stacklevel=2
-            )
+        elif same_base.other_weights(base, peft_config.base):
+            warnings.warn("this adapter was grown on a base with other weights; it may not fit here", stacklevel=2)
         if experts.was_cast_up(tree.sites[0].base) and peft_config.base_quantization is None:
             warnings.warn(
                 "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "

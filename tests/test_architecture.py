@@ -18,6 +18,7 @@ FLOORS = [
         "locus",
         "energy",
         "heatmap",
+        "same_base",
         "checksum",
         "gate",
         "protect",

@@ -334,7 +334,7 @@ def test_adapter_on_fewer_experts(saved):
 
 def test_adapter_on_another_base(saved):
     """It may be meant, so it is a warning."""
-    with pytest.warns(UserWarning, match="this adapter was grown on a base with other router weights"):
+    with pytest.warns(UserWarning, match="this adapter was grown on a base with other weights"):
         PeftModel.from_pretrained(build(seed=1), saved / "adapter")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_pcgrow import experts, identity
+from peft_pcgrow import experts, identity, same_base
 from peft_pcgrow.batches import losses
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
@@ -159,7 +159,7 @@ def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) ->
             f"apply takes a CompressionPlan, got {type(plan).__name__}: CompressionPlan.load(path) reads one"
         )
     check_whole(tree)
-    if not identity.same_model(plan.base, identity.describe_base(model, tree)):
+    if not same_base.same_model(plan.base, identity.describe_base(model, tree)):
         raise ValueError(
             f"this plan was made for another model ({plan.base.get('model_type')}, "
             f"{len(plan.base.get('layers', ()))} layers with experts): plan(model, ...) on this one"

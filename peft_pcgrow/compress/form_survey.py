@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, identity
+from peft_pcgrow import experts, identity, same_base
 from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import STATISTICS, candidates, check_whole, forms_of
@@ -211,6 +211,6 @@ def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> e
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, as a tuple or list; got {methods!r}")
     tree = experts.find_experts(model)
     check_whole(tree)
-    if emap is not None and not identity.same_model(emap.base, identity.describe_base(model, tree)):
+    if emap is not None and not same_base.same_model(emap.base, identity.describe_base(model, tree)):
         raise ValueError("the error map was measured on another model: measure_errors(model, batches) on this one")
     return tree
