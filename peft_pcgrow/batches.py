@@ -1,6 +1,7 @@
 """Batches of text as a model takes them, and their losses."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,14 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-# label of tokens that are not predicted
-IGNORED = -100
+from peft_pcgrow.corpus import IGNORED, read_corpus
+
+
+def check_causal(model: Any) -> None:
+    """TypeError or ValueError unless `model` may be a causal LM in memory."""
+    if not isinstance(model, nn.Module):
+        given = (
+            f"the {type(model).__name__} {str(model)[:80]!r}"
+            if isinstance(model, (str, os.PathLike))
+            else repr(type(model))
+        )
+        raise TypeError(f"the model must be a loaded causal LM, AutoModelForCausalLM.from_pretrained(...); got {given}")
+    name = type(getattr(model, "get_base_model", lambda: model)()).__name__
+    if name.endswith(("Classification", "QuestionAnswering")):
+        raise ValueError(f"{name} predicts no words: load the model with AutoModelForCausalLM")
+
+
+def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Logits of what comes after each token but the last, `[B, S - 1, V]`; ValueError if the model gives others."""
+    logits = getattr(model(**inputs, use_cache=False), "logits", None)
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != inputs["input_ids"].shape:
+        found = "no logits" if logits is None else f"logits {tuple(logits.shape)}"
+        raise ValueError(
+            f"{type(model).__name__} gives {found} for input_ids {tuple(inputs['input_ids'].shape)}, and a causal LM "
+            "[B, S, vocabulary]: load it with AutoModelForCausalLM"
+        )
+    return logits[:, :-1]
 
 
 def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
     """Sum the token losses of one batch, carry their error down, return the sum in nats."""
     with torch.enable_grad():
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        logits = predict(model, inputs)
         loss = cross_entropy(
             logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32)),
             target[:, 1:].reshape(-1),
@@ -29,32 +55,72 @@ def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> fl
     return value
 
 
-def read_batch(batch: Any, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """Model inputs without labels, and labels `[B, S]` with -100 on padding and on what padding would predict."""
+def read_batch(batch: Any, device: torch.device, words: int | None = None) -> tuple[dict[str, Any], Tensor]:
+    """Model inputs without labels, and labels `[B, S]` with -100 on padding and on what padding would predict.
+
+    Args:
+        batch: `input_ids [B, S]`, or a mapping with them. words: how many the model knows.
+
+    Raises:
+        ValueError: other shapes, no integers, or words that the model does not know.
+    """
     given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
         ids = given["input_ids"] = torch.as_tensor(ids)
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"a batch needs input_ids of shape [B, S], integers; got {tuple(ids.shape)} {ids.dtype}")
+    labels = given.pop("labels", None)
+    if labels is not None and labels.shape != ids.shape:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} to input_ids of shape {tuple(ids.shape)}: a causal LM has a label "
+            f"for every token ({IGNORED} is ignored)"
+        )
+    _check_words(ids, words, "input_ids")
+    if labels is not None:
+        _check_words(labels[labels != IGNORED], words, "labels")
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    labels = inputs.pop("labels", None)
-    target = inputs["input_ids"] if labels is None else labels
+    target = inputs["input_ids"] if labels is None else labels.to(device).long()
     real = inputs["attention_mask"].bool()
     predicted = real.clone()
     predicted[:, 1:] &= real[:, :-1]
     return inputs, target.masked_fill(~predicted, IGNORED)
 
 
+def _check_words(ids: Tensor, words: int | None, what: str) -> None:
+    if words is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < words):
+        raise ValueError(
+            f"{what} from {int(ids.min())} to {int(ids.max())}, and the model knows the words 0 to {words - 1}: "
+            "tokenize the text with this model's own tokenizer"
+        )
+
+
+def known_words(model: nn.Module) -> int | None:
+    """How many words a model has an embedding of, if that can be told."""
+    try:
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers does not find them
+        return None
+    return getattr(embeddings, "num_embeddings", None)
+
+
 def read_batches(
-    batches: Iterable[Any], device: torch.device, max_tokens: int | None
+    model: nn.Module,
+    corpus: Any,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    tokenizer: Callable[..., Any] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Each batch as `read_batch` reads it, up to the one that reaches `max_tokens`."""
-    tokens = 0
-    for batch in batches:
-        inputs, target = read_batch(batch, device)
+    """Each batch of a corpus as `read_batch` reads it, on the model's device, up to the one that reaches `max_tokens`.
+
+    Raises:
+        TypeError, ValueError: what `corpus.read_corpus` and `read_batch` raise.
+    """
+    tokens, device, words = 0, next(model.parameters()).device, known_words(model)
+    for batch in read_corpus(corpus, batch_size, tokenizer):
+        inputs, target = read_batch(batch, device, words)
         yield inputs, target
         tokens += int(inputs["attention_mask"].sum())
         if max_tokens is not None and tokens >= max_tokens:
@@ -94,7 +160,7 @@ def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Te
         for held in batches:
             total = count = 0.0
             for inputs, target in held:
-                logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+                logits = predict(model, inputs).flatten(0, 1)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 wanted = target[:, 1:].reshape(-1).to(logits.device)
                 total += float(cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))

@@ -19,9 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from peft_pcgrow.adopted import kind_of
+from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.layer import PCGrowExperts
-from peft_pcgrow.measure import measure_errors
+from peft_pcgrow.measure import measure_errors, whole_numbers
 from peft_pcgrow.say import say
 
 PREFIX = "pcgrow/"
@@ -77,13 +78,13 @@ class ErrorMapCallback(TrainerCallback):
             raise TypeError(f"every must be a number of steps or a share of them; got {every!r}")
         if not (every >= 1 if isinstance(every, int) else 0 < every < 1):
             raise ValueError(f"every must be a whole number of steps from 1, or a share between 0 and 1; got {every!r}")
-        if keep < 1:
-            raise ValueError(f"keep must be a number of maps, at least 1; got {keep!r}")
+        keep = whole_number("keep", keep, "maps")
         if not 0 < max_share <= 1:
             raise ValueError(f"max_share must be above 0 and at most 1 (1 never skips a refresh); got {max_share!r}")
         known = [p.name for p in inspect.signature(measure_errors).parameters.values() if p.kind is p.KEYWORD_ONLY]
         if unknown := sorted(measure.keys() - set(known)):
             raise TypeError(f"measure_errors has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+        whole_numbers(**measure)
         if isinstance(measure.get("retain"), Iterator):
             raise TypeError("retain can be read only once, but is read at every refresh: give a list or a DataLoader")
         self.folder = None if save_to is None else Path(save_to)

@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, Subset, get_worker_info
 from tqdm.auto import tqdm
 
-from peft_pcgrow.batches import IGNORED, read_batch
+from peft_pcgrow.batches import IGNORED, check_causal, known_words, predict, read_batch
+from peft_pcgrow.corpus import pad, read_text, whole_number
 from peft_pcgrow.layer import PCGrowExperts
 
 Needs = Mapping[int, set[int]]
-# what an example may hold where no collator is given, and what pads it
-PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
 def order_by_surprisal(
@@ -35,6 +34,7 @@ def order_by_surprisal(
     live: bool = False,
     batch_size: int = 8,
     collator: Callable[[list], Any] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
     return_surprisal: bool = False,
     progress: bool = True,
 ) -> Any:
@@ -49,9 +49,9 @@ def order_by_surprisal(
     shuffles what it is given unless `TrainingArguments(train_sampling_strategy="sequential")`, or `live` is on.
 
     Args:
-        dataset: N tokenized examples by index: a `datasets.Dataset`, a list, or a torch map-style dataset. An example
-            is a mapping with `input_ids` and, if there are any, `attention_mask` and `labels` (-100 is ignored), or
-            token ids alone. Without labels every token is predicted from those before it.
+        dataset: N examples by index: a `datasets.Dataset`, a list, token ids `[N, S]`, or a torch map-style dataset. An
+            example is a mapping with `input_ids` and, if there are any, `attention_mask` and `labels` (-100 is
+            ignored), token ids alone, or a string. Without labels every token is predicted from those before it.
         model: a transformers causal LM in any floating dtype and on any device; with or without adapters.
         descending: most surprising first.
         relative: where a PCGrow adapter is active, the loss with it minus the loss with all adapters off: below zero is
@@ -68,6 +68,7 @@ def order_by_surprisal(
         collator: makes model inputs of a list of examples, one row each: give the one you train with where it sets
             labels, or the model takes more than the three columns above. A column of prerequisites is not shown to it.
             None pads on the right and leaves other columns out.
+        tokenizer: makes token ids of strings, or of a data set's column "text" (or its only one of strings).
         return_surprisal: also return the surprisals, fp64 `[N]`, in the order of the examples returned.
         progress: show a progress bar on standard error.
 
@@ -76,7 +77,7 @@ def order_by_surprisal(
         other datasets; or a pair of that and the surprisals.
 
     Raises:
-        TypeError: a dataset without length or index, or prerequisites that are no indices.
+        TypeError: no model, a dataset without length or index, or prerequisites that are no indices.
         ValueError: an example without label tokens, prerequisites in a cycle or in a later window, options that do not
             fit together.
         FloatingPointError: a loss that is NaN or infinite.
@@ -84,9 +85,9 @@ def order_by_surprisal(
     if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         hint = f"one of its splits ({', '.join(map(str, dataset))})" if isinstance(dataset, Mapping) else "a list of it"
         raise TypeError(f"examples are ordered by index, and a {type(dataset).__name__} has none: give {hint}")
-    for name, value in (("batch_size", batch_size), ("window", 1 if window is None else window)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of examples, at least 1; got {value!r}")
+    check_causal(model)
+    batch_size = whole_number("batch_size", batch_size, "examples")
+    window = None if window is None else whole_number("window", window, "examples")
     if live and return_surprisal:
         raise ValueError("live=True measures while it is iterated over: there is no surprisal to return yet")
     count = len(dataset)
@@ -97,7 +98,7 @@ def order_by_surprisal(
     for span in spans:
         _arrange(span, [0.0] * len(span), needs)  # a cycle is found before anything is measured
     hidden = prerequisites if isinstance(prerequisites, str) else None
-    meter = _Meter(dataset, model, relative, batch_size, collator, hidden)
+    meter = _Meter(dataset, model, relative, batch_size, collator, tokenizer, hidden)
     sign = -1.0 if descending else 1.0
     if live:
         return _LiveOrder(meter, spans, needs, sign, progress)
@@ -113,7 +114,7 @@ def order_by_surprisal(
 
 
 def _select(dataset: Any, order: list[int]) -> Any:
-    if isinstance(dataset, Tensor):  # whose own `select` is another thing
+    if isinstance(dataset, (Tensor, np.ndarray)):  # whose own `select` is another thing
         return dataset[order]
     if hasattr(dataset, "select"):
         return dataset.select(order)
@@ -153,10 +154,11 @@ class _Meter:
         relative: bool,
         batch_size: int,
         collator: Callable[[list], Any] | None,
+        tokenizer: Callable[..., Any] | None,
         hidden: str | None,
     ):
         self.dataset, self.model, self.relative, self.batch_size = dataset, model, relative, batch_size
-        self.collator, self.hidden = collator, hidden
+        self.collator, self.tokenizer, self.hidden = collator, tokenizer, hidden
 
     @torch.no_grad()
     def measure(self, span: range, bar: tqdm) -> Tensor:
@@ -184,36 +186,18 @@ class _Meter:
         examples = [self.dataset[i] for i in indices]
         if self.hidden is not None:
             examples = [{name: value for name, value in e.items() if name != self.hidden} for e in examples]
-        batch = _pad(examples, indices) if self.collator is None else self.collator(examples)
-        inputs, target = read_batch(batch, next(self.model.parameters()).device)
+        if self.collator is None:
+            named = zip(indices, examples, strict=True)
+            batch = pad([read_text(example, f"example {i}", self.tokenizer) for i, example in named])
+        else:
+            batch = self.collator(examples)
+        inputs, target = read_batch(batch, next(self.model.parameters()).device, known_words(self.model))
         if len(target) != len(examples):
             raise ValueError(
                 f"the collator made {len(target)} rows of {len(examples)} examples, and surprisal is measured by row: "
                 "give one that does not pack (padding_free=False)"
             )
         return inputs, target
-
-
-def _pad(examples: list[Any], indices: range) -> dict[str, Tensor]:
-    """Model inputs `[B, S]`, padded on the right."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in PADDING}
-    for i, example in zip(indices, examples, strict=True):
-        given = example if isinstance(example, Mapping) else {"input_ids": example}
-        if given.get("input_ids") is None:
-            raise ValueError(
-                f"example {i} has no input_ids, only {sorted(given)}: tokenize the dataset first, or give the collator "
-                "that does"
-            )
-        ids = torch.as_tensor(given["input_ids"])
-        if ids.dim() != 1 or (len(ids) and ids.is_floating_point()):
-            raise ValueError(f"example {i} needs input_ids of shape [S], integers; got {tuple(ids.shape)} {ids.dtype}")
-        for name, column in columns.items():
-            default = torch.ones_like(ids) if name == "attention_mask" else ids
-            row = default if given.get(name) is None else torch.as_tensor(given[name])
-            if row.shape != ids.shape:
-                raise ValueError(f"example {i} has {tuple(row.shape)} {name} to {tuple(ids.shape)} input_ids")
-            column.append(row.long())
-    return {name: pad_sequence(rows, True, float(PADDING[name])) for name, rows in columns.items()}
 
 
 def _mean_losses(model: nn.Module, inputs: dict[str, Any], target: Tensor, indices: Sequence[int]) -> Tensor:
@@ -227,7 +211,7 @@ def _mean_losses(model: nn.Module, inputs: dict[str, Any], target: Tensor, indic
             f"example {i} has no label token, so it has no surprisal: give it at least two tokens and labels that are "
             "not all -100, or filter it out"
         )
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    logits = predict(model, inputs)
     logits = logits[kept.to(logits.device)]
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = cross_entropy(precise, labels[kept].to(logits.device), reduction="none").cpu().double()

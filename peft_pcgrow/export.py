@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
 from peft_pcgrow.adopted import kind_of
-from peft_pcgrow.batches import IGNORED, read_batch
+from peft_pcgrow.batches import IGNORED, read_batches
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.model import PCGrowModel
@@ -93,7 +93,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     newborns = {site.layer: _newborns(grown.get(site.layer)) for site in tree.sites}
     extra = check_flat(base, tree, {layer: len(found) for layer, found in newborns.items()})
     device = next(base.parameters()).device
-    read = [read_batch(batch, device) for batch in batches]
+    read = list(read_batches(model, batches))
     if not read:
         raise ValueError("export_flat fits router rows on text and compares on it: batches is empty")
     was_training = model.training

@@ -1,7 +1,8 @@
 """Measure: run a corpus through a model and record per node how wrong its prediction was."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity
-from peft_pcgrow.batches import held_still, read_batch, read_batches, settle_batch
+from peft_pcgrow.batches import check_causal, held_still, read_batches, settle_batch
 from peft_pcgrow.carry import Way
 from peft_pcgrow.contrast import compare
+from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.energy import GradientSketch
 from peft_pcgrow.error_map import FOLDS, ErrorMap
 from peft_pcgrow.probe import ErrorProbe
@@ -29,9 +31,11 @@ SKETCH_DIM = 64
 
 def measure_errors(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Any,
     *,
     max_tokens: int | None = None,
+    batch_size: int = 8,
+    tokenizer: Callable[..., Any] | None = None,
     settle: str = "sweep",
     settle_depth: int = 0,
     settle_tol: float = 0.01,
@@ -55,10 +59,14 @@ def measure_errors(
 
     Args:
         model: a transformers causal LM with experts, in any floating dtype and on any device; with or without adapters.
-        batches: `[B, S]` integer tensors of token ids, or mappings with `input_ids` and, if there are any,
-            `attention_mask`, `labels` (-100 is ignored) and whatever else the model takes. Without labels every token
-            that is not padding is predicted from those before it.
+        batches: the corpus: batches `[B, S]` of token ids, or mappings with `input_ids` and, if there are any,
+            `attention_mask`, `labels` (-100 is ignored) and whatever else the model takes; or texts that are not
+            batched yet: a tokenized `datasets.Dataset`, a Trainer's data set, token ids `[N, S]`, lists of token ids of
+            any lengths, or, with a tokenizer, strings. Without labels every token that is not padding is predicted from
+            those before it.
         max_tokens: stop after the batch that reaches this many tokens (of all processes), padding not counted.
+        batch_size: texts a batch, of those that are not batched yet.
+        tokenizer: makes token ids of strings, or of a data set's column "text" (or its only one of strings).
         settle: how errors reach the nodes: "sweep" (exact); "relax" (exact to `settle_tol`, and the map holds how many
             hops each layer's tokens needed); "direct" (the top error for all layers below the top `settle_depth`: a
             forward pass and the output head, for a map that ranks nearly alike).
@@ -76,19 +84,23 @@ def measure_errors(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: no experts in the model, not one label token in the corpus, too few texts to fit gates on, an
-            unknown way to settle, or a checkpoint of another model.
+        TypeError: no model, or no corpus.
+        ValueError: no experts in the model, no causal LM, a corpus without token ids or without one label token, words
+            that the model does not know, too few texts to fit gates on, a number out of its range, an unknown way to
+            settle, or a checkpoint of another model.
         FloatingPointError: a loss that is NaN or infinite.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    check_causal(model)
     tree = experts.find_experts(model, nodes)
     way = Way(settle, settle_depth, settle_tol)
-    if window < 0:
-        raise ValueError(f"window must be a number of tokens, or 0 for all of the text so far; got {window}")
+    given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
+    given |= whole_numbers(checkpoint_every=checkpoint_every)
+    batch_size, window, checkpoint_every = (given[name] for name in ("batch_size", "window", "checkpoint_every"))
+    max_tokens = -(-given["max_tokens"] // processes()) if "max_tokens" in given else None
+    sketch_dim = given.get("sketch_dim", _sketch_dim(tree))
     if coherent is None:
         coherent = settle != "direct"
-    if sketch_dim is None:
-        sketch_dim = _sketch_dim(tree)
     base = identity.describe_base(model, tree) | {
         "sketch": sketch_dim if coherent else None,
         "settle": [settle, settle_depth] if settle == "direct" else settle,
@@ -97,14 +109,13 @@ def measure_errors(
     probe = ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None, resumed)
     probe.again = coherent or settle != "direct"
     device = next(model.parameters()).device
-    if max_tokens is not None:
-        max_tokens = -(-max_tokens // processes())
+    read = partial(read_batches, model, batch_size=batch_size, tokenizer=tokenizer)
     seen: list[dict[str, Any]] = []
     bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
     done = 0
     try:
         with held_still(model), probe.routing(), LayerStack(tree.layers, probe=probe, way=way):
-            for number, pieces in enumerate(_batches(batches, device, max_tokens)):
+            for number, pieces in enumerate(_batches(read(batches), max_tokens)):
                 for inputs, target in pieces:
                     if retain is not None:
                         seen.append(inputs)
@@ -122,7 +133,7 @@ def measure_errors(
         if checkpoint is not None:
             probe.result(base, None).save(_own_folder(checkpoint))
         with held_still(model):
-            emap.separation = _separate(model, tree, seen, retain, max_tokens, window, sketch_dim, progress)
+            emap.separation = _separate(model, tree, read, seen, retain, max_tokens, window, sketch_dim, progress)
     finally:
         bar.close()
     if not emap.labels:
@@ -131,6 +142,17 @@ def measure_errors(
             "and labels that are not all -100"
         )
     return emap
+
+
+def whole_numbers(**given: Any) -> dict[str, int]:
+    """The numbers among the arguments of `measure_errors`, without those that are None; ValueError for what is none."""
+    units = {"max_tokens": "tokens", "batch_size": "texts", "checkpoint_every": "batches", "sketch_dim": "kept rows"}
+    units["window"] = "tokens (0: all of the text so far)"
+    return {
+        name: whole_number(name, given[name], unit, int(name != "window"))
+        for name, unit in units.items()
+        if given.get(name) is not None
+    }
 
 
 def _sketch_dim(tree: experts.Tree) -> int:
@@ -158,10 +180,9 @@ def _resume(checkpoint: str | os.PathLike | None, base: dict[str, Any]) -> Error
 
 
 def _batches(
-    batches: Iterable[Any], device: torch.device, max_tokens: int | None
+    source: Iterator[tuple[dict[str, Any], Tensor]], max_tokens: int | None
 ) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
-    """Each batch as `read_batch` reads it, in pieces of some of its rows where there are fewer batches than folds."""
-    source = (read_batch(batch, device) for batch in batches)
+    """Each batch, in pieces of some of its rows where there are fewer batches than folds."""
     first: list[tuple[dict[str, Any], Tensor]] = []
     tokens = 0
     for inputs, target in source:
@@ -189,6 +210,7 @@ def _cut(inputs: dict[str, Any], target: Tensor, pieces: int) -> list[tuple[dict
 def _separate(
     model: nn.Module,
     tree: experts.Tree,
+    read: Callable[..., Iterator[tuple[dict[str, Any], Tensor]]],
     domain: list[dict[str, Any]],
     retain: Any,
     max_tokens: int | None,
@@ -204,7 +226,7 @@ def _separate(
         rows, width = sum(len(batch["input_ids"]) for batch in domain), max(b["input_ids"].shape[1] for b in domain)
         retain = sample_text(model, rows, width, progress=progress)
     device = next(model.parameters()).device
-    batches = [inputs for inputs, _ in read_batches(retain, device, max_tokens)]
+    batches = [inputs for inputs, _ in read(retain, max_tokens)]
     # a gate is fitted to all of the text, so every process fits the same ones
     domain, batches = everywhere(domain, device), everywhere(batches, device)
     return compare(model, tree, domain, batches, window, sketch_dim, progress)

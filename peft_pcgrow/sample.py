@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from peft_pcgrow.corpus import whole_number
+
 
 @torch.no_grad()
 def sample_text(
@@ -42,11 +44,10 @@ def sample_text(
             f"retain='self' lets the model write text, and {type(writer).__name__} has no generate(): give "
             "retain=batches of text whose behaviour must not change"
         )
-    if texts < 1 or length < 2 or batch < 1 or not temperature > 0:
-        raise ValueError(
-            f"cannot sample {texts} texts of {length} tokens, {batch} at a time, at temperature {temperature}: "
-            "expected at least 1, 2, 1, and more than 0"
-        )
+    texts, batch = whole_number("texts", texts, "texts"), whole_number("batch", batch, "texts")
+    length = whole_number("length", length, "tokens", 2)
+    if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a number above 0; got {temperature!r}")
     device = next(writer.parameters()).device
     first = _first_token(writer)
     found = []

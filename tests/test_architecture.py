@@ -28,6 +28,7 @@ FLOORS = [
         "page",
         "stack_view",
         "pieces",
+        "corpus",
     ],
     ["map_file", "diagnosis", "recompute", "staging", "say", "batches"],
     ["separation", "relax", "removable", "page_html", "node_table"],

@@ -125,13 +125,12 @@ def calibrate(
     """
     tree = experts.find_experts(model)
     probe = _NodeProbe(tree)
-    device = next(model.parameters()).device
     labels, losses, read, row = [], [], [], 0
     if not texts:
         raise ValueError("no text to calibrate on: give domain= or retain= batches")
     with held_still(model), LayerStack(tree.layers, probe=probe):
         for number, (name, batches) in enumerate(texts.items()):
-            held = list(read_batches(batches, device, max_tokens))
+            held = list(read_batches(model, batches, max_tokens))
             count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target in held)
             if not count:
                 raise ValueError(f"the {name} text has no token to predict: give batches of at least two tokens each")

@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from peft_pcgrow import experts
-from peft_pcgrow.batches import read_batch
+from peft_pcgrow.batches import read_batches
 from peft_pcgrow.compress.forms import WHOLE, Form
 from peft_pcgrow.compress.packed import PREFIX
 from peft_pcgrow.flat import COUNTS, selection_bias
@@ -91,7 +91,7 @@ def export_plain(
     layers = _layers(held)
     neurons = _check_forms(held, layers, dequantize)
     device = next(held.parameters()).device
-    read = [read_batch(batch, device) for batch in batches]
+    read = list(read_batches(held, batches))
     inputs = [inputs for inputs, _ in read if inputs["attention_mask"].any()]
     if not inputs:
         raise ValueError("export_plain compares the checkpoint with the model on text: batches holds no tokens")

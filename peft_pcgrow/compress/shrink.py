@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
-from peft_pcgrow.batches import IGNORED, losses, read_batch
+from peft_pcgrow.batches import IGNORED, losses, read_batches
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.moments import Moments, Place, input_moments
 from peft_pcgrow.config import PCGrowConfig
@@ -208,8 +208,7 @@ def _read(
         raise ValueError(
             f"adapter {name!r} is not active, so text tells nothing of it: call set_adapter({name!r}) first"
         )
-    device = next(model.parameters()).device
-    read = [read_batch(batch, device) for batch in batches]
+    read = list(read_batches(model, batches))
     if not any(bool((target[:, 1:] != IGNORED).any()) for _, target in read):
         raise ValueError("batches hold no token to predict: give [B, S] token ids with S of 2 or more, or leave it out")
     return read
