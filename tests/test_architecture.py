@@ -37,7 +37,7 @@ FLOORS = [
     ["settle", "plan", "processes", "adopted"],
     ["adopt", "adopted_moe"],
     ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
-    ["rows", "flat", "parts", "bank", "identity", "compress.forms"],
+    ["rows", "flat", "parts", "bank", "identity", "compress.forms", "compress.packed_seal"],
     ["deepen", "spawn", "sample", "contrast", "compress.packed"],
     ["probe", "compress.persist"],
     ["measure", "compress.quantize"],

@@ -17,6 +17,7 @@ from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
 from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.packed import PREFIX
+from peft_pcgrow.compress.packed_seal import facts_digest
 from peft_pcgrow.compress.persist import (
     VERSION,
     PackedQuantizer,
@@ -118,8 +119,11 @@ def test_files_hold_the_packed_bytes_only(tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = file.keys()
         held = {key: file.get_slice(key) for key in names if ".experts." in key}
-        assert all(PREFIX in key and piece.get_dtype() == "U8" for key, piece in held.items())
-    assert len(held) == 2 * len(find_experts(model).sites)
+        assert all(piece.get_dtype() == "U8" for piece in held.values())
+        # under the architecture's names, what cannot fit: see test_packed_seal
+        unfit = [key for key in held if PREFIX not in key]
+        assert all(bytes(file.get_tensor(key)) == b"import peft_pcgrow" for key in unfit)
+    assert len(unfit) == len(held) - len(unfit) == 2 * len(find_experts(model).sites)
     assert set(written(tmp_path)["quantization_config"]["layers"].values()) == {f"{EXPERTS}x2"}
 
 
@@ -234,28 +238,39 @@ def test_registered_once():
     ("change", "match"),
     [
         ({"version": VERSION + 1, "codebook": []}, f"format {VERSION + 1}.*install a newer"),
+        ({"version": "2"}, "version='2'.*do not describe packed experts"),
+        ({"layers": ["8x16"]}, "do not describe packed experts"),
+        ({"layers": {"-1": "8x16"}}, "'-1' is no decoder layer"),
         ({"layers": {"0": "8x16 1"}}, "'1' in '8x16 1' does not say the form"),
+        ({"layers": {"0": 5}}, "'5' in 5 does not say the form"),
+        ({"layers": {"0": "999999999x16"}}, "'999999999x16' in '999999999x16' does not say the form"),
         ({"layers": {"0": "8x5"}}, "width=5"),
+        ({"layers": {"0": "8x4/99999992"}}, "layer 0 have 16 neurons, and '8x4/99999992' says more"),
         ({"layers": {"0": "7x16"}}, "7 packed experts in layer 0 where Qwen3MoeForCausalLM has 8 experts"),
         ({"layers": {"9": "8x16"}}, "8 packed experts in layer 9 where Qwen3MoeForCausalLM has none"),
+        ({"half": ["bfloat16"]}, r"not \['bfloat16'\]"),
     ],
 )
 def test_refuses_configs(change, match, tmp_path):
+    """Sealed again by whoever changed them."""
     saved(tmp_path)
     config = written(tmp_path)
     config["quantization_config"].update(change)
+    config["quantization_config"]["facts"] = facts_digest(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=match):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_refuses_incomplete_files(tmp_path):
-    saved(tmp_path)
+    model = saved(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     (lost,) = [key for key in tensors if "layers.1." in key and f"{PREFIX}down_proj" in key]
     del tensors[lost]
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"no {PREFIX}down_proj for the packed experts model.layers.1.mlp.experts"):
+        type(model).from_pretrained(None, config=type(model.config).from_pretrained(tmp_path), state_dict=dict(tensors))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="a file was altered, is missing"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

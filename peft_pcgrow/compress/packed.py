@@ -154,6 +154,11 @@ class PackedExperts:
         module: Any = self
         return {name: module._buffers[PREFIX + name] for name in module.pcgrow_shapes}
 
+    def packed_bytes(self, stack: str) -> int:
+        """Bytes that a stack takes in its experts' forms."""
+        shapes = (self._shape(stack, form) for form in self.forms)
+        return sum(codec.size(*s, form.width, form.sparsity) for s, form in zip(shapes, self.forms, strict=True))
+
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
         """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
         module: Any = copy.copy(self)

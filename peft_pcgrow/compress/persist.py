@@ -1,18 +1,25 @@
 """Packed experts in checkpoints: transformers' `save_pretrained` and `from_pretrained`, by its plug-in for quantizers.
 
 `config.json` says under `quantization_config` in which form each expert is, so that packed modules of the right sizes
-are there before the weights are read; the bytes are tensors of the checkpoint like any others.
+are there before the weights are read; the bytes are tensors of the checkpoint like any others. A seal (see
+`packed_seal`) binds all of that together. Where this package was not imported, transformers skips a method that it does
+not know and would draw the experts at random: under the names that they have in their architecture, the files hold
+tensors that cannot fit, so that loading fails.
 """
 
 import copy
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -25,11 +32,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peft_pcgrow import experts
 from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.packed import PREFIX, pack
+from peft_pcgrow.compress.packed_seal import AGAIN, facts_digest, tensors_digest, verify
 from peft_pcgrow.experts import PACKED_METHOD
 
-# of what `PackedConfig` writes and of the bytes that `codec` makes
-VERSION = 1
-_RUN = re.compile(r"(\d+)x(\d+)(?:/(\d+))?(?::(\S+))?")
+# of what `PackedConfig` writes and of the bytes that `codec` makes; 1 had no seal
+VERSION = 2
+# name of a tensor that says so in the report of a load that failed for want of it
+IMPORT = "import_peft_pcgrow"
+# experts of a layer, at most: what a stranger's file may have made
+MOST = 2**16
+_RUN = re.compile(r"(\d{1,9})x(\d{1,9})(?:/(\d{1,9}))?(?::(\S+))?", re.ASCII)
 
 
 def write_forms(forms: Iterable[Form]) -> str:
@@ -46,15 +58,15 @@ def read_forms(text: str) -> tuple[Form, ...]:
     """What `write_forms` wrote.
 
     Raises:
-        ValueError: `text` is something else.
+        ValueError: `text` is something else, or of more than `MOST` experts.
     """
     forms: list[Form] = []
-    for run in text.split():
+    for run in str(text).split():
         found = _RUN.fullmatch(run)
-        if found is None:
+        if found is None or len(forms) + int(found[1]) > MOST:
             raise ValueError(
                 f"{run!r} in {text!r} does not say the form of packed experts, as in 60x4 3x4/512 1x16:2:4 (experts, "
-                "bits, neurons, sparsity): the config.json was altered; copy it again from where it was saved"
+                f"bits, neurons, sparsity): the config.json was altered; {AGAIN}"
             )
         count, width, neurons, sparsity = found.groups()
         forms += [Form(int(width), None if neurons is None else int(neurons), sparsity)] * int(count)
@@ -67,12 +79,24 @@ class PackedConfig(QuantizationConfigMixin):
     Args:
         layers: forms of the experts of each decoder layer that has packed ones, as `write_forms` writes them.
         version: of the format. half: type of what is kept in 16 bits.
+        tensors, facts: the seal (see `packed_seal`), which `save_pretrained` fills in. needs: what to do to read it.
 
     Raises:
-        ValueError: a newer format than this package knows.
+        ValueError: a newer format than this package knows, or something else than what it writes.
     """
 
-    def __init__(self, layers: Mapping[str, str], version: int = VERSION, half: str = "bfloat16", **others: Any):
+    def __init__(
+        self,
+        layers: Mapping[str, str],
+        version: int = VERSION,
+        half: str = "bfloat16",
+        tensors: str | None = None,
+        facts: str | None = None,
+        **others: Any,
+    ):
+        altered = f"the config.json was altered; {AGAIN}"
+        if not isinstance(version, int) or not isinstance(layers, Mapping):
+            raise ValueError(f"version={version!r} and layers={layers!r} do not describe packed experts: {altered}")
         if version > VERSION:
             raise ValueError(
                 f"the packed experts of this checkpoint are in format {version}; this peft_pcgrow reads formats up to "
@@ -80,11 +104,12 @@ class PackedConfig(QuantizationConfigMixin):
             )
         self.quant_method: Any = PACKED_METHOD
         if half not in ("bfloat16", "float16"):
-            raise ValueError(
-                f"packed experts keep 16 bits as bfloat16 or float16, not {half!r}: the config.json was altered; copy "
-                "it again from where it was saved"
-            )
+            raise ValueError(f"packed experts keep 16 bits as bfloat16 or float16, not {half!r}: {altered}")
+        if strange := [layer for layer in layers if not re.fullmatch(r"\d{1,9}", str(layer), re.ASCII)]:
+            raise ValueError(f"{strange[0]!r} is no decoder layer with packed experts: {altered}")
         self.version, self.layers, self.half = version, dict(layers), half
+        self.tensors, self.facts = tensors, facts
+        self.needs = "import peft_pcgrow"
 
     def forms(self) -> dict[int, tuple[Form, ...]]:
         """By decoder layer."""
@@ -98,19 +123,33 @@ class PackedQuantizer(HfQuantizer):
     # nothing is packed while a plain checkpoint is loaded
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        # None: tensors that the caller has
+        if checkpoint_files is not None:
+            verify(checkpoint_files, self.quantization_config.tensors, self.quantization_config.facts)
         sites = {site.layer: site for site in experts.find_experts(model).sites}
+        noted = self.quantization_config.layers
         for layer, forms in self.quantization_config.forms().items():
             if layer not in sites or sites[layer].experts != len(forms):
                 held = f"{sites[layer].experts} experts" if layer in sites else "none"
                 raise ValueError(
                     f"the checkpoint has {len(forms)} packed experts in layer {layer} where {type(model).__name__} has "
-                    f"{held}: its config.json was mixed up with another; copy it again from where it was saved"
+                    f"{held}: its config.json was mixed up with another; {AGAIN}"
+                )
+            most = experts.intermediate_size(sites[layer].base)
+            if any((form.neurons or 0) > most for form in forms):
+                raise ValueError(
+                    f"the experts of layer {layer} have {most} neurons, and {noted[str(layer)]!r} says more: the "
+                    f"config.json was altered; {AGAIN}"
                 )
             pack(sites[layer].base, forms, half=getattr(torch, self.quantization_config.half))
             # transformers would fill the stacks with random numbers, which are not there
             for module in {sites[layer].base, getattr(sites[layer].base, "block", sites[layer].base)}:
                 module._is_hf_initialized = True
+        unfit = (f"{re.escape(name)}$" for name in (IMPORT, *_unfit_names(model)))
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unfit}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -123,14 +162,15 @@ class PackedQuantizer(HfQuantizer):
                 if lost:
                     raise ValueError(
                         f"the checkpoint has no {', '.join(lost)} for the packed experts {site.name}, or of another "
-                        "size: a file of it is missing; copy it again from where it was saved"
+                        f"size: a file of it is missing; {AGAIN}"
                     )
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         # experts may have been packed since
         note_packing(model)
-        return None, {}
+        # of a model with adapters of transformers' own, those alone are written
+        return None if getattr(model, "_hf_peft_config_loaded", False) else _sealed(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         raise NotImplementedError(
@@ -187,6 +227,59 @@ def note_packing(model: nn.Module) -> None:
     held.config.quantization_config = config
     held.hf_quantizer = PackedQuantizer(config)
     held.is_quantized, held.quantization_method = True, PACKED_METHOD
+
+
+def _sealed(model: Any) -> dict[str, Tensor]:
+    """What `save_pretrained` writes of a model with packed experts; its seal is noted in the model's config.
+
+    Raises:
+        ValueError: an adapter sits around experts, or what is stored is no longer what packing made.
+    """
+    for site in experts.find_experts(model).sites:
+        if site.module is not site.base:
+            raise ValueError(
+                f"{site.name} has an adapter around it, and a packed checkpoint holds none: save the adapter by its "
+                "PeftModel's save_pretrained, or the base after unload()"
+            )
+        for name, held in site.base.packed_buffers().items() if experts.is_packed(site.base) else ():
+            if held.dtype != torch.uint8 or held.numel() != site.base.packed_bytes(name):
+                raise ValueError(
+                    f"{PREFIX}{name} of {site.name} holds {held.numel()} numbers of {held.dtype} instead of "
+                    f"{site.base.packed_bytes(name)} bytes: something wrote over it; load or compress the model again"
+                )
+    # names and tensors as they are in the model: what they were converted from when it was loaded is not written back,
+    # since what is digested is what will be in the files
+    model._weight_conversions = []
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    state = remove_tied_weights_from_state_dict(state, model)
+    note = torch.frombuffer(bytearray(b"import peft_pcgrow"), dtype=torch.uint8)
+    state |= {name: note.clone() for name in (IMPORT, *_unfit_names(model))}
+    sharded = [name for name, tensor in state.items() if hasattr(tensor, "full_tensor")]
+    if sharded:
+        raise ValueError(f"{sharded[0]} is sharded over processes: packed models are saved from one whole copy")
+    config, noted = model.config, model.config.quantization_config
+    noted.tensors = tensors_digest({name: partial(_value, model, name, tensor) for name, tensor in state.items()})
+    # as save_pretrained is about to write them
+    config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+    noted.facts = facts_digest(json.loads(config.to_json_string()))
+    return state
+
+
+def _value(model: Any, name: str, tensor: Tensor) -> Tensor:
+    return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+
+
+def _unfit_names(model: nn.Module) -> Iterator[str]:
+    """What an architecture calls the matrices of its experts that are packed here."""
+    paths = {module: f"{name}." for name, module in model.named_modules()}
+    for base in (site.base for site in experts.find_experts(model).sites if experts.is_packed(site.base)):
+        for name, shape in base.pcgrow_shapes.items():
+            if experts.is_adopted(base):
+                held = base.checkpoint(name, torch.empty(shape, device="meta"))
+                yield from (paths[base.block] + own for own in held)
+            else:
+                yield paths[base] + name
 
 
 def register_packed() -> None:
