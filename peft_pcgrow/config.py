@@ -11,6 +11,7 @@ from peft_pcgrow.carry import WAYS, Way
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import NODES
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
+from peft_pcgrow.lora_beside import read_lora, settings_of
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
 from peft_pcgrow.spawn import GROWTHS
@@ -88,6 +89,9 @@ class PCGrowConfig(PeftConfig):
             `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
             experts of the base are packed in so few bits (see `compress.quantize`); loading the adapter packs the base
             alike. transformers leaves experts in 16 bit where a `BitsAndBytesConfig` quantizes everything else.
+        lora (`peft.LoraConfig`, *optional*):
+            LoRA beside the grown experts, on the attention for example, as part of this adapter: it is created, saved,
+            loaded, switched, disabled and merged with it. A dict of its settings will do.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, as in LoRA.
         init_weights (`bool`, defaults to `True`):
@@ -120,6 +124,7 @@ class PCGrowConfig(PeftConfig):
     base_quantization: Optional[str] = field(
         default=None, metadata={"help": f"Pack the base's experts: {', '.join(BASE_QUANTIZATIONS)}."}
     )
+    lora: Optional[Any] = field(default=None, metadata={"help": "LoraConfig of LoRA beside the grown experts."})
     modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
     init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
     target_modules: Optional[Union[list[str], set[str], str]] = field(
@@ -187,6 +192,7 @@ class PCGrowConfig(PeftConfig):
                 f"unknown base_quantization={self.base_quantization!r}; choose from {', '.join(BASE_QUANTIZATIONS)}, "
                 "or None to leave the base's experts as they are"
             )
+        self.lora = read_lora(self.lora)
         check_share("gate_fpr", self.gate_fpr, "(0, 1)")
         check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:
@@ -227,7 +233,7 @@ class PCGrowConfig(PeftConfig):
         # a map held in memory does not belong in a config file; what it led to is in `locus`
         held, self.error_map = self.error_map, self.error_map if isinstance(self.error_map, str) else None
         try:
-            return super().to_dict()
+            return {**super().to_dict(), "lora": None if self.lora is None else settings_of(self.lora)}
         finally:
             self.error_map = held
 

@@ -24,6 +24,7 @@ from peft_pcgrow.adopted import kind_of
 from peft_pcgrow.batches import IGNORED, read_batches
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.lora_beside import lora_layers
 from peft_pcgrow.model import PCGrowModel
 from peft_pcgrow.staging import check_empty, staged
 
@@ -214,7 +215,16 @@ def _build(
 def _plain_state(base: nn.Module, active: Sequence[str]) -> dict[str, Tensor]:
     """Copies of the base's tensors by the names that they had before it was wrapped."""
     state: dict[str, Tensor] = {}
-    for name, tensor in base.state_dict().items():
+    # LoRA layers, each a copy that was merged as PEFT merges: the base stays as it is
+    layers = {name: copy.deepcopy(layer) for name, layer in lora_layers(base)}
+    for layer in layers.values():
+        layer.merge()
+    beside = {
+        f"{name}.base_layer.{k}": t for name, m in layers.items() for k, t in m.get_base_layer().state_dict().items()
+    }
+    for name, tensor in {**base.state_dict(), **beside}.items():
+        if ".lora_" in name:
+            continue
         # of modules that were trained along (modules_to_save), the active adapter's copy
         before, trained, after = name.partition(".modules_to_save.")
         adapter, _, rest = after.partition(".")

@@ -2,12 +2,15 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -23,6 +26,7 @@ from peft_pcgrow.flat import check_flat
 from peft_pcgrow.guard import TrainingGuard
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_others
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
@@ -160,8 +164,13 @@ class PCGrowModel(BaseTuner):
         # PEFT's own version copies `.weight`, which an experts module does not have
         setattr(parent, child_name, new_module)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def inject_adapter(  # type: ignore[override]
+        self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        with self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
+            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        config.lora = lora
         if (quantization := self.peft_config[adapter_name].base_quantization) is not None:
             # not before: the banks are copies of the experts as they were
             quantize_sites(model, experts.find_experts(model).sites, quantization)
@@ -172,6 +181,27 @@ class PCGrowModel(BaseTuner):
             self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
         assert self._guard is not None
         self._guard.rearm()
+
+    @contextmanager
+    def _lora_beside(
+        self, model: nn.Module, config: PCGrowConfig, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> Iterator[LoraConfig | None]:
+        """Around the creation of an adapter: that of its LoRA layers, which are this model's from then on."""
+        if config.lora is None:
+            yield None
+            return
+        if self.tuner_layer_cls is PCGrowExperts:
+            check_alone(model)
+        with injected(model, config.lora, adapter_name, low_cpu_mem_usage) as lora:
+            # PEFT asks isinstance, and switches and deletes adapters in layers of these classes
+            self.tuner_layer_cls = (PCGrowExperts, LoraLayer)  # type: ignore[assignment]
+            yield lora
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if left := left or list(self.peft_config)[:1]:
+            self.set_adapter(left)  # the same in all layers, which each take the next that they have themselves
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
@@ -304,8 +334,14 @@ class PCGrowModel(BaseTuner):
             layer.check_merge(safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        return seal(super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names))
+    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
+        ours = PCGrowExperts if config.lora is None else (PCGrowExperts, LoraLayer)
+        held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return seal(without_others(model, held, adapter_name, ours))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key_in_file(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
