@@ -7,7 +7,7 @@ therefore saved, loaded, disabled, cast and merged with the banks; what is done 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
@@ -97,7 +97,7 @@ def injected(model: nn.Module, lora: LoraConfig, adapter_name: str, low_cpu_mem_
     resolved = copy.deepcopy(lora)
     resolved.inference_mode = False  # whether it trains is the adapter's to say, afterwards
     # "all-linear" as what it says: PEFT would add parameters that are no linear layers', those of experts and routers
-    resolved = _maybe_include_all_linear_layers(resolved, model)
+    resolved = cast(LoraConfig, _maybe_include_all_linear_layers(resolved, model))
     try:
         # PEFT would take the configs of the adapters on this model for LoRA's own
         configs = model.__dict__.pop("peft_config", None)
