@@ -18,6 +18,7 @@ from peft_pcgrow.adopted_moe import adopt_routed, why_refused
 from peft_pcgrow.model_parts import in_decoder, layer_list
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.removable import StackLayout
+from peft_pcgrow.settle import beneath
 from peft_pcgrow.stack_view import StackView
 
 # what can be a node: experts that a router chooses, those that serve every token beside them, whole MLPs
@@ -314,7 +315,7 @@ def _check_base(name: str, base: ExpertsModule) -> None:
 
 
 def _check_block(name: str, block: nn.Module) -> None:
-    kernel = block.__dict__.get("forward")
+    kernel = beneath(block.__dict__.get("forward"))
     # where no kernel fits, use_kernels=True puts the class's own forward there
     own = getattr(kernel, "__func__", None) is type(block).forward
     if kernel is not None and not own and not hasattr(block, "_hf_hook"):

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from peft_pcgrow.handover import swap, tensors
 
-# recorded from the layers' outputs, not from inside
+# recorded from the layers' outputs, which are marked by then, not from inside
 STATES = "hidden_states"
 
 
@@ -35,14 +35,11 @@ class Recorded:
         lists: Mapping[str, Any] = _active_collector.get() or {}
         return cls({name: len(held) for name, held in lists.items() if isinstance(held, list) and name != STATES})
 
-    def mark(self, mark: Callable[[Tensor], Tensor], plain: Tensor, hidden: Tensor) -> None:
-        """Put marks in the place of what has been recorded since, and `hidden`, the layer's marked output, in that of
-        `plain`, where a hook that is older than ours has recorded it."""
+    def mark(self, mark: Callable[[Tensor], Tensor]) -> None:
+        """Put marks in the place of what has been recorded since."""
         lists: Any = _active_collector.get() or {}
         for name, start in self.began.items():
             lists[name][start:] = swap(lists[name][start:], mark)
-        if lists.get(STATES) and lists[STATES][-1] is plain:
-            lists[STATES][-1] = hidden
 
     @contextmanager
     def again(self) -> Iterator[Callable[[], list[Tensor]]]:

@@ -15,11 +15,32 @@ from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, check_disjoint
 from peft_pcgrow.gate import RATES, Gate, at_rate
+from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
 PERTURBATION = 0.5
+
+
+class Call(PerThread):
+    """The run of a decoder layer that a thread is in the middle of; the model keeps it up to date.
+
+    Attributes:
+        sequence: how its tokens stand in their texts. entered: whether the decoder layer said so itself.
+        called: whether it has come to its grown experts yet.
+    """
+
+    sequence: TokenSequence | None = None
+    entered = False
+    called = False
+
+    @torch.compiler.disable
+    def begin(self) -> None:
+        self.called = True
+
+    def end(self) -> None:
+        self.entered, self.sequence = False, None
 
 
 class PCGrowExperts(nn.Module, BaseTunerLayer):
@@ -57,12 +78,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         for name in stacks:
             setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
         self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
-        # how the tokens of the call at hand stand in their texts, and whether the decoder layer said so itself; the
-        # model keeps both up to date
-        self.sequence: TokenSequence | None = None
-        self.entered = False
-        # set by each forward; the model asks whether the layer's block went round it
-        self.called = False
+        self.call = Call()
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
 
@@ -221,7 +237,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return in_use
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.called = True
+        self.call.begin()
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -261,7 +277,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def margin(self, adapter_name: str, hidden: Tensor) -> Tensor:
         """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
-        call = self.sequence
+        call = self.call.sequence
         if call is None or call.shape[0] * call.shape[1] != len(hidden):
             raise RuntimeError(
                 f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "

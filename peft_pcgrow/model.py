@@ -30,7 +30,7 @@ from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
-from peft_pcgrow.text_hooks import follow_calls, follow_whole_texts
+from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts
 
 
 class PCGrowModel(BaseTuner):
@@ -152,7 +152,7 @@ class PCGrowModel(BaseTuner):
             layer = PCGrowExperts(target, site.layer)
             # layers that another tuner on this model wrapped are that tuner's to watch
             self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
-            self._handles += follow_calls(site.decoder_layer, layer)
+            self._handles += follow_inside(site.decoder_layer, layer)
         birth = self._births[current_key]
         layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
@@ -176,7 +176,7 @@ class PCGrowModel(BaseTuner):
             quantize_sites(model, experts.find_experts(model).sites, quantization)
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
         if self._stack is None:
-            self._stack = LayerStack(self._tree.layers, begin=self._begin, finished=self._check_called).attach()
+            self._stack = LayerStack(self._tree.layers, self._begin, entered=self._enter, left=self._leave).attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
             self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
         assert self._guard is not None
@@ -259,11 +259,15 @@ class PCGrowModel(BaseTuner):
                         "model; make a new PCGrowConfig with error_map=, or load the adapter's weights before training"
                     )
 
-    def _check_called(self, index: int) -> None:
-        """A grown layer whose block went round the adapter would train nothing: refuse at once."""
+    def _enter(self, index: int, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._created.get(index, ()):
-            called, layer.called = layer.called, False
-            if not called:
+            enter(layer, decoder_layer, args, kwargs)
+
+    def _leave(self, index: int, ran: bool) -> None:
+        for layer in self._created.get(index, ()):
+            layer.call.end()
+            # a grown layer whose block went round the adapter would train nothing: refuse at once
+            if ran and not layer.call.called:
                 raise RuntimeError(
                     f"layer {index} ran without calling its grown experts: its MoE block was replaced, by a hub kernel "
                     "for example; load the model with use_kernels=False"

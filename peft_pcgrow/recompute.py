@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from peft_pcgrow.handover import swap, tensors, written
+from peft_pcgrow.per_thread import PerThread
 
 # what layers call their KV cache: transformers from 5.24 on, before, and of old
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
-# layers that are being recomputed just now, by id, and their inputs: hooks, of whichever stack, must leave them alone
-_recomputed: dict[int, Tensor] = {}
+
+
+class _Again(PerThread):
+    """The layer that a thread is running again just now: stacks, of whichever model, must leave it alone."""
+
+    layer: Any = None
+
+
+_again = _Again()
 
 
 @dataclass
@@ -60,15 +68,16 @@ class LayerRun:
                 stack.enter_context(torch.autocast(device_type, **options))
             # a checkpoint inside the recomputation would only run the layer a third time
             checkpointing = getattr(self.layer, "gradient_checkpointing", False)
-            if checkpointing:
-                self.layer.gradient_checkpointing = False
-            _recomputed[id(self.layer)] = x
             inside = stack.enter_context(self.recorded.again())
             try:
-                output = self.layer(x, *args, **kwargs)
+                if checkpointing:
+                    self.layer.gradient_checkpointing = False
+                _again.layer = self.layer
+                # hooks of the layer have seen what it takes and returns, and what they made of it has a graph
+                output = self.layer.forward(x, *args, **kwargs)
                 return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs), *inside()]
             finally:
-                _recomputed.pop(id(self.layer), None)
+                _again.layer = None
                 if checkpointing:
                     self.layer.gradient_checkpointing = True
 
@@ -88,9 +97,9 @@ def by_name(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     return args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
 
 
-def recomputed_from(layer: nn.Module) -> Tensor | None:
-    """The input that a layer is being recomputed from just now; None: it is not."""
-    return _recomputed.get(id(layer))
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether this thread is running a layer again just now."""
+    return _again.layer is layer
 
 
 def record(

@@ -11,7 +11,8 @@ backprop's; what is gained is that no autograd graph ever spans two layers.
 
 Two other ways, see `Way`, reach the same errors hop by hop, or leave most of the way down out.
 
-During a training forward the decoder layers run without a graph and only their inputs are kept. Three custom autograd
+A layer's own `forward` is what settles, inside of whatever hooks the layer has: what those change is code between two
+layers. During a training forward the layers run without a graph and only their inputs are kept. Three custom autograd
 functions take the backward over: what a layer hands on is marked (`Mark`, and `Top` for the last one's output), and all
 marks hang on one `Ground` below the layers, which takes the trainable parameters as inputs. The user's loss, whatever
 layers' outputs it reads, is differentiated by autograd down to the marks, which note the errors that arrive; the
@@ -29,11 +30,12 @@ from torch import Tensor, nn
 from peft_pcgrow.carry import TOP, Descent, Probe, Way
 from peft_pcgrow.handover import swap, tensors, trained_elsewhere, written
 from peft_pcgrow.inner_outputs import Recorded
+from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.recompute import (
     LayerRun,
     by_name,
     hidden_of,
-    recomputed_from,
+    is_recomputed,
     record,
     refuse_filled_cache,
     without_cache,
@@ -44,6 +46,12 @@ from peft_pcgrow.tape import Ground, Tape, Top
 HANDED_ON = ("MarkBackward", "ToCopyBackward0")
 
 
+class _Open(PerThread):
+    """The forward that a thread is in the middle of, if it settles."""
+
+    tape: Tape | None = None
+
+
 class LayerStack:
     """The decoder layers of one model, settled instead of backpropagated through where `begin()` says so.
 
@@ -52,7 +60,8 @@ class LayerStack:
             alone or first in a tuple. What else they hand to each other, see `handover`, settles too.
         begin: called at the bottom layer of every forward; whether to settle this one (if gradients are enabled).
         probe: watches each layer while it is settled, down to the bottom.
-        finished: called with (layer index) after every forward of a layer, settled or not.
+        entered: called with (layer index, layer, args, kwargs) before each run of a layer's own code, settled or not.
+        left: called with (layer index, whether it ran to its end) after each.
         way: how to settle; may be changed, and holds for the forwards that begin from then on.
     """
 
@@ -61,51 +70,55 @@ class LayerStack:
         layers: Iterable[nn.Module],
         begin: Callable[[], bool] = lambda: True,
         probe: Probe | None = None,
-        finished: Callable[[int], None] | None = None,
+        entered: Callable[[int, nn.Module, tuple, dict[str, Any]], None] | None = None,
+        left: Callable[[int, bool], None] | None = None,
         way: Way | None = None,
     ):
         self.layers = list(layers)
-        self.begin, self.probe, self.finished, self.way = begin, probe, finished, way or Way()
-        self._tape: Tape | None = None
-        self._grad_was_enabled: list[bool] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.begin, self.probe, self.entered, self.left, self.way = begin, probe, entered, left, way or Way()
+        self.attached = False
+        self._open = _Open()
 
     def attach(self) -> "LayerStack":
-        if not self._handles:
-            for index, layer in enumerate(self.layers):
-                before, after = partial(_before_layer, self, index), partial(_after_layer, self, index)
-                self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-                self._handles.append(layer.register_forward_hook(after, with_kwargs=True, always_call=True))
+        self.attached = True
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(_run, self, index, layer, layer.__dict__.get("forward"))
         return self
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._tape = None
+        # a layer that somebody wrapped since goes on calling us, and we pass it by
+        self.attached = False
+        for layer in self.layers:
+            held: Any = layer.__dict__.get("forward")
+            if getattr(held, "func", None) is _run and held.args[0] is self:
+                del layer.forward
+                if (below := held.args[3]) is not None:
+                    layer.forward = below
 
     def __enter__(self) -> "LayerStack":
-        return self.attach()
+        try:
+            return self.attach()
+        except BaseException:
+            self.detach()
+            raise
 
     def __exit__(self, *error) -> None:
         self.detach()
 
-    def before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        if (given := recomputed_from(layer)) is not None:
-            if (args[0] if args else kwargs["hidden_states"]) is not given:
-                raise TypeError(
-                    f"a hook on {type(layer).__name__} {index} changes what it takes, and would do so again when "
-                    "the layer is run again: use PCGrowConfig(settle='backprop')"
-                )
-            return None
+    @torch.compiler.disable
+    def before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any, Tape | None]:
+        """What a layer is to be called with, and the tape if it settles."""
+        if self.entered is not None:
+            self.entered(index, layer, args, kwargs)
+        if is_recomputed(layer):
+            return args, kwargs, None
         if index == 0:
-            self._grad_was_enabled.clear()
-            self._tape = None
+            self._open.tape = None
             settling = self.begin() and torch.is_grad_enabled()
         else:
-            settling = self._tape is not None
+            settling = self._open.tape is not None
         if not settling:
-            return None
+            return args, kwargs, None
         args, kwargs = by_name(layer, args, kwargs)
         if args:
             x, args = args[0], args[1:]
@@ -113,18 +126,16 @@ class LayerStack:
             x, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
         if index == 0:
             refuse_filled_cache(kwargs)
-            self._tape = self._begin_tape(x)
+            self._open.tape = self._begin_tape(x)
         elif not x.requires_grad:
             raise TypeError(
                 f"{type(layer).__name__} {index} does not take the output of the layer before it: errors cannot be "
                 "handed down between them; use PCGrowConfig(settle='backprop')"
             )
-        assert self._tape is not None
-        self._note(self._tape, index, layer, x, args, kwargs)
-        self._grad_was_enabled.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(False)
-        # with its graph, which nothing is added to: it may be recorded as the lowest hidden state
-        return (x, *args), kwargs
+        tape = self._open.tape
+        assert tape is not None
+        self._note(tape, index, layer, x, args, kwargs)
+        return (x.detach(), *args), kwargs, tape
 
     def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         kwargs = without_cache(kwargs)
@@ -151,25 +162,15 @@ class LayerStack:
             )
         tape.linked |= tape.way.settle == "sweep"
 
-    def after(self, index: int, layer: nn.Module, kwargs: dict[str, Any], output: Any):
-        if recomputed_from(layer) is not None:
-            return None
-        if self._grad_was_enabled:
-            torch.set_grad_enabled(self._grad_was_enabled.pop())
-        if output is None:  # the layer raised
-            self._tape = None
-            return None
-        if self.finished is not None:
-            self.finished(index)
-        if self._tape is None:
-            return None
+    @torch.compiler.disable
+    def after(self, tape: Tape, index: int, layer: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+        """What a layer that settles hands on."""
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
-        tape, plain = self._tape, hidden
         if index < len(self.layers) - 1:
             hidden = tape.mark(hidden)
         else:
-            self._tape = None
+            self._open.tape = None
             if tape.current is not None:
                 tape.current.handed[TOP] = hidden
             hidden = Top.apply(hidden, tape.ground, tape)
@@ -177,8 +178,15 @@ class LayerStack:
         others = swap(others, tape.mark)
         for mapping, key in list(written(tape.before, kwargs)):
             mapping[key] = swap(mapping[key], tape.mark)
-        tape.recorded.mark(tape.mark, plain, hidden)
+        tape.recorded.mark(tape.mark)
         return (hidden, *others) if isinstance(output, tuple) else hidden
+
+    @torch.compiler.disable
+    def close(self, index: int, ran: bool) -> None:
+        if not ran:
+            self._open.tape = None
+        if self.left is not None:
+            self.left(index, ran)
 
     def _begin_tape(self, x: Tensor) -> Tape:
         tape = Tape(self.way, self._layers_wanted(x.grad_fn is not None), x)
@@ -221,13 +229,33 @@ class LayerStack:
         return descent.found, descent.linked(runs, arrived) if linked else descent.run(runs, arrived[TOP])
 
 
-# Compiled code breaks its graph at these hooks: what settles is not for a compiler. They are functions of the module
-# so that a model that holds them can be pickled.
-@torch.compiler.disable
-def _before_layer(stack: LayerStack, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    return stack.before(index, layer, args, kwargs)
+# Compiled code breaks its graph here, and goes on inside the layer: what settles is not for a compiler. A function of
+# the module, so that a model that holds it can be pickled.
+@torch.compiler.disable(recursive=False)
+def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., Any] | None, *args: Any, **kwargs: Any):
+    """The `forward` of a layer; `below` is the one that it had before, if not its class's."""
+    forward = below or partial(type(layer).forward, layer)
+    if not stack.attached:
+        return forward(*args, **kwargs)
+    enabled, ran = torch.is_grad_enabled(), False
+    try:
+        args, kwargs, tape = stack.before(index, layer, args, kwargs)
+        if tape is not None:
+            torch._C._set_grad_enabled(False)
+        output = forward(*args, **kwargs)
+        if tape is not None:
+            torch._C._set_grad_enabled(enabled)
+            output = stack.after(tape, index, layer, kwargs, output)
+        ran = True
+        return output
+    finally:
+        # at once, whatever was raised: Python code around it could itself be interrupted before it does anything
+        torch._C._set_grad_enabled(enabled)
+        stack.close(index, ran)
 
 
-@torch.compiler.disable
-def _after_layer(stack: LayerStack, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
-    return stack.after(index, layer, kwargs, output)
+def beneath(forward: Any) -> Any:
+    """The `forward` that a module had of its own before its stacks were attached; None: its class's."""
+    while getattr(forward, "func", None) is _run:
+        forward = forward.args[3]
+    return forward

@@ -1,4 +1,4 @@
-"""Hooks that tell newborns' gates how the tokens of each call stand in their texts."""
+"""Tell newborns' gates how the tokens of each call stand in their texts."""
 
 import inspect
 from collections.abc import Callable
@@ -36,33 +36,23 @@ def _keep_all_tokens(
     return None
 
 
-def follow_calls(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-    """Let `layer` know how the tokens of each call stand in their texts.
+@torch.compiler.disable
+def enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A run of `layer`'s decoder layer begins: let it know how the tokens stand in their texts."""
+    gated = any(layer.spawned(name) for name in layer.active_banks())
+    layer.call.entered, layer.call.called = True, False
+    layer.call.sequence = Sequence.of(layer.layer_index, *by_name(decoder_layer, args, kwargs)) if gated else None
 
-    Also where only the inside of its decoder layer runs: transformers' gradient checkpointing recomputes without the
-    decoder layer's own hooks.
-    """
+
+def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+    """Let `layer` know that also where only the inside of its decoder layer runs: transformers' gradient checkpointing
+    recomputes it so, on whichever thread autograd uses."""
     inside = partial(_note_inside, layer)
-    return (
-        decoder_layer.register_forward_pre_hook(partial(_enter, layer), with_kwargs=True),
-        decoder_layer.register_forward_hook(partial(_leave, layer), always_call=True),
-        *(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children()),
-    )
-
-
-@torch.compiler.disable
-def _enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if any(layer.spawned(name) for name in layer.active_banks()):
-        layer.entered, layer.sequence = True, Sequence.of(layer.layer_index, *by_name(decoder_layer, args, kwargs))
-
-
-@torch.compiler.disable
-def _leave(layer: PCGrowExperts, *_: Any) -> None:
-    layer.entered, layer.sequence = False, None
+    return tuple(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children())
 
 
 @torch.compiler.disable
 def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The attention is handed all that the decoder layer is."""
-    if not layer.entered and "attention_mask" in kwargs:
-        layer.sequence = Sequence.of(layer.layer_index, args, kwargs)
+    if not layer.call.entered and "attention_mask" in kwargs:
+        layer.call.sequence = Sequence.of(layer.layer_index, args, kwargs)

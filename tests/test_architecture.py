@@ -18,6 +18,7 @@ FLOORS = [
         "locus",
         "energy",
         "heatmap",
+        "per_thread",
         "same_base",
         "checksum",
         "gate",
