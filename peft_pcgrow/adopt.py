@@ -19,6 +19,7 @@ from peft_pcgrow.adopted import (
     tried,
 )
 from peft_pcgrow.model_parts import decoder_layers
+from peft_pcgrow.plain_weight import way_out, why_not_linear
 
 # names that architectures give an MLP's linear layers: those that tokens enter, the one that they leave by
 LINEARS = (
@@ -57,6 +58,8 @@ def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dic
     if refused or not found:
         known = "beside" if nodes == "shared" else "without"
         reasons = "; ".join(refused[:2]) or f"no MLP of linear layers was found in layers {known} routed experts"
+        if not refused and getattr(config, "quantization_config", None) is not None:
+            reasons += f", maybe for a quantizer that replaced them: {way_out(config)}"
         raise ValueError(f"{named} has no {nodes} nodes that can be grown: {reasons}. Use LoRA on them")
     return found
 
@@ -125,6 +128,8 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     if "forward" in block.__dict__ and not hasattr(block, "_hf_hook"):
         return "has its forward replaced, by a hub kernel for example: load the model with use_kernels=False"
     layers = [getattr(block, name) for name in (*entering, leaving)]
+    if (why := next(filter(None, map(why_not_linear, layers)), None)) is not None:
+        return f"has linear layers that {why}: {way_out(config)}"
     if len({getattr(layer, "bias", None) is None for layer in layers}) > 1:
         return "has biases in some of its linear layers only"
     outputs, inputs = linear_sizes(layers[0])[0], linear_sizes(layers[-1])[1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peft_pcgrow.adopted import MARK, AdoptedBlock, AdoptedExperts, adopt_block, differ, return_block, tried
+from peft_pcgrow.plain_weight import way_out, why_not_plain
 
 # blocks whose experts cannot be nodes, and why
 REFUSED = {
@@ -226,6 +227,7 @@ class Foreign:
         experts: mixed into the class of its child `experts`; what becomes that child, if it has none.
         count: name, in the experts or else in the block, of how many there are. act_fn: likewise.
         single: whether only one expert for a token can be dealt with.
+        weights: names in the block of what holds the experts' weights.
     """
 
     block: type
@@ -233,12 +235,15 @@ class Foreign:
     count: str = "num_experts"
     act_fn: str = "act_fn"
     single: bool = False
+    weights: tuple[str, ...] = ("experts",)
 
 
 # by name of the block's class
 FOREIGN = {
     "DbrxFFN": Foreign(DbrxBlock, DbrxOwnExperts, act_fn="mlp.activation_fn"),
-    "JetMoeMoE": Foreign(JetMoeBlock, JetMoeExperts, count="router.num_experts", act_fn="activation"),
+    "JetMoeMoE": Foreign(
+        *(JetMoeBlock, JetMoeExperts, "router.num_experts", "activation"), weights=("input_linear", "output_linear")
+    ),
     "Llama4TextMoe": Foreign(Llama4Block, Llama4OwnExperts, single=True),
     "LongcatFlashMoE": Foreign(LongcatBlock, LongcatOwnExperts, count="num_routed_experts"),
     # follows the contract, and lacks the mark only
@@ -250,8 +255,8 @@ def adopt_routed(model: nn.Module) -> None:
     """Adopt every block of a model that `FOREIGN` knows.
 
     Raises:
-        ValueError: a block that hands a token to more experts than can be dealt with, or does something else than it
-            did in the transformers that this was written for; no block has changed then.
+        ValueError: a block that hands a token to more experts than can be dealt with, has no plain weights, or does
+            something else than it did in the transformers that this was written for; no block has changed then.
     """
     config, seen = getattr(model, "config", None), set()
     for name, block in list(model.named_modules()):
@@ -264,6 +269,8 @@ def adopt_routed(model: nn.Module) -> None:
                 f"{name} ({type(block).__name__}) hands each token to {chosen} experts, scaled differently for "
                 "each of them; only num_experts_per_tok=1 can be grown: use LoRA on this model"
             )
+        if (why := _why_not_weights(block, how)) is not None:
+            raise ValueError(f"the experts of {name} ({type(block).__name__}) {why}. Instead, {way_out(config)}")
         # the others of its class run the same code
         before = None if type(block) in seen else _tried(block)
         seen.add(type(block))
@@ -293,6 +300,17 @@ def _adopt(block: Any, how: Foreign, config: Any) -> None:
     held.num_experts, held.act_fn, held.config = count, act_fn, config
     adopt_block(held, how.experts)
     adopt_block(block, how.block)
+
+
+def _why_not_weights(block: nn.Module, how: Foreign) -> str | None:
+    for name in how.weights:
+        held = _innermost(block.get_submodule(name))
+        if isinstance(held, nn.ModuleList):
+            return "were taken apart by a quantizer"
+        for label, parameter in held.named_parameters():
+            if (what := why_not_plain(parameter)) is not None:
+                return f"hold no plain weights: {name}.{label} is {what}"
+    return None
 
 
 def _innermost(module: Any) -> Any:

@@ -17,6 +17,7 @@ from peft_pcgrow.adopted import AdoptedExperts
 from peft_pcgrow.adopted_moe import adopt_routed, why_refused
 from peft_pcgrow.model_parts import in_decoder, layer_list
 from peft_pcgrow.pieces import Pieces
+from peft_pcgrow.plain_weight import is_offloaded, way_out, why_not_stacks
 from peft_pcgrow.removable import StackLayout
 from peft_pcgrow.settle import beneath
 from peft_pcgrow.stack_view import StackView
@@ -77,8 +78,8 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
             routed where there are some, else dense.
 
     Raises:
-        ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, experts sharded
-            over devices, or a block replaced by a hub kernel.
+        ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, weights that are
+            no plain ones (quantized, sharded; see `plain_weight`), or a block replaced by a hub kernel.
     """
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
@@ -106,7 +107,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     assert isinstance(layers, nn.ModuleList)
     sites = []
     for name, base in found.items():
-        _check_base(name, base)
+        _check_base(name, base, model)
         outer = name
         while outer.endswith(".base_layer"):
             outer = outer.removesuffix(".base_layer")
@@ -307,11 +308,32 @@ def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
     return None
 
 
-def _check_base(name: str, base: ExpertsModule) -> None:
+def check_in_memory(tree: Tree) -> None:
+    """Raise ValueError if the weights of experts are not where they can be read: accelerate has offloaded them."""
+    for site in tree.sites:
+        if (
+            not is_packed(site.base)
+            and is_offloaded(site.base)
+            and any(s.is_meta for s in expert_stacks(site.base).values())
+        ):
+            raise ValueError(
+                f"the weights of {site.name} are offloaded, and their values are needed here: load the model with a "
+                "device_map that keeps its experts in memory"
+            )
+
+
+def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
     if base._is_expert_parallel:
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
-    if not expert_stacks(base):
-        raise ValueError(f"{name} ({type(base).__name__}) has no weights with one slice for each of its experts")
+    if is_packed(base) or is_adopted(base):
+        return  # ours, or looked at before it was adopted
+    stacks = [first_matrix(base), "down_proj"]
+    biases = [f"{stack}_bias" for stack in stacks] if base.has_bias else []
+    if (why := why_not_stacks(base, [*stacks, *biases, *expert_stacks(base)], base.num_experts)) is not None:
+        raise ValueError(
+            f"{name} ({type(base).__name__}) holds no plain weights, which growing, measuring and packing need: {why}. "
+            f"Instead, {way_out(getattr(model, 'config', base.config))}"
+        )
 
 
 def _check_block(name: str, block: nn.Module) -> None:
@@ -342,6 +364,12 @@ def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     if (reason := why_refused(model)) is not None:
         return f"the experts of {named} cannot be nodes ({reason}): use LoRA on this model"
     undecorated = _undecorated(modules)
+    config = getattr(model, "config", None)
+    if undecorated and loaded_quantized(config):
+        return (
+            f"{named} was loaded quantized, and its experts ({', '.join(undecorated)}) are not transformers' own: "
+            f"{way_out(config)}"
+        )
     if undecorated:
         return (
             f"{named} has experts ({', '.join(undecorated)}) that do not follow transformers' experts contract "

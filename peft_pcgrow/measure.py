@@ -85,9 +85,9 @@ def measure_errors(
 
     Raises:
         TypeError: no model, or no corpus.
-        ValueError: no experts in the model, no causal LM, a corpus without token ids or without one label token, words
-            that the model does not know, too few texts to fit gates on, a number out of its range, an unknown way to
-            settle, or a checkpoint of another model.
+        ValueError: no experts in the model, or offloaded ones (unless coherent=False), no causal LM, a corpus without
+            token ids or without one label token, words that the model does not know, too few texts to fit gates on, a
+            number out of its range, an unknown way to settle, or a checkpoint of another model.
         FloatingPointError: a loss that is NaN or infinite.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -101,6 +101,8 @@ def measure_errors(
     sketch_dim = given.get("sketch_dim", _sketch_dim(tree))
     if coherent is None:
         coherent = settle != "direct"
+    if coherent:
+        experts.check_in_memory(tree)
     base = identity.describe_base(model, tree) | {
         "sketch": sketch_dim if coherent else None,
         "settle": [settle, settle_depth] if settle == "direct" else settle,

@@ -66,6 +66,7 @@ class PCGrowModel(BaseTuner):
         measured = self._map(peft_config)
         nodes = peft_config.nodes or (measured.base.get("nodes") if measured is not None else None)
         tree = experts.find_experts(model, nodes)
+        experts.check_in_memory(tree)
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:
             measured.check_base(base)

@@ -30,6 +30,7 @@ FLOORS = [
         "stack_view",
         "pieces",
         "corpus",
+        "plain_weight",
     ],
     ["map_file", "diagnosis", "recompute", "staging", "say", "batches"],
     ["separation", "relax", "removable", "page_html", "node_table"],

@@ -1,0 +1,157 @@
+"""Bases whose experts are no plain weights (quantized, offloaded, sharded) are refused by name, wherever they enter."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from transformers import FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.fbgemm_fp8 import FbgemmFp8Llama4TextExperts
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+from close import assert_close
+from foreign import llama4
+from peft_pcgrow import PCGrowConfig, compress, find_experts, measure_errors
+from tiny import assert_same, build, dense, logits, retain, snapshot, tokens
+
+WAYS_IN = {
+    "get_peft_model": lambda model: get_peft_model(model, PCGrowConfig(select="random", budget=0.1)),
+    "measure_errors": lambda model: measure_errors(model, [tokens()], progress=False),
+    "quantize_experts": compress.quantize_experts,
+    "plan": lambda model: compress.plan(model, target=0.5, retain=[retain()]),
+}
+every_way = pytest.mark.parametrize("way", WAYS_IN)
+
+
+class Coded(torch.Tensor):
+    """A tensor whose numbers are not what its storage holds, as torchao's and quanto's are."""
+
+
+def in_fp8(model: nn.Module) -> nn.Module:
+    """As loading an FP8 checkpoint makes it."""
+    settings = FineGrainedFP8Config(weight_block_size=(16, 16))
+    replace_with_fp8_linear(model, modules_to_not_convert=["lm_head"], quantization_config=settings)
+    model.config.quantization_config = settings
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False))
+    return model
+
+
+def fp8_experts() -> nn.Module:
+    return in_fp8(build())
+
+
+def fp8_linears() -> nn.Module:
+    return in_fp8(dense())
+
+
+def mxfp4_experts() -> nn.Module:
+    model = build("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts(model.config)
+    model.config.quantization_config = Mxfp4Config()
+    return model
+
+
+def fbgemm_experts() -> nn.Module:
+    model = llama4()
+    for layer in model.model.layers:
+        layer.feed_forward.experts = FbgemmFp8Llama4TextExperts(model.config)
+    return model
+
+
+def subclassed_experts() -> nn.Module:
+    model = build()
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().as_subclass(Coded), requires_grad=False)
+    return model
+
+
+def scaled_experts() -> nn.Module:
+    """Codes that are whole numbers in bf16, with their scales beside."""
+    model = build(dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.experts.register_buffer("down_proj_scales", torch.ones(8, 32, 1))
+    return model
+
+
+def integer_experts() -> nn.Module:
+    model = build()
+    for name, stack in list(model.model.layers[1].mlp.experts.named_parameters()):
+        code = nn.Parameter((stack.detach() * 9).to(torch.int8), requires_grad=False)
+        setattr(model.model.layers[1].mlp.experts, name, code)
+    return model
+
+
+def parametrized_experts() -> nn.Module:
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    model = build()
+    parametrize.replace_parameter_4bit(model.model.layers[2].mlp.experts, "down_proj")
+    return model
+
+
+BASES = {
+    fp8_experts: r"FP8Experts\) holds no plain weights.*codes in float8_e4m3fn.*FineGrainedFP8Config\(dequantize=True",
+    mxfp4_experts: r"loaded quantized.*GptOssExperts.*Mxfp4Config\(dequantize=True\)",
+    fbgemm_experts: r"Llama4TextMoe\) hold no plain weights: experts.gate_up_proj is codes in float8_e4m3fn.*in bf16",
+    subclassed_experts: r"holds no plain weights.*down_proj is a Coded.*load the model in bf16",
+    scaled_experts: r"holds no plain weights.*beside its weights there is down_proj_scales",
+    integer_experts: r"layers.1.mlp.experts.*gate_up_proj is codes in int8",
+    parametrized_experts: r"layers.2.mlp.experts.*down_proj is computed from other tensors",
+    fp8_linears: r"linear layers that have weights that are codes in float8.*FineGrainedFP8Config\(dequantize=True",
+}
+
+
+@every_way
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
+def test_refused_by_name(base, way):
+    model = base()
+    before, kinds = snapshot(model), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=BASES[base]):
+        WAYS_IN[way](model)
+    assert_same(before, snapshot(model))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_way
+def test_sharded_experts(way, one_process):
+    model, mesh = build(), init_device_mesh("cpu", (1,))
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj = nn.Parameter(distribute_tensor(experts.gate_up_proj.detach(), mesh))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.*gate_up_proj is a DTensor \(sharded by fully_shard"):
+        WAYS_IN[way](model)
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "measure_errors", "plan"])
+def test_offloaded_experts(way):
+    """A map whose errors need no weights can still be measured, and is the map of the same model in memory."""
+    model = build()
+    cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"offloaded, and their values are needed here|has no values here"):
+        WAYS_IN[way](model)
+    found, want = (measure_errors(m, [tokens()], coherent=False, progress=False) for m in (model, build()))
+    assert_close("mass", found.mass, want.mass, "fp32")
+
+
+def test_dequantized_bases_are_plain():
+    """What FineGrainedFP8Config(dequantize=True) leaves behind: 16-bit weights, and a note of where they come from."""
+    model = build(dtype=torch.bfloat16)
+    want = logits(model)
+    model.config.quantization_config = FineGrainedFP8Config(dequantize=True)
+    grown = get_peft_model(copy.deepcopy(model), PCGrowConfig(locus={0: [1]}))
+    assert torch.equal(logits(grown), want)
+    assert {site.base.down_proj.dtype for site in find_experts(grown).sites} == {torch.bfloat16}
