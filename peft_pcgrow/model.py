@@ -27,6 +27,7 @@ from peft_pcgrow.guard import TrainingGuard
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_others
+from peft_pcgrow.plain_weight import check_whole
 from peft_pcgrow.resolve import birth, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
@@ -66,6 +67,7 @@ class PCGrowModel(BaseTuner):
         measured = self._map(peft_config)
         nodes = peft_config.nodes or (measured.base.get("nodes") if measured is not None else None)
         tree = experts.find_experts(model, nodes)
+        check_whole(model)
         experts.check_in_memory(tree)
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:

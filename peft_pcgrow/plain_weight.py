@@ -4,24 +4,49 @@ Banks are copies of experts' weights, maps are about gradients with respect to t
 needs the numbers themselves, whole, in a floating type of 16 bits or more.
 """
 
+import gc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # parameters beside a stack that say how its codes are read, whatever the quantizer
 _SCALES = re.compile(r"(^|_)(scales?|scale_inv|zeros?|zero_point|qzeros|blocks|absmax|codebook|g_idx|lut)(_|$)")
 # linear layers' weights that are decoded when they are read (see `adopted`)
 BITSANDBYTES = ("Params4bit", "Int8Params")
+# what torch makes of modules that it shards
+FSDP = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if parameters of a model are sharded, by themselves or by a wrapper around it."""
+    named = ((name, how_sharded(parameter)) for name, parameter in model.named_parameters())
+    found = next(((name, how) for name, how in named if how is not None), None)
+    if found is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # while they are gathered for a forward, parameters do not tell
+        around = next((type(each).__name__ for each in _instances(FSDP) if model in set(each.modules())), None)
+        found = None if around is None else ("the model", f"inside of {around}")
+    if found is not None:
+        raise ValueError(
+            f"{found[0]} is {found[1]}: growing on sharded parameters is not supported yet, and would train on wrong "
+            "gradients. Keep the model whole on each process, as DDP does"
+        )
+
+
+def _instances(names: Iterable[str]) -> Iterator[Any]:
+    """All objects whose class, or a class that it is made from, has one of these names."""
+    for each in gc.get_objects():
+        if any(kind.__name__ in names for kind in type(each).__mro__):
+            yield each
 
 
 def how_sharded(tensor: Any) -> str | None:
     """What a tensor is a shard of, if it is one."""
-    kinds = {kind.__name__ for kind in type(tensor).__mro__}
-    if "DTensor" in kinds:
+    if type(tensor) not in (Tensor, nn.Parameter) and any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
         return "a DTensor (sharded by fully_shard, or by tensor or expert parallelism)"
-    if "FlatParameter" in kinds or getattr(tensor, "_fsdp_flattened", False):
+    if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
         return "part of a flat parameter (sharded by FullyShardedDataParallel)"
     if hasattr(tensor, "ds_id"):
         return "partitioned by DeepSpeed (ZeRO-3)"

@@ -123,13 +123,14 @@ def test_optimizer_from_before():
 
 
 def test_optimizer_of_a_part():
-    """An optimizer that holds one layer's banks only: the others are named."""
+    """An optimizer that holds one layer's banks only: the others are named, and training may go on."""
     model = grow(build())
     optimizer = torch.optim.AdamW(model.base_model.tuner_layers()[0].parameters(), lr=1e-2)
     loss_of(model).backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"node\(s\) 2\.0, 2\.3, 2\.7 that received error have not moved; no optim"):
-        loss_of(model, 1)
+    with pytest.warns(UserWarning, match=r"node\(s\) 2\.0, 2\.3, 2\.7 received error, but no optimizer holds their"):
+        loss_of(model, 1).backward()
+    optimizer.step()
 
 
 def test_rate_too_small_for_bf16():

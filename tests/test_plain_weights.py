@@ -8,6 +8,7 @@ from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.fbgemm_fp8 import FbgemmFp8Llama4TextExperts
@@ -25,6 +26,12 @@ WAYS_IN = {
     "quantize_experts": compress.quantize_experts,
     "plan": lambda model: compress.plan(model, target=0.5, retain=[retain()]),
 }
+
+
+def grown_on(model: nn.Module, **settings) -> nn.Module:
+    return get_peft_model(model, PCGrowConfig(locus={0: [1, 4], 2: [3]}, **settings))
+
+
 every_way = pytest.mark.parametrize("way", WAYS_IN)
 
 
@@ -134,6 +141,43 @@ def test_sharded_experts(way, one_process):
     experts.gate_up_proj = nn.Parameter(distribute_tensor(experts.gate_up_proj.detach(), mesh))
     with pytest.raises(ValueError, match=r"layers.0.mlp.experts.*gate_up_proj is a DTensor \(sharded by fully_shard"):
         WAYS_IN[way](model)
+
+
+def test_other_sharded_parameters(one_process):
+    """As tensor parallelism makes them."""
+    model, mesh = build(), init_device_mesh("cpu", (1,))
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight = nn.Parameter(distribute_tensor(attention.q_proj.weight.detach(), mesh))
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight is a DTensor.*not supported yet.*whole on"):
+        grown_on(model)
+
+
+def by_layers(model: nn.Module) -> nn.Module:
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+SHARDINGS = {
+    "fully_shard, the model": fully_shard,
+    "fully_shard, its layers": by_layers,
+    "fully_shard, inside": lambda model: (fully_shard(model.get_base_model()), model)[1],
+    "FSDP": lambda model: FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settle", ["sweep", "backprop"])
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_sharded_after_wrapping(how, settle, one_process):
+    """At the first training forward, and again at the next: fully_shard would give gradients of zero."""
+    model = SHARDINGS[how](grown_on(build(), settle=settle)).train()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"growing on sharded parameters is not supported yet"):
+            model(input_ids=tokens(), labels=tokens())
+    plain = grown_on(build(), settle=settle).train()  # another model of this process is whole
+    plain(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(bool(p.grad.any()) for p in plain.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("way", ["get_peft_model", "measure_errors", "plan"])
