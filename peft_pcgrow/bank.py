@@ -57,7 +57,7 @@ def codings(shrunk: Any, layer: int) -> dict[str, Coding] | None:
     try:
         stacks = shrunk["layers"][str(layer)].items()
         return {name: Coding(shrunk["kind"], tuple(map(int, numbers.split()))) for name, numbers in stacks}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"shrunk={str(shrunk)[:80]!r} does not say how the bank of layer {layer} is stored: it is set by "
             "shrink_adapter; leave it out for a new adapter"

@@ -1,6 +1,8 @@
 """PCGrowConfig: the only home of the method's settings."""
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -14,11 +16,29 @@ from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.lora_beside import read_lora, settings_of
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
+from peft_pcgrow.setting import dictionary, flag, names, number, plain, text, whole, wholes
 from peft_pcgrow.spawn import GROWTHS
 
 SETTLING = (*WAYS, "backprop")
 ROUTERS = ("branch", "flat")
 BASE_QUANTIZATIONS = ("nf4", "int8")
+# fields by what they hold (whole numbers: from, to)
+_NUMBERS = ("budget", "cost_weight", "gate_fpr", "protect", "settle_tol")
+_WHOLE = {"block": 1, "settle_depth": 0, "gate_window": 0}
+_FLAGS = ("init_weights", "inference_mode")
+_TEXTS = ("base_model_name_or_path", "revision", "peft_version")
+_NAMES = ("modules_to_save", "target_modules", "exclude_modules", "target_parameters", "layers_pattern")
+_DICTS = ("protected", "shrunk", "base", "spawned", "auto_mapping")
+_WORDS: dict[str, tuple[Any, ...]] = {
+    "select": SELECTIONS,
+    "settle": SETTLING,
+    "grow": GROWTHS,
+    "router": ROUTERS,
+    "resolution": RESOLUTIONS,
+    "nodes": (*NODES, None),
+    "base_quantization": (*BASE_QUANTIZATIONS, None),
+}
+_OTHERS = ("max_per_layer", "seed", "locus", "parts", "layers_to_transform", "trainable_token_indices")
 
 
 @dataclass
@@ -158,41 +178,33 @@ class PCGrowConfig(PeftConfig):
     )
 
     def __post_init__(self):
+        # JSON knows no enumerations: what comes from a file must not lead to another file
+        self._noted_map = self.error_map if type(self.peft_type) is str and isinstance(self.error_map, str) else None
         super().__post_init__()
         extend_peft_type()
         self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
+        # the map that was used, for adapters made of this config later; not part of what is saved
+        self._measured: Optional[ErrorMap] = None
+        self.check()
+
+    def check(self) -> None:
+        """Bring every setting to a plain value that JSON gives back equal.
+
+        Raises:
+            ValueError: a setting that is none, or out of its range; the text names it.
+        """
+        self._normalise()
         check_budget(self.budget)
-        if self.max_per_layer is not None and (not isinstance(self.max_per_layer, int) or self.max_per_layer < 1):
-            raise ValueError(f"max_per_layer must be a whole number >= 1 or None, got {self.max_per_layer!r}")
-        if not isinstance(self.cost_weight, (int, float)) or not 0 <= self.cost_weight <= 1:
+        if not isinstance(self.cost_weight, (int, float)) or not 0 <= self.cost_weight <= 1 or self.cost_weight is True:
             raise ValueError(f"cost_weight must be a number in [0, 1], got {self.cost_weight!r}")
-        if self.select not in SELECTIONS:
-            raise ValueError(f"unknown select={self.select!r}; choose from {', '.join(SELECTIONS)}")
-        if self.settle not in SETTLING:
-            raise ValueError(f"unknown settle={self.settle!r}; choose from {', '.join(SETTLING)}")
         Way(depth=self.settle_depth, tol=self.settle_tol)  # refuses what is out of range
-        if self.grow not in GROWTHS:
-            raise ValueError(f"unknown grow={self.grow!r}; choose from {', '.join(GROWTHS)}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"unknown router={self.router!r}; choose from {', '.join(ROUTERS)}")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
-        if self.nodes not in (None, *NODES):
-            raise ValueError(f"unknown nodes={self.nodes!r}; choose from {', '.join(NODES)}, or None")
-        if self.resolution not in RESOLUTIONS:
-            raise ValueError(f"unknown resolution={self.resolution!r}; choose from {', '.join(RESOLUTIONS)}")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"block must be a number of intermediate neurons, 1 or more; got {self.block!r}")
         if self.parts is not None:
             self.parts = read_parts(self.parts, self.resolution)
             if self.locus is not None and self.base is None:
                 raise ValueError("parts= says which experts grow: leave out locus=, which follows from it")
-        if self.base_quantization not in (None, *BASE_QUANTIZATIONS):
-            raise ValueError(
-                f"unknown base_quantization={self.base_quantization!r}; choose from {', '.join(BASE_QUANTIZATIONS)}, "
-                "or None to leave the base's experts as they are"
-            )
-        self.lora = read_lora(self.lora)
+        self.lora = read_lora(plain(self.lora) if isinstance(self.lora, Mapping) else self.lora)
         check_share("gate_fpr", self.gate_fpr, "(0, 1)")
         check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:
@@ -200,26 +212,47 @@ class PCGrowConfig(PeftConfig):
                 f"target_parameters={self.target_parameters}: an experts module grows as a whole, name it in "
                 "target_modules (for example ['mlp.experts']) or choose nodes with locus="
             )
-        if self.error_map is not None and not isinstance(self.error_map, (str, os.PathLike, ErrorMap)):
-            raise ValueError(f"error_map must be a path or an ErrorMap, got {type(self.error_map).__name__}")
-        if isinstance(self.error_map, os.PathLike):
-            self.error_map = os.fspath(self.error_map)
         if self.locus is not None:
-            for layer, donors in self.locus.items() if self.grow != "deepen" and isinstance(self.locus, dict) else ():
-                if isinstance(donors, (list, tuple)) and len(set(donors)) < len(donors):
+            for layer, donors in self.locus.items() if self.grow != "deepen" and self.spawned is None else ():
+                if isinstance(donors, list) and len(set(map(str, donors))) < len(donors):
                     raise ValueError(
-                        f"layer {layer} of the locus names a donor twice ({list(donors)}): an adapter has room for one "
+                        f"layer {layer} of the locus names a donor twice ({donors}): an adapter has room for one "
                         "newborn of each; add another adapter for a second one"
                     )
             # string keys, as JSON gives them back: equal before and after saving
             self.locus = Locus(self.locus).to_json()
         if self.spawned is not None:
             self.spawned = Locus(self.spawned).to_json() if self.spawned else {}
-        # the map that was used, for adapters made of this config later; not part of what is saved
-        self._measured: Optional[ErrorMap] = None
+
+    def _normalise(self) -> None:
+        """Turn what other libraries give as settings into plain values."""
+        if self.error_map is not None and not isinstance(self.error_map, (str, os.PathLike, ErrorMap)):
+            raise ValueError(f"error_map must be a path or an ErrorMap, got {type(self.error_map).__name__}")
+        for name in ("error_map", "base_model_name_or_path"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+        fields = (*_NUMBERS, *_WHOLE, *_FLAGS, *_TEXTS, *_NAMES, *_DICTS, *_WORDS, *_OTHERS)
+        read = {name: plain(getattr(self, name)) for name in fields}
+        read |= {name: number(read[name]) for name in _NUMBERS}
+        read |= {name: whole(name, read[name], least) for name, least in _WHOLE.items()}
+        read |= {name: flag(name, read[name]) for name in _FLAGS}
+        read |= {name: text(name, read[name]) for name in _TEXTS}
+        read |= {name: names(name, read[name]) for name in _NAMES if not _is_pattern(name, read[name])}
+        read |= {name: dictionary(name, read[name]) for name in _DICTS}
+        for name, known in _WORDS.items():
+            if read[name] not in known:
+                words = ", ".join("or None" if word is None else word for word in known)
+                raise ValueError(f"unknown {name}={read[name]!r}; choose from {words}")
+        read["seed"] = whole("seed", read["seed"], -(2**63), 2**63 - 1)
+        if read["max_per_layer"] is not None:
+            read["max_per_layer"] = whole("max_per_layer", read["max_per_layer"], 1)
+        if (listed := read["layers_to_transform"]) is not None:
+            found = wholes("layers_to_transform", listed)
+            read["layers_to_transform"] = found if isinstance(listed, list) else found[0]
+        read["trainable_token_indices"] = _token_indices(read["trainable_token_indices"])
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
+            read[name] = set(read[name]) if isinstance(read[name], list) else read[name]
+        self.__dict__.update(read)
 
     @property
     def way(self) -> Optional[Way]:
@@ -236,6 +269,26 @@ class PCGrowConfig(PeftConfig):
             return {**super().to_dict(), "lora": None if self.lora is None else settings_of(self.lora)}
         finally:
             self.error_map = held
+
+
+def _token_indices(value: Any) -> Any:
+    """Lists of tokens, by the name of an embedding or of the one there is."""
+    name = "trainable_token_indices"
+    if isinstance(value, dict):
+        names(name, list(value))
+        return {module: wholes(name, tokens) for module, tokens in value.items()}
+    return None if value is None else wholes(name, value)
+
+
+def _is_pattern(name: str, value: Any) -> bool:
+    """Whether PEFT takes a field for a regular expression; raises ValueError if it is none."""
+    if name not in ("target_modules", "exclude_modules", "layers_pattern") or not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}={value!r} is no regular expression ({error}); to name modules, give a list") from None
+    return True
 
 
 def check_share(name: str, value: Any, interval: str) -> None:

@@ -26,7 +26,9 @@ class Locus(Mapping[int, tuple[int, ...]]):
             if isinstance(experts, (str, bytes)) or not isinstance(experts, Iterable):
                 raise ValueError(f"layer {layer!r} in the locus must list its experts, got {experts!r}")
             if listed := list(experts):
-                chosen[_whole(layer, "layer")] = tuple(sorted({_whole(e, "expert") for e in listed}))
+                if (number := _whole(layer, "layer")) in chosen:
+                    raise ValueError(f"layer {number} is in the locus twice: list its experts once")
+                chosen[number] = tuple(sorted({_whole(e, "expert") for e in listed}))
         if not chosen:
             raise ValueError(f"the locus is empty ({nodes!r}): name at least one expert, or raise the budget")
         self._nodes = dict(sorted(chosen.items()))
@@ -111,7 +113,7 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
 def _whole(value: Any, what: str, where: str = "the locus") -> int:
     # JSON turns the keys of an object into strings
     if isinstance(value, str):
-        number = int(value) if value.isdigit() else -1
+        number = int(value) if value.isdecimal() and len(value) < 20 else -1
     else:
         number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else -1
     if number < 0:

@@ -28,7 +28,7 @@ from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_others
 from peft_pcgrow.plain_weight import check_whole
-from peft_pcgrow.resolve import birth, resolve
+from peft_pcgrow.resolve import birth, check_resolved, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
 from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts
@@ -64,6 +64,7 @@ class PCGrowModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PCGrowConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve the locus, so that the config alone tells every shape of the adapter."""
+        peft_config.check()  # settings may have been changed since it was made
         measured = self._map(peft_config)
         nodes = peft_config.nodes or (measured.base.get("nodes") if measured is not None else None)
         tree = experts.find_experts(model, nodes)
@@ -79,7 +80,6 @@ class PCGrowModel(BaseTuner):
                 f"layers_to_transform={peft_config.layers_to_transform} leave no experts to grow; the model's experts "
                 f"are {', '.join(site.name for site in tree.sites[:3])}, ..."
             )
-        experts_at = {site.layer: site.experts for site in allowed}
         if peft_config.base_quantization is not None:
             check_quantizable(experts.find_experts(model).sites, peft_config.base_quantization)
         elif peft_config.base is None and (line := left_unpacked(tree.sites)) is not None:
@@ -102,10 +102,8 @@ class PCGrowModel(BaseTuner):
                 "up and doubles their memory; cast them back, or leave that call out",
                 stacklevel=2,
             )
+        check_resolved(peft_config, allowed)
         locus = Locus(peft_config.locus or {})
-        locus.check(experts_at)
-        if peft_config.parts is not None:
-            parts.check_parts(peft_config.parts, locus, peft_config.resolution, peft_config.block, allowed)
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
@@ -129,6 +127,11 @@ class PCGrowModel(BaseTuner):
     @staticmethod
     def _map(config: PCGrowConfig) -> ErrorMap | None:
         """The map that this config comes with, or came with when it was first used."""
+        if config._noted_map is not None and config.error_map == config._noted_map:
+            raise ValueError(
+                f"error_map={config.error_map!r} stands in a config file, which may be a stranger's, so it is not "
+                "followed: if you trust it, set config.error_map = ErrorMap.load(...) yourself"
+            )
         given = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
         return given or config._measured
 

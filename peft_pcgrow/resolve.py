@@ -1,6 +1,6 @@
 """From a config and a map to what an adapter is: its nodes, their parts and sizes, its gates and directions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from peft_pcgrow.gate import Gate
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.say import say
+from peft_pcgrow.setting import whole
+
+ALTERED = "{}: {}: no adapter of this base has that; its adapter_config.json was altered, or is of another base"
 
 
 def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorMap | None) -> None:
@@ -71,9 +74,44 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
         config.protected = {}
         for site in sites:
             if site.layer in locus:
-                pieces, row = _pieces(config, site), emap.layers.index(site.layer)
+                pieces, row = _pieces(config, site.layer, site.base), emap.layers.index(site.layer)
                 found = parts.directions_of(separation, row, pieces, config.protect)
                 config.protected[str(site.layer)] = {stack: held.shape[2] for stack, held in found.items()}
+
+
+def check_resolved(config: PCGrowConfig, sites: Sequence[experts.ExpertsSite]) -> None:
+    """Raise ValueError, naming the field, unless what an adapter's config says is of sizes that its base can have.
+
+    Whoever wrote the file: nothing is made of it before.
+    """
+    locus = Locus(config.locus or {})
+    locus.check({site.layer: site.experts for site in sites})
+    bases = {str(site.layer): site.base for site in sites}
+    grown = locus.to_json()
+    for layer, donors in (config.spawned or {}).items():
+        if not set(donors) <= set(grown.get(layer, ())):
+            raise ValueError(ALTERED.format("spawned", f"{donors} in layer {layer}, where the locus has no such nodes"))
+    if (config.parts is None) != (config.resolution == "expert"):
+        raise ValueError(ALTERED.format("parts", f"{'none' if config.parts is None else 'some'} at this resolution"))
+    if config.parts is not None:
+        parts.check_parts(config.parts, locus, config.resolution, config.block, sites)
+    for layer, ranks in (config.protected or {}).items():
+        widths = (
+            {name: experts.input_width(bases[layer], name) for name in experts.matrices(bases[layer])}
+            if layer in grown
+            else {}
+        )
+        if not isinstance(ranks, dict) or not ranks.keys() <= widths.keys():
+            raise ValueError(ALTERED.format("protected", f"{ranks} in layer {layer}"))
+        for name, rank in ranks.items():
+            whole(f"protected[{layer}][{name}]", rank, 0, widths[name])
+    for layer in grown if config.shrunk is not None else ():
+        found = codings(config.shrunk, int(layer))
+        stacks = _pieces(config, int(layer), bases[layer])
+        if {name: len(coding.numbers) for name, coding in found.items()} != {
+            n: len(p.experts) for n, p in stacks.items()
+        }:
+            raise ValueError(ALTERED.format("shrunk", f"{config.shrunk['layers'][layer]} in layer {layer}"))
 
 
 def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:
@@ -85,7 +123,7 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
     gate: tuple[Gate, Tensor] | None = None
     if spawned and separation is not None:
         gate = separation.gate(row), separation.threshold[row]
-    pieces = _pieces(config, site)
+    pieces = _pieces(config, site.layer, site.base)
     ranks = (config.protected or {}).get(str(site.layer), {})
     if ranks and separation is not None:
         directions = parts.directions_of(separation, row, pieces, config.protect)
@@ -96,8 +134,8 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
     return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk)
 
 
-def _pieces(config: PCGrowConfig, site: experts.ExpertsSite) -> Mapping[str, Pieces]:
-    """What an adapter's bank holds at a site."""
+def _pieces(config: PCGrowConfig, layer: int, base: experts.ExpertsModule) -> Mapping[str, Pieces]:
+    """What an adapter's bank holds of the experts of a layer."""
     if config.parts is None:
-        return parts.whole(site.base, Locus(config.locus or {})[site.layer])
-    return parts.pieces_of(site.base, config.parts[str(site.layer)], config.resolution, config.block)
+        return parts.whole(base, Locus(config.locus or {})[layer])
+    return parts.pieces_of(base, config.parts[str(layer)], config.resolution, config.block)

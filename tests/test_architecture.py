@@ -31,6 +31,7 @@ FLOORS = [
         "pieces",
         "corpus",
         "plain_weight",
+        "setting",
     ],
     ["map_file", "diagnosis", "recompute", "staging", "say", "batches"],
     ["separation", "relax", "removable", "page_html", "node_table"],
