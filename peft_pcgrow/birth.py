@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from peft_pcgrow import deepen
 from peft_pcgrow.bank import Coding
 from peft_pcgrow.gate import Gate
 from peft_pcgrow.pieces import Pieces
@@ -22,6 +24,9 @@ class Birth:
         directions: per stack, what updates are kept off, `[G, I, K]`, or by `parts.protected_inputs`.
         pieces: what the bank holds of the experts, by stack; None: all of them, whole.
         shrunk: how the bank is stored, by stack; None: in full width.
+        identity: of the adapter, "" if it has no newborns. elders: of the adapters whose newborns were active when it
+            was grown, and which are asked for rows before it. parents: by donor, of the adapter whose newborn, rather
+            than the donor, the newborn takes its rows from.
     """
 
     grown: tuple[int, ...]
@@ -32,11 +37,48 @@ class Birth:
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     pieces: Mapping[str, Pieces] | None = None
     shrunk: Mapping[str, Coding] | None = None
+    identity: str = ""
+    elders: tuple[str, ...] = ()
+    parents: Mapping[int, str] = field(default_factory=dict)
+
+
+def by_age(births: Mapping[str, Birth]) -> list[str]:
+    """Adapters in the order in which their newborns are asked for rows: elders first, otherwise as listed."""
+    waiting, asked = list(births), []
+    while waiting:
+        here = {births[name].identity for name in waiting}
+        ready = [name for name in waiting if not here & {*births[name].elders, *births[name].parents.values()}]
+        asked.append((ready or waiting)[0])
+        waiting.remove(asked[-1])
+    return asked
+
+
+def parents_of(name: str, births: Mapping[str, Birth]) -> dict[int, str | None]:
+    """By donor, which of these adapters has the newborn that one of `name` takes its rows from; None: none has."""
+    return {
+        donor: next((o for o, born in births.items() if born.identity == parent and donor in born.spawned), None)
+        for donor, parent in births[name].parents.items()
+    }
+
+
+def slots_of(birth: Birth, total: int) -> dict[str | None, Tensor]:
+    """Places in the bank (see `deepen.Branch`) of newborns, by their parent ("" if it is an expert), and of what is
+    deepened, under None.
+
+    Args:
+        total: experts of the base.
+    """
+    every = deepen.slots(birth.grown, total)
+    parents = {e: birth.parents.get(e, "") if e in birth.spawned else None for e in birth.grown}
+    found: dict[str | None, Tensor] = {parent: torch.full_like(every, -1) for parent in parents.values()}
+    for expert, parent in parents.items():
+        found[parent][expert] = every[expert]
+    return found
 
 
 def check_disjoint(births: Mapping[str, Birth], layer: int) -> None:
-    """Raise ValueError if two of these adapters deepen the same expert of a layer, or one deepens what a newborn with
-    parts takes the rest of its weights from."""
+    """Raise ValueError if two of these adapters deepen the same expert of a layer, one deepens what a newborn with
+    parts takes the rest of its weights from, or the parent of a newborn is missing."""
     owner: dict[int, str] = {}
     for name, birth in births.items():
         for expert in sorted(set(birth.grown) - set(birth.spawned)):
@@ -49,6 +91,12 @@ def check_disjoint(births: Mapping[str, Birth], layer: int) -> None:
     for name, birth in births.items():
         if birth.pieces is not None:
             check_donors(f"adapter {name!r}", birth.spawned, owner, layer)
+        if missing := [donor for donor, parent in parents_of(name, births).items() if parent is None]:
+            raise ValueError(
+                f"adapter {name!r} has newborns of newborns (layer {layer}: {missing[:8]}), whose rows come from the "
+                "adapter that it was grown on, which is not active here: load that one first, and activate both, as in "
+                f"model.base_model.set_adapter([first, {name!r}])"
+            )
 
 
 def check_donors(who: str, donors: Sequence[int], owner: Mapping[int, str], layer: int) -> None:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
 from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.newborns import nodes_of
 from peft_pcgrow.protect import MomentSketch
 from peft_pcgrow.recompute import by_name
 from peft_pcgrow.separation import Separation
@@ -17,7 +18,8 @@ from peft_pcgrow.sequence import Sequence
 
 # one text in so many is held out to set thresholds on
 HELD_OUT = 4
-# called for every layer of every batch: row of the site, input [B, S, H], index [B, S, K], rows, texts held out [B]
+# called for every layer of every batch: row of the site, input [B, S, H], the nodes that compute its rows [B, S, K] (an
+# expert, or E + n: see `PCGrowExperts.nodes_of`), rows, texts held out [B]
 See = Callable[[int, Tensor, Tensor, Rows, Tensor], None]
 
 
@@ -62,23 +64,26 @@ def compare(
     fitted = zip(scored["domain"].fitted, scored["retain"].fitted, strict=True)
     laws = torch.stack([fit_law(texts, others, window) for texts, others in fitted])
     threshold, recall, false_positive = [], [], []
-    for row, site in enumerate(tree.sites):
+    for row in range(len(tree.sites)):
         gate = Gate(directions[row], laws[row], window)
         passed = {name: held.evidence(row, gate) for name, held in scored.items()}
         # the rate of what lies above each is at most what is allowed
         ordered = passed["retain"][0].sort().values
         limits = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
         threshold.append(limits)
-        recall.append(_passing(*passed["domain"], limits, site.experts))
-        false_positive.append(_passing(*passed["retain"], limits, site.experts))
+        nodes = len(scored["domain"].routed[row])
+        recall.append(_passing(*passed["domain"], limits, nodes))
+        false_positive.append(_passing(*passed["retain"], limits, nodes))
+    tables = {"recall": recall, "false_positive": false_positive}
+    tables |= {f"{name}_rows": held.routed for name, held in scored.items()}
+    experts_at = [site.experts for site in tree.sites]
+    newborn = {n: torch.cat([t[e:] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()}
     return Separation(
         direction=directions,
         law=laws,
         threshold=torch.stack(threshold),
-        recall=torch.stack(recall),
-        false_positive=torch.stack(false_positive),
-        domain_rows=torch.stack(scored["domain"].routed),
-        retain_rows=torch.stack(scored["retain"].routed),
+        **{n: torch.stack([t[:e] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()},
+        newborns=newborn if len(newborn["domain_rows"]) else {},
         moment=inputs.moment,
         trace=inputs.trace,
         facts={
@@ -125,10 +130,10 @@ def _watched(tree: experts.Tree, see: See, held: Tensor) -> Iterator[None]:
         def entered(module: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
             calls[:] = [Sequence.of(layer, *by_name(module, args, kwargs))]
 
-        def routed(_: nn.Module, args: tuple, calls=calls, row=row) -> None:
+        def routed(module: nn.Module, args: tuple, calls=calls, row=row) -> None:
             (call,) = calls
             x = args[0].detach().view(*call.shape, -1)
-            see(row, x, args[1].view(*call.shape, -1), call.rows("", x.device), held)
+            see(row, x, nodes_of(module, args).view(*call.shape, -1), call.rows("", x.device), held)
 
         handles.append(site.decoder_layer.register_forward_pre_hook(entered, with_kwargs=True))
         handles.append(site.module.register_forward_pre_hook(routed))
@@ -168,6 +173,8 @@ class _InputMoments:
     def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
         site = self.tree.sites[row]
         tokens, chosen = x[rows.real], index[rows.real]
+        for n, (_, donor) in enumerate(getattr(site.module, "newborns", ())):
+            chosen = chosen.masked_fill(chosen == site.experts + n, donor)
         for expert in range(site.experts):
             mine = tokens[(chosen == expert).any(dim=1)]
             if not len(mine):
@@ -189,7 +196,8 @@ class _Scores:
         self.gates = [Gate(direction, torch.zeros(4), window) for direction in directions]
         self.fitted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tree.sites]
         self.held: list[list[tuple[Tensor, Rows, Tensor]]] = [[] for _ in tree.sites]
-        self.routed = [torch.zeros(site.experts, dtype=torch.float64) for site in tree.sites]
+        counts = [site.experts + len(getattr(site.module, "newborns", ())) for site in tree.sites]
+        self.routed = [torch.zeros(nodes, dtype=torch.float64) for nodes in counts]
         self.tokens = 0
 
     def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:

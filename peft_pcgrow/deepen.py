@@ -24,11 +24,13 @@ class Branch:
         slot: place in the bank of each of the base's experts, -1 where it has none, `[E]` integer.
         bank: the bank's stacks by name, `[G, ...]`.
         passes: tokens that the gate of these nodes lets pass, `[T]`; rows of others stay with the donors. None: all do.
+        parents: places, among the branches asked before, of those whose rows these nodes take; none: the base's.
     """
 
     slot: Tensor
     bank: Mapping[str, Tensor]
     passes: Tensor | None = None
+    parents: tuple[int, ...] = ()
 
 
 def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu") -> Tensor:
@@ -36,6 +38,47 @@ def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu")
     slot = torch.full((total,), -1, dtype=torch.long)
     slot[torch.tensor(chosen)] = torch.arange(len(chosen))
     return slot.to(device)
+
+
+def takers(branches: Sequence[Branch], index: Tensor, total: int) -> Tensor:
+    """Who computes each row of `index [T, K]`: the place of a branch, -1: the base, `[T, K]`.
+
+    Branches are asked in turn for the rows that nobody took before, or for those that their parents took.
+
+    Args:
+        total: experts of the base; rows whose index is that are nobody's, -1.
+    """
+    taker, expert = torch.full_like(index, -1), index.clamp(max=total - 1)
+    for place, branch in enumerate(branches):
+        free = taker == (branch.parents[0] if branch.parents else -1)
+        for parent in branch.parents[1:]:
+            free |= taker == parent
+        free &= (branch.slot[expert] >= 0) & (index < total)
+        if branch.passes is not None:
+            free &= branch.passes.unsqueeze(1)
+        taker = taker.masked_fill(free, place)
+    return taker
+
+
+def nodes(
+    branches: Sequence[Branch],
+    owners: Sequence[str],
+    newborns: Sequence[tuple[str, int]],
+    index: Tensor,
+    total: int,
+) -> Tensor:
+    """Which node computes each row of `index [T, K]`: an expert of the base's `total`, E, or E + n for newborn n,
+    `[T, K]`; nobody's is E + N.
+
+    Args:
+        branches: as for `takers`. owners: whose newborns each of them is, "" if none. newborns: (owner, donor).
+    """
+    # the last row is the base's
+    table = torch.arange(total + 1, device="cpu").repeat(len(branches) + 1, 1)
+    table[:, total] = total + len(newborns)
+    for n, (owner, donor) in enumerate(newborns):
+        table[[place for place, other in enumerate(owners) if other == owner], donor] = total + n
+    return table.to(index)[takers(branches, index, total), index.clamp(max=total)]
 
 
 def forward(
@@ -50,7 +93,7 @@ def forward(
     Args:
         base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with. Rows whose
             index is the number of experts are nobody's.
-        branches: a row that several gates let pass goes to the first of them; without a gate, experts are disjoint.
+        branches: in the order in which they are asked for rows (see `takers`); without a gate, experts are disjoint.
         exact: matrix products also round differently with another number of rows, so an expert that keeps some of its
             rows and loses others computes all of them, and so does who takes them. False: each row is computed once.
 
@@ -63,23 +106,18 @@ def forward(
     exact = exact and apart
     order = rows.row_order(base, index)
     chosen = index.reshape(-1)[order]
-    slotted = chosen.clamp(max=base.num_experts - 1)
-    # newborns come before what was deepened under them, and the base comes last
-    ranked = sorted(branches, key=lambda branch: branch.passes is None)
-    taken = chosen >= base.num_experts
+    taker = takers(branches, index, base.num_experts)
+    left = (taker < 0) & (index < base.num_experts)
+    taker = taker.reshape(-1)[order]
     parts: list[rows.Part] = []
     idle: list[Branch] = []
     source, computed = torch.full_like(order, -1), 0
-    for branch in (*ranked, None):
+    for number, branch in enumerate((*branches, None)):
         if branch is None and not parts:
             return _counted(base(hidden, index, weight), idle)
         if branch is None and not apart:
             break
-        mine = ~taken
-        if branch is not None:
-            mine &= branch.slot[slotted] >= 0
-            if branch.passes is not None:
-                mine &= branch.passes[order // choices]
+        mine = left.reshape(-1)[order] if branch is None else taker == number
         found = (_with_siblings(chosen, mine, index) if exact else mine).nonzero().squeeze(1)
         if not found.numel():
             idle += [branch] if branch is not None else []
@@ -88,13 +126,12 @@ def forward(
         place[found] = torch.arange(computed, computed + len(found), device=found.device)
         source = torch.where(mine, place, source)
         computed += len(found)
-        taken |= mine
         own = chosen[found]
         parts.append(rows.Part(found, own) if branch is None else rows.Part(found, branch.slot[own], branch.bank))
     ordered = rows.run_parts(base, hidden[order // choices], parts, source, joint=exact)
     weighted = (ordered * weight.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
     total = rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
-    total = total if apart else total + base(hidden, index, weight.masked_fill(taken.view(index.shape), 0))
+    total = total if apart else total + base(hidden, index, weight.masked_fill(~left, 0))
     return _counted(total, idle)
 
 

@@ -1,11 +1,13 @@
-"""The error map: per (layer, expert), how wrong the node's prediction was on a corpus.
+"""The error map: per node, how wrong its prediction was on a corpus.
 
 Everything a map holds is a sum over routed rows, so maps of two corpora add up to the map of their union, whatever
-the batches were. Shapes: L layers with experts, E experts.
+the batches were. A row belongs to the node that computes it: an expert (of the base, or deepened), or a newborn.
+Shapes: L layers with experts, E experts, N newborns.
 """
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +17,26 @@ from torch import Tensor
 from peft_pcgrow import heatmap, lifecycle, map_file, node_table, page, page_html, same_base
 from peft_pcgrow.diagnosis import Diagnosis, judge
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.newborns import SUMS, Newborns
+from peft_pcgrow.node_table import NodeError
 from peft_pcgrow.removable import Removable, StackLayout, coherent, removable
 from peft_pcgrow.separation import Separation
 
 # gradients are summed in so many folds, batches in turn: see `removable`
 FOLDS = 4
-SUMS = ("count", "weight", "mass", "square")
 OPTIONAL = ("hops", "shared")
 COUNTERS = ("loss", "labels", "tokens", "batches")
 # what `score` and PCGrowConfig(select=...) can rank nodes by
 STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 
 
-@dataclass(frozen=True)
-class NodeError:
-    """One row of `ErrorMap.top`: sums over the corpus for one node, and its removable error (NaN if not measured)."""
-
-    layer: int
-    expert: int
-    count: int
-    weight: float
-    error: float
-    share: float
-    coherent: float
-    removable: float = float("nan")
-
-
 @dataclass(eq=False)
 class ErrorMap:
-    """Sums over a corpus, one per (layer, expert).
+    """Sums over a corpus, one per node: those of the experts by (layer, expert), those of newborns beside them.
 
     Attributes:
         layers: decoder layer index of each of the L rows.
-        count: routed rows, `[L, E]`.
+        count: rows that an expert computes, `[L, E]`; what newborns took from it is theirs.
         weight: sum of routing weights, `[L, E]`.
         mass: sum of |eps_r|, the gate-weighted norm of the error at the node, `[L, E]`, nats per unit of output.
         square: sum of |eps_r|^2 (twice the node's energy), `[L, E]`.
@@ -56,7 +45,9 @@ class ErrorMap:
         fold_labels: label tokens of each fold, `[F]`.
         loss: summed token loss, nats; labels: label tokens; tokens: tokens that were not padding; batches read.
         hops: with settle="relax", how many tokens needed h hops at each of the D decoder layers, `[D, D + 1]`.
-        shared: sum over tokens of the product of the error norms at two nodes, `[L * E, L * E]`, up to 2048 nodes.
+        shared: sum over tokens of the product of the error norms at two nodes, experts first, then newborns,
+            `[L * E + N, L * E + N]`, up to 2048 nodes.
+        newborns: the same sums of the newborns that were active.
         base: what the map was measured on (model type, shapes, fingerprint of the routers, sketch, way of settling).
         separation: what tells the corpus from the retain text, if one was given.
     """
@@ -76,6 +67,7 @@ class ErrorMap:
     batches: int = 0
     hops: Tensor | None = None
     shared: Tensor | None = None
+    newborns: Newborns = field(default_factory=Newborns)
     _removable: dict[tuple[str, int], Removable] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -89,7 +81,7 @@ class ErrorMap:
 
     @property
     def overlap(self) -> Tensor | None:
-        """Cosine between nodes of the errors that the tokens have there, `[L * E, L * E]`; 0 for a node without any."""
+        """Cosine between nodes of the errors that the tokens have there, as `shared`; 0 for a node without any."""
         if self.shared is None:
             return None
         norm = self.shared.double().diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
@@ -135,25 +127,35 @@ class ErrorMap:
             return self.removable().estimate
         return {"error": self.mass, "square": self.square, "gate": self.weight, "frequency": self.count}[statistic]
 
+    @cached_property
+    def born(self) -> "ErrorMap":
+        """The newborns as a map of one layer, `[1, N]`: what is known of experts is known of them."""
+        born = self.newborns
+        return replace(
+            self,
+            layers=(0,),
+            **{name: getattr(born, name).unsqueeze(0) for name in SUMS},
+            gradient={name: gradient.unsqueeze(1) for name, gradient in born.gradient.items()},
+            **dict.fromkeys(OPTIONAL),
+            separation=None,
+            newborns=Newborns(),
+        )
+
+    def scores(self, statistic: str = "error") -> Tensor:
+        """`score` of all nodes: the experts, then the newborns, `[L * E + N]`."""
+        own = self.score(statistic).flatten()
+        return torch.cat([own, self.born.score(statistic).flatten()]) if self.newborns.nodes else own
+
+    def with_newborns(self, statistic: str = "error") -> Tensor:
+        """`score` of experts and their newborns together, `[L, E]`: of all rows that are routed there."""
+        own = self.score(statistic)
+        if not self.newborns.nodes:
+            return own
+        return self.newborns.added_to(own, self.layers, self.born.score(statistic).flatten())
+
     def top(self, n: int = 10, by: str = "error") -> list[NodeError]:
         """The `n` nodes with the highest score, highest first."""
-        score, total, experts = self.score(by), float(self.mass.sum()), self.count.shape[1]
-        coherent = self.coherent
-        removable = self.removable().estimate if self.has_parts else torch.full_like(coherent, float("nan"))
-        order = torch.argsort(score.flatten(), descending=True, stable=True)[:n].tolist()
-        return [
-            NodeError(
-                layer=self.layers[i // experts],
-                expert=i % experts,
-                count=int(self.count[i // experts, i % experts]),
-                weight=float(self.weight[i // experts, i % experts]),
-                error=float(self.mass[i // experts, i % experts]),
-                share=float(self.mass[i // experts, i % experts]) / total if total else 0.0,
-                coherent=float(coherent[i // experts, i % experts]),
-                removable=float(removable[i // experts, i % experts]),
-            )
-            for i in order
-        ]
+        return node_table.top(self, n, by)
 
     @property
     def diagnosis(self) -> Diagnosis:
@@ -169,16 +171,16 @@ class ErrorMap:
         """
         recoverable = removed = None
         if self.has_parts:
-            removable = self.removable().estimate.clamp_min(0)
-            removed = float(removable.sum())
+            removable = self.with_newborns("removable").clamp_min(0)
+            removed = float(self.scores("removable").clamp_min(0).sum())
             if reference is not None and reference.has_parts and reference.layers == self.layers:
-                removable = (removable - reference.removable().estimate.clamp_min(0)).clamp_min(0)
-            recoverable = removable.square() / self.count.clamp_min(1)
+                removable = (removable - reference.with_newborns("removable").clamp_min(0)).clamp_min(0)
+            recoverable = removable.square() / self.with_newborns("frequency").clamp_min(1)
         return judge(
             self.layers,
             self.loss / max(self.labels, 1),
             self.base.get("vocabulary") or 1,
-            self.mass,
+            self.with_newborns(),
             recoverable,
             removed,
             reference.loss / max(reference.labels, 1) if reference is not None else None,
@@ -200,6 +202,7 @@ class ErrorMap:
                 "maps measured with retain= cannot be added: a gate is fitted to its texts as a whole; measure all of "
                 "the text in one call"
             )
+        newborns = self.newborns + other.newborns
         return ErrorMap(
             layers=self.layers,
             **{name: getattr(self, name) + getattr(other, name) for name in SUMS},
@@ -208,20 +211,23 @@ class ErrorMap:
             **{name: _both(getattr(self, name), getattr(other, name)) for name in OPTIONAL},
             **{name: getattr(self, name) + getattr(other, name) for name in COUNTERS},
             base=dict(self.base),
+            newborns=newborns,
         )
 
     def restrict(self, layers: tuple[int, ...]) -> "ErrorMap":
         """The rows of some layers; loss and tokens stay those of the whole corpus."""
         rows = [self.layers.index(layer) for layer in layers]
-        experts = self.count.shape[1]
+        experts, born = self.count.shape[1], self.newborns.of_layers(layers)
         nodes = [row * experts + expert for row in rows for expert in range(experts)]
+        nodes += [self.count.numel() + place for place in born]
         return replace(
             self,
             layers=tuple(layers),
             **{name: getattr(self, name)[rows] for name in SUMS},
             gradient={name: gradient[:, rows] for name, gradient in self.gradient.items()},
             shared=self.shared[nodes][:, nodes] if self.shared is not None else None,
-            separation=self.separation.restrict(rows) if self.separation else None,
+            separation=self.separation.restrict(rows, born) if self.separation else None,
+            newborns=self.newborns.restrict(born),
         )
 
     def check_base(self, base: dict[str, Any]) -> None:
@@ -237,12 +243,15 @@ class ErrorMap:
         tensors = {name: getattr(self, name) for name in (*SUMS, "fold_labels")}
         tensors |= {name: held for name in OPTIONAL if (held := getattr(self, name)) is not None}
         tensors |= {f"gradient.{name}": gradient for name, gradient in self.gradient.items()}
+        if self.newborns.nodes:
+            tensors |= {f"newborns.{name}": tensor for name, tensor in self.newborns.tensors().items()}
         if self.separation is not None:
             tensors |= self.separation.to_tensors()
         facts = {
             "layers": list(self.layers),
             **{name: getattr(self, name) for name in COUNTERS},
             "base": self.base,
+            "newborns": [list(node) for node in self.newborns.nodes],
             "separation": self.separation.facts if self.separation else None,
         }
         map_file.write(Path(path), tensors, facts)
@@ -258,6 +267,8 @@ class ErrorMap:
         try:
             separated = facts.get("separation")
             separation = Separation.from_tensors(tensors, separated) if separated else None
+            theirs = {name: tensors.pop(name) for name in list(tensors) if name.startswith("newborns.")}
+            born = {name.removeprefix("newborns."): tensor for name, tensor in theirs.items()}
             return cls(
                 layers=tuple(facts["layers"]),
                 **{name: tensors.pop(name) for name in (*SUMS, "fold_labels")},
@@ -265,16 +276,19 @@ class ErrorMap:
                 gradient={name.removeprefix("gradient."): tensor for name, tensor in tensors.items()},
                 **{name: facts[name] for name in (*COUNTERS, "base")},
                 separation=separation,
+                newborns=Newborns().changed(born, facts["newborns"]) if facts.get("newborns") else Newborns(),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(map_file.damaged(Path(path), f"missing or unreadable entry: {error}")) from error
 
     def plot(self, path: str | os.PathLike | None = None, by: str = "error", locus: Locus | None = None):
-        """Draw layer x expert as a heat map; with `path`, save it there. Returns the matplotlib figure.
+        """Draw layer x expert as a heat map, newborns with their donors; with `path`, save it there. Returns the
+        matplotlib figure.
 
         Nodes of `locus` are outlined. Needs matplotlib (`pip install peft-pcgrow[plot]`).
         """
-        share = self.score(by) / self.score(by).sum().clamp_min(torch.finfo(torch.float64).tiny)
+        score = self.with_newborns(by)
+        share = score / score.sum().clamp_min(torch.finfo(torch.float64).tiny)
         marked = [(self.layers.index(layer), expert) for layer, expert in locus.nodes] if locus else []
         return heatmap.draw(
             share.numpy(),
@@ -286,33 +300,14 @@ class ErrorMap:
         )
 
     def __str__(self) -> str:
-        experts, total = self.count.shape[1], float(self.mass.sum())
-        lines = [
-            f"Error map of {self.base.get('model_type', 'a model')}: {len(self.layers)} layers x {experts} experts, "
-            f"{self.tokens:,} tokens, loss {self.loss / max(self.labels, 1):.3f} nats/token",
-            self.diagnosis.__str__(),
-            "",
-            f"layer  share  error of experts 0..{experts - 1} (height: share of the largest node)",
-        ]
-        largest = float(self.mass.max()) or 1.0
-        for layer, row in zip(self.layers, self.mass, strict=True):
-            share = float(row.sum()) / total if total else 0.0
-            lines.append(f"{layer:5d}  {share:5.1%}  {heatmap.bars((row / largest).tolist())}")
-        if self.separation is not None:
-            lines += ["", str(self.separation)]
-        lines += ["", "  node (layer.expert)      rows    routed weight   share of error   removable error"]
-        for node in self.top(8):
-            lines.append(
-                f"  {f'{node.layer}.{node.expert}':<20} {node.count:>8,} {node.weight:>16,.1f} "
-                f"{node.share:>16.2%} {node.removable:>17.4g}"
-            )
-        return "\n".join(lines)
+        return node_table.text(self)
 
     def lifecycle(self, before: "ErrorMap", locus: Locus | None = None) -> Tensor:
         """What growing did to each node since `before`, `[L, E]` int8: the place of its stage in `lifecycle.STAGES`.
 
         `before` is the map of the same corpus and base from before growth, `locus` what grew (`PCGrowConfig.locus`).
-        Generic, frontier, growing and converged are defined, with their thresholds, in `peft_pcgrow/lifecycle.py`.
+        Generic, relieved, frontier, growing and converged are defined, with their thresholds, in
+        `peft_pcgrow/lifecycle.py`. A map knows which newborns it was measured with; without `locus` nothing else grew.
 
         Raises:
             TypeError: `before` is no map. ValueError: it is of another base or corpus, or the locus has other nodes.
@@ -320,7 +315,8 @@ class ErrorMap:
         return lifecycle.stages(self, before, node_table.located(self, locus))
 
     def page(self, path: str | os.PathLike, before: "ErrorMap | None" = None, locus: Locus | None = None) -> None:
-        """Write one page on the map: error, frequency, coherent error and, where measured, gate separability per node.
+        """Write one page on the map: error, frequency, coherent error and, where measured, gate separability per expert
+        with its newborns.
 
         With `before`, the map from before growth, also the change of the error and each node's `lifecycle`. Nodes of
         `locus` are outlined. `path` ends in .html (self-contained, opens offline) or in .png, .pdf or .svg (needs
@@ -337,7 +333,8 @@ class ErrorMap:
         """A DataFrame with one row per node: layer, expert, count, weight, error, share, square, coherent.
 
         With a separation also domain_rows, retain_rows, contested, and recall and false_positive of a gate that takes
-        1 % of the retain rows. Raises ImportError without pandas.
+        1 % of the retain rows. Newborns come last: `expert` is their donor, and `adapter`, "" for experts, whose they
+        are. Raises ImportError without pandas.
         """
         return node_table.frame(self)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
-from peft_pcgrow.birth import Birth, check_disjoint
+from peft_pcgrow.birth import Birth, by_age, check_disjoint, parents_of, slots_of
 from peft_pcgrow.gate import RATES, Gate, at_rate
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
@@ -65,7 +65,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.births: dict[str, Birth] = {}
         self._originals: dict[str, dict[str, Tensor]] = {}
-        self._slots: dict[tuple[str, torch.device], list[Tensor]] = {}
+        self._slots: dict[tuple[str, torch.device], dict[str | None, Tensor]] = {}
         self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
         # weights composed once for all forwards, while `composed_once` says so
         self._composed: dict[str, dict[str, Tensor]] = {}
@@ -110,13 +110,16 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def donors(self, birth: Birth) -> dict[str, Tensor]:
-        """Copies of the chosen experts, or their pieces; of a newborn's donor, as an active adapter deepened it."""
+        """Copies of the chosen experts, or their pieces; of a newborn's donor, as an active adapter deepened it, and of
+        a newborn's parent."""
         weights = experts.read_pieces(self.base_layer, self.pieces(birth))
         if birth.pieces is not None:
             return weights  # the rest of an expert is the base's, so its pieces are too
+        parents = parents_of("", {"": birth, **{name: self.births[name] for name in self.active_banks()}})
         for other in self.active_banks():
             theirs = self.births[other]
-            for expert in set(birth.spawned) & (set(theirs.grown) - set(theirs.spawned)):
+            deepened = set(birth.spawned) & (set(theirs.grown) - set(theirs.spawned)) - set(birth.parents)
+            for expert in deepened | {donor for donor, parent in parents.items() if parent == other}:
                 for name, weight in self.weights(other).items():
                     copied = weight.detach()[theirs.grown.index(expert)]
                     weights[name][birth.grown.index(expert)] = copied.to(weights[name].device, weights[name].dtype)
@@ -224,17 +227,41 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
-        """Which tensors hold the weights in use: per stack, (tensor, experts in its slices; None for all).
+        """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
+        None for all experts).
 
         Composed weights are in use only inside `composed_once`.
         """
         in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
             name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()
         }
+        newborns = {newborn: self.base_layer.num_experts + n for n, newborn in enumerate(self.newborns)}
         for adapter in [] if self.disable_adapters or self.merged else self.active_banks():
+            nodes = tuple(newborns.get((adapter, expert), expert) for expert in self.grown[adapter])
             for name, weight in self.weights(adapter).items():
-                in_use[name].append((weight, self.grown[adapter]))
+                in_use[name].append((weight, nodes))
         return in_use
+
+    @property
+    def newborns(self) -> list[tuple[str, int]]:
+        """(adapter, donor) of each newborn in use."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [(name, donor) for name in self.active_banks() for donor in self.spawned(name)]
+
+    @torch.no_grad()
+    def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
+        nobody's is E + N.
+
+        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
+        """
+        newborns, total = self.newborns, self.base_layer.num_experts
+        if not newborns:
+            return index
+        asked = self._branches(hidden, remember=False)
+        gated = [name if branch.passes is not None else "" for name, branch in asked]
+        return deepen.nodes([branch for _, branch in asked], gated, newborns, index, total)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self.call.begin()
@@ -245,26 +272,36 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         active = [] if self.merged else self.active_banks()
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        branches = [branch for name in active for branch in self._branches(name, hidden_states)]
+        branches = [branch for _, branch in self._branches(hidden_states)]
         # training needs no bits, and computes no row twice
         return deepen.forward(
             self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
         )
 
-    def _branches(self, adapter_name: str, hidden: Tensor) -> Iterator[deepen.Branch]:
-        birth, bank = self.births[adapter_name], self.weights(adapter_name)
-        key = (adapter_name, hidden.device)
-        if key not in self._slots:
-            every = deepen.slots(birth.grown, self.base_layer.num_experts)
-            newborn = torch.zeros_like(every, dtype=torch.bool)
-            newborn[list(birth.spawned)] = True
-            both = torch.where(newborn, every, -1), torch.where(newborn, -1, every)
-            self._slots[key] = [slot.to(hidden.device) for slot in both]
-        spawned, deepened = self._slots[key]
-        if birth.spawned:
-            yield deepen.Branch(spawned, bank, self.margin(adapter_name, hidden) > 0)
-        if len(birth.spawned) < len(birth.grown):
-            yield deepen.Branch(deepened, bank)
+    def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, deepen.Branch]]:
+        """What computes the rows of grown experts, with its adapter, in the order in which it is asked.
+
+        Newborns come first, elders before those that were grown beside them, otherwise as the adapters are listed. A
+        newborn whose parent is a newborn takes rows of that one only, and any other only rows that its elders leave to
+        the expert: so at birth nothing changes, however adapters are listed.
+        """
+        births = {name: self.births[name] for name in self.active_banks()}
+        newborns: list[tuple[str, deepen.Branch]] = []
+        deepened: list[tuple[str, deepen.Branch]] = []
+        for name in by_age(births):
+            bank, passes = self.weights(name), None
+            if births[name].spawned:
+                passes = self.margin(name, hidden, remember) > 0
+            if (key := (name, hidden.device)) not in self._slots:
+                found = slots_of(births[name], self.base_layer.num_experts)
+                self._slots[key] = {parent: slot.to(hidden.device) for parent, slot in found.items()}
+            for parent, slot in self._slots[key].items():
+                if parent is None:
+                    deepened.append((name, deepen.Branch(slot, bank)))
+                    continue
+                of = [i for i, (other, _) in enumerate(newborns) if births[other].identity == parent] if parent else []
+                newborns.append((name, deepen.Branch(slot, bank, passes, tuple(of))))
+        return newborns + deepened
 
     def gate(self, adapter_name: str) -> Gate:
         """The branch gate of an adapter that spawned here."""
@@ -275,7 +312,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         """Whether the gate came with a map or an adapter file."""
         return bool(torch.isfinite(self._buffers_of("gate_threshold")[adapter_name]).all())
 
-    def margin(self, adapter_name: str, hidden: Tensor) -> Tensor:
+    def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True) -> Tensor:
         """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.call.sequence
         if call is None or call.shape[0] * call.shape[1] != len(hidden):
@@ -286,7 +323,8 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
         scores = gate.scores(hidden).view(call.shape)
         evidence, running = gate.evidence(scores, call.rows(adapter_name, hidden.device))
-        call.remember(adapter_name, running)
+        if remember:
+            call.remember(adapter_name, running)
         return evidence.reshape(-1) - at_rate(self._buffers_of("gate_threshold")[adapter_name].float(), rate)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

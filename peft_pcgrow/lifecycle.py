@@ -3,11 +3,14 @@
 With e the error mass per routed row (nats per unit of output), before and now, the first line that fits decides:
 
     generic    no row of the corpus comes here
-    converged  it moved or weighs much, and e <= max(CONVERGED * e before, COVERED * mean e before)
-    growing    it moved: it was located, or e fell by more than MOVED
-    frontier   it weighs much: its share of the error is above HEAVY times the mean node's. The next locus is here
-    generic    what is left: light, and its error stayed
+    converged  it grew, and e <= max(CONVERGED * e before, COVERED * mean e before)
+    growing    it grew
+    frontier   it weighs much (its share of the error is above HEAVY times the mean node's), and e > COVERED * mean e
+               before. The next locus is here
+    relieved   e fell by more than MOVED, because others grew
+    generic    what is left: light or covered, and its error stayed
 
+What grew is what was located, and the donors of newborns; a newborn's rows count where they are routed.
 Ratios only, so that the unit of the errors does not matter.
 """
 
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAGES = ("generic", "frontier", "growing", "converged")
+STAGES = ("generic", "relieved", "frontier", "growing", "converged")
 # fall of a node's error per row that counts. Between two halves of a corpus of 12,000 tokens (examples/embedded-moe on
 # the language reference) nine nodes of ten differ by less
 MOVED = 0.15
@@ -56,16 +59,22 @@ def stages(now: Any, before: Any, located: Tensor) -> Tensor:
         located: nodes of the locus, `[L, E]` bool.
     """
     check_pair(now, before)
-    error = now.mass / now.count.clamp_min(1)
-    former = torch.where(before.count > 0, before.mass / before.count.clamp_min(1), 0.0)
-    mean = before.mass.sum() / before.count.sum().clamp_min(1)
-    moved = located | (error < (1 - MOVED) * former)
-    heavy = now.mass > HEAVY * now.mass.mean()
-    stage = torch.zeros(now.count.shape, dtype=torch.int8)
-    stage[heavy] = STAGES.index("frontier")
-    stage[moved] = STAGES.index("growing")
-    stage[(moved | heavy) & (error <= torch.clamp_min(CONVERGED * former, float(COVERED * mean)))] = STAGES.index(
-        "converged"
+    (mass, count), (old_mass, old_count) = (
+        (emap.with_newborns("error"), emap.with_newborns("frequency")) for emap in (now, before)
     )
-    stage[now.count == 0] = STAGES.index("generic")
+    error = mass / count.clamp_min(1)
+    former = torch.where(old_count > 0, old_mass / old_count.clamp_min(1), 0.0)
+    covered = float(COVERED * old_mass.sum() / old_count.sum().clamp_min(1))
+    born = torch.ones(len(now.newborns.nodes), dtype=torch.float64)
+    grew = located | (now.newborns.added_to(torch.zeros_like(mass), now.layers, born) > 0)
+    stage = torch.zeros(mass.shape, dtype=torch.int8)
+    # each line overrides those above it
+    for name, found in {
+        "relieved": error < (1 - MOVED) * former,
+        "frontier": (mass > HEAVY * mass.mean()) & (error > covered),
+        "growing": grew,
+        "converged": grew & (error <= torch.clamp_min(CONVERGED * former, covered)),
+        "generic": count == 0,
+    }.items():
+        stage[found] = STAGES.index(name)
     return stage

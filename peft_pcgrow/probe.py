@@ -13,6 +13,7 @@ from peft_pcgrow.batches import IGNORED
 from peft_pcgrow.carry import Probe
 from peft_pcgrow.energy import GradientSketch, expert_error
 from peft_pcgrow.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
+from peft_pcgrow.newborns import Newborns, nodes_of
 from peft_pcgrow.separation import Separation
 
 # nodes up to which their overlap is kept (fp32: 16 MiB)
@@ -27,10 +28,13 @@ class ErrorProbe(Probe):
         self.sketch = sketch
         self.layouts = experts.stack_layouts(tree.sites[0].base)
         self.keep = torch.ones(0, dtype=torch.bool)
-        self.sums = {site.layer: torch.zeros(len(SUMS), site.experts, dtype=torch.float64) for site in tree.sites}
+        # newborns are numbered behind the experts of their layer (see `PCGrowExperts.nodes_of`)
+        self.newborns = {site.layer: getattr(site.module, "newborns", []) for site in tree.sites}
+        self.nodes = {site.layer: site.experts + len(self.newborns[site.layer]) for site in tree.sites}
+        self.sums = {layer: torch.zeros(len(SUMS), nodes, dtype=torch.float64) for layer, nodes in self.nodes.items()}
         self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
         self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64)
-        nodes = sum(site.experts for site in tree.sites)
+        nodes = sum(self.nodes.values())
         self.shared = torch.zeros(nodes, nodes) if nodes <= SHARED_NODES else None
         # of the batch at hand: error norm of every token at every node, by layer
         self._norms: dict[int, Tensor] = {}
@@ -40,9 +44,19 @@ class ErrorProbe(Probe):
         self._forward: dict[int, tuple[Tensor, Tensor]] = {}
         self._stacks: list[tuple[str, Tensor, Sequence[int] | None]] = []
         if resumed is not None:
+            if resumed.newborns.nodes != (nodes_here := self._newborn_nodes()):
+                raise ValueError(
+                    f"the measurement to go on from had other newborns active ({len(resumed.newborns)} against "
+                    f"{len(nodes_here)}), which took their rows from the experts: give another folder as checkpoint="
+                )
             for row, layer in enumerate(resumed.layers):
-                self.sums[layer] = torch.stack([getattr(resumed, name)[row] for name in SUMS])
-                self.gradient[layer] = {name: g[:, row].clone() for name, g in resumed.gradient.items()}
+                born = resumed.newborns.restrict(resumed.newborns.of_layers([layer]))
+                parts = [torch.stack([getattr(held, name) for name in SUMS]) for held in (resumed, born)]
+                self.sums[layer] = torch.cat([parts[0][:, row], parts[1]], dim=1)
+                self.gradient[layer] = {
+                    name: torch.cat([g[:, row], *([born.gradient[name]] if name in born.gradient else [])], dim=1)
+                    for name, g in resumed.gradient.items()
+                }
             self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
             self.loss, self.labels = resumed.loss, resumed.labels
             self.tokens, self.batches = resumed.tokens, resumed.batches
@@ -75,7 +89,7 @@ class ErrorProbe(Probe):
             self._stacks = list(_stacks_in_use(site))
 
         def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self._routed = (args[1].detach(), args[2].detach())
+            self._routed = nodes_of(site.module, args), args[2].detach()
             outputs.append(output)
 
         handle = site.module.register_forward_hook(seen)
@@ -103,8 +117,8 @@ class ErrorProbe(Probe):
             image = self.sketch(gradient, self.layouts[name].neurons).cpu()
             held = self.gradient[index]
             if name not in held:
-                held[name] = torch.zeros(FOLDS, self.sites[index].experts, *image.shape[1:], dtype=image.dtype)
-            held[name][self.fold, list(chosen) if chosen is not None else slice(None)] += image
+                held[name] = torch.zeros(FOLDS, self.nodes[index], *image.shape[1:], dtype=image.dtype)
+            held[name][self.fold, list(chosen) if chosen is not None else slice(self.sites[index].experts)] += image
 
     @contextmanager
     def routing(self) -> Iterator[None]:
@@ -119,15 +133,15 @@ class ErrorProbe(Probe):
                 handle.remove()
 
     def _note(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._forward[index] = args[1].detach(), args[2].detach()
+        self._forward[index] = nodes_of(module, args), args[2].detach()
 
     def carried(self, index: int, delta: Tensor) -> None:
         if index in self.sites:
             self._add(index, delta, *self._forward.pop(index))
 
     def _add(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
-        delta, experts = delta.reshape(-1, delta.shape[-1]).to(weight.device), self.sites[index].experts
-        sums = expert_error(delta, chosen, weight, experts, self.keep.to(delta.device))
+        delta = delta.reshape(-1, delta.shape[-1]).to(weight.device)
+        sums = expert_error(delta, chosen, weight, self.nodes[index], self.keep.to(delta.device))
         self.sums[index] += torch.stack(sums).cpu()
         self._share(index, delta, chosen, weight)
 
@@ -135,15 +149,24 @@ class ErrorProbe(Probe):
         """Note how much error each token has at each node; add up products of nodes once all layers are in."""
         if self.shared is None:
             return
-        experts = self.sites[index].experts
+        nodes = self.nodes[index]
         norm = delta.float().norm(dim=-1, keepdim=True) * weight.abs().float() * self.keep.to(delta.device)[:, None]
-        routed = chosen < experts
-        held = torch.zeros(len(delta), experts, device=delta.device)
+        routed = chosen < nodes
+        held = torch.zeros(len(delta), nodes, device=delta.device)
         self._norms[index] = held.scatter_add_(1, torch.where(routed, chosen, 0), norm * routed)
         if len(self._norms) == len(self.sites):
-            norms = torch.cat([self._norms[layer].to(delta.device) for layer in self.sites], dim=1)
+            norms = torch.cat(self._split(*(self._norms[layer].to(delta.device) for layer in self.sites)), dim=1)
             self.shared += (norms.mT @ norms).cpu()
             self._norms.clear()
+
+    def _newborn_nodes(self) -> tuple[tuple[int, int, str], ...]:
+        return tuple((layer, donor, name) for layer, here in self.newborns.items() for name, donor in here)
+
+    def _split(self, *held: Tensor) -> list[Tensor]:
+        """Of each layer, `[..., E + N, ...]` along axis 1, its experts; and after those of all layers, its newborns."""
+        counts = [site.experts for site in self.sites.values()]
+        pairs = list(zip(held, counts, strict=True))
+        return [t[:, :experts] for t, experts in pairs] + [t[:, experts:] for t, experts in pairs]
 
     def settled(self, hops: Sequence[Tensor]) -> None:
         if self.hops is None:
@@ -153,15 +176,24 @@ class ErrorProbe(Probe):
 
     def result(self, base: dict[str, Any], separation: Separation | None) -> ErrorMap:
         layers = tuple(self.sites)
-        sums = torch.stack([self.sums[layer] for layer in layers], dim=1)
+        parts = self._split(*(self.sums[layer] for layer in layers))
+        sums = torch.stack(parts[: len(layers)], dim=1)
+        tensors = dict(zip(SUMS, torch.cat(parts[len(layers) :], dim=1), strict=True))
         gradient = {}
         for name, like in (self.gradient[layers[0]] or {}).items():
-            per_layer = [self.gradient[layer].get(name, torch.zeros_like(like)) for layer in layers]
-            gradient[name] = torch.stack(per_layer, dim=1)
+            held = [self.gradient[layer].get(name) for layer in layers]
+            shapes = [(FOLDS, self.nodes[layer], *like.shape[2:]) for layer in layers]
+            parts = self._split(
+                *(like.new_zeros(shape) if g is None else g for g, shape in zip(held, shapes, strict=True))
+            )
+            gradient[name] = torch.stack(parts[: len(layers)], dim=1)
+            tensors[f"gradient.{name}"] = torch.cat(parts[len(layers) :], dim=1)
+        nodes = self._newborn_nodes()
         return ErrorMap(
             layers,
             *sums.clone(),
             gradient=gradient,
+            newborns=Newborns().changed(tensors, nodes) if nodes else Newborns(),
             **{name: getattr(self, name) for name in COUNTERS},
             base=base,
             separation=separation,
@@ -172,7 +204,7 @@ class ErrorProbe(Probe):
 
 
 def _stacks_in_use(site: experts.ExpertsSite) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
-    """The tensors whose gradients are the experts' (name, tensor, experts of its slices; None for all of them)."""
+    """The tensors whose gradients are the nodes' (name, tensor, nodes of its slices; None for all experts)."""
     in_use = getattr(site.module, "weights_in_use", None)
     if in_use is None:
         for name, stack in experts.expert_stacks(site.base).items():

@@ -38,6 +38,7 @@ def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
         emap,
         **{name: summed(getattr(emap, name)) for name in (*SUMS, "fold_labels")},
         gradient={name: summed(gradient) for name, gradient in emap.gradient.items()},
+        newborns=emap.newborns.changed({name: summed(held) for name, held in emap.newborns.tensors().items()}),
         **{name: summed(held) for name in OPTIONAL if (held := getattr(emap, name)) is not None},
         **{name: type(getattr(emap, name))(value) for name, value in zip(COUNTERS, counters, strict=True)},
     )

@@ -1,7 +1,7 @@
 """What tells a domain's text from the retain text, layer by layer, and how well it does so at every node.
 
-Measured beside an error map on text that the gates were not fitted on. Shapes: L layers with experts, E experts, F
-false-positive rates, H hidden.
+Measured beside an error map on text that the gates were not fitted on. As there, a row belongs to the node that
+computes it. Shapes: L layers with experts, E experts, N newborns, F false-positive rates, H hidden.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ class Separation:
         domain_rows, retain_rows: rows routed to each node, `[L, E]`.
         moment: per expert stack, sketch of the retain rows' second moment where they enter it, `[L, E, I, D]`.
         trace: per expert stack, their summed squared norm, `[L, E]`.
+        newborns: recall, false_positive `[N, F]`, domain_rows and retain_rows `[N]` of newborns that were active.
         facts: window, sketch (longest side kept whole), domain_tokens, retain_tokens.
     """
 
@@ -42,6 +43,7 @@ class Separation:
     retain_rows: Tensor
     moment: dict[str, Tensor] = field(default_factory=dict)
     trace: dict[str, Tensor] = field(default_factory=dict)
+    newborns: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def gate(self, row: int) -> Gate:
@@ -76,13 +78,13 @@ class Separation:
             f"{min(passing):.0%} to {max(passing):.0%} of the domain's, by layer (held-out text)"
         )
 
-    def restrict(self, rows: list[int]) -> "Separation":
-        """The same of some layers."""
+    def restrict(self, rows: list[int], newborns: Sequence[int] = ()) -> "Separation":
+        """The same of some layers, and of some newborns."""
         changed: dict[str, Any] = {}
         for name, value in self._tensors().items():
             key, _, stack = name.partition(".")
             if stack:
-                changed.setdefault(key, {})[stack] = value[rows]
+                changed.setdefault(key, {})[stack] = value[list(newborns) if key == "newborns" else rows]
             else:
                 changed[key] = value[rows]
         return replace(self, **changed)
@@ -104,7 +106,7 @@ class Separation:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Separation":
         """Take what `to_tensors` gave out of `tensors`."""
-        given: dict[str, Any] = {"moment": {}, "trace": {}}
+        given: dict[str, Any] = {"moment": {}, "trace": {}, "newborns": {}}
         for name in [name for name in tensors if name.startswith("separation.")]:
             key, _, stack = name.removeprefix("separation.").partition(".")
             if stack:

@@ -19,6 +19,7 @@ FLOORS = [
         "energy",
         "heatmap",
         "per_thread",
+        "newborns",
         "same_base",
         "checksum",
         "gate",

@@ -25,16 +25,16 @@ STORIES = [
     (10, 0.01, 10, 0.01, False, "generic"),  # nothing to learn, and nothing did
     (90, 1.0, 90, 1.0, False, "frontier"),  # stayed, heavy
     (90, 1.0, 90, 1.4, False, "frontier"),
-    (10, 1.0, 10, 0.8, False, "growing"),
+    (10, 1.0, 10, 0.8, False, "relieved"),  # others grew
     (10, 1.0, 10, 0.55, True, "growing"),
     (10, 1.0, 10, 1.2, True, "growing"),  # located, whatever its error did
-    (90, 1.0, 90, 0.8, False, "growing"),  # heavy, but falling
+    (90, 1.0, 90, 0.8, False, "frontier"),  # heavy still
     (0, 0.0, 10, 1.0, True, "growing"),  # nothing to compare with
-    (10, 1.0, 10, 0.4, False, "converged"),
+    (10, 1.0, 10, 0.4, False, "relieved"),  # as far, but it did not grow
     (10, 1.0, 10, 0.4, True, "converged"),
     (90, 1.0, 90, 0.5, True, "converged"),
     (10, 0.05, 10, 0.05, True, "converged"),  # at the covered level all along
-    (10, 0.1, 10, 0.08, False, "converged"),  # down to the covered level
+    (10, 0.1, 10, 0.08, False, "relieved"),
 ]
 STAGE = torch.tensor([[STAGES.index(story[5]) for story in STORIES]] * 2, dtype=torch.int8)
 TOLD = Locus({1: [i for i, story in enumerate(STORIES) if story[4]], 2: [i for i, s in enumerate(STORIES) if s[4]]})
@@ -61,6 +61,18 @@ def test_lifecycle_of_known_stories():
     assert STAGES[now.lifecycle(before)[0, 11]] == "generic"
     # nothing has moved since itself; whether anything is heavy is its own business
     assert set(now.lifecycle(now).unique().tolist()) <= {STAGES.index("generic"), STAGES.index("frontier")}
+
+
+def test_lifecycle_of_a_covered_node_with_most_rows():
+    """Its rows make it heavy, but there is nothing to learn: the next locus is elsewhere."""
+    count, error = torch.full((1, 40), 10.0, dtype=torch.float64), torch.ones(1, 40, dtype=torch.float64)
+    count[0, 0], error[0, 0] = 2000, 0.015
+    emap = made(1, 40, count=count, weight=count, mass=count * error, square=count, gradient={}, separation=None)
+    assert emap.mass[0, 0] > 2 * emap.mass.mean()
+    assert STAGES[emap.lifecycle(emap)[0, 0]] == "generic"
+    error[0, 0] = 0.02
+    emap.mass = count * error
+    assert STAGES[emap.lifecycle(emap)[0, 0]] == "frontier"
 
 
 def test_lifecycle_knows_neither_units_nor_names():
@@ -101,7 +113,9 @@ def test_table(tmp_path):
     assert len(table) == 24
     assert list(table.columns[:8]) == ["layer", "expert", "count", "weight", "error", "share", "square", "coherent"]
     assert list(table.columns[8:11]) == ["removable", "removable_low", "removable_high"]
-    assert list(table.columns[11:]) == ["domain_rows", "retain_rows", "recall", "false_positive", "contested"]
+    assert list(table.columns[11:-1]) == ["domain_rows", "retain_rows", "recall", "false_positive", "contested"]
+    assert table.columns[-1] == "adapter"
+    assert not table.adapter.any()
     for name, want in {"count": emap.count, "weight": emap.weight, "error": emap.mass, "square": emap.square}.items():
         sums = table.groupby("layer")[name].sum()
         assert tuple(sums.index) == emap.layers
@@ -110,7 +124,7 @@ def test_table(tmp_path):
     node = table[(table.layer == 3) & (table.expert == 4)].iloc[0]
     assert node["coherent"] == float(emap.coherent[2, 4])
     assert node["recall"] == float(at_rate(emap.separation.recall, 0.01)[2, 4])
-    assert list(made(separation=None).to_pandas().columns) == list(table.columns[:11])
+    assert list(made(separation=None).to_pandas().columns) == [*table.columns[:11], "adapter"]
 
 
 def test_table_without_pandas(monkeypatch):
