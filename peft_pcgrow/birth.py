@@ -76,6 +76,35 @@ def slots_of(birth: Birth, total: int) -> dict[str | None, Tensor]:
     return found
 
 
+def asked(
+    births: Mapping[str, Birth],
+    slots: Mapping[str, Mapping[str | None, Tensor]],
+    banks: Mapping[str, Mapping[str, Tensor]],
+    passes: Mapping[str, Tensor],
+) -> list[tuple[str, deepen.Branch]]:
+    """What computes rows, with its adapter, in the order in which it is asked.
+
+    Newborns come first, elders before those that were grown beside them, otherwise as the adapters are listed. A
+    newborn whose parent is a newborn takes rows of that one only, and any other only rows that its elders leave to the
+    expert: so at birth nothing changes, however adapters are listed.
+
+    Args:
+        slots: by adapter (see `slots_of`). banks: weights of each. passes: tokens that the gates let pass, `[T]`.
+    """
+    newborns: list[tuple[str, deepen.Branch]] = []
+    deepened: list[tuple[str, deepen.Branch]] = []
+    for name in by_age(births):
+        for parent, slot in slots[name].items():
+            if parent is None:
+                deepened.append((name, deepen.Branch(slot, banks[name])))
+                continue
+            of = [place for place, (other, _) in enumerate(newborns) if parent and births[other].identity == parent]
+            if parent and not of:
+                raise RuntimeError(f"the newborns that those of adapter {name!r} take their rows from are not active")
+            newborns.append((name, deepen.Branch(slot, banks[name], passes[name], tuple(of))))
+    return newborns + deepened
+
+
 def check_disjoint(births: Mapping[str, Birth], layer: int) -> None:
     """Raise ValueError if two of these adapters deepen the same expert of a layer, one deepens what a newborn with
     parts takes the rest of its weights from, or the parent of a newborn is missing."""

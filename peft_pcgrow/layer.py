@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
-from peft_pcgrow.birth import Birth, by_age, check_disjoint, parents_of, slots_of
+from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.gate import RATES, Gate, at_rate
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
@@ -259,9 +259,9 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         newborns, total = self.newborns, self.base_layer.num_experts
         if not newborns:
             return index
-        asked = self._branches(hidden, remember=False)
-        gated = [name if branch.passes is not None else "" for name, branch in asked]
-        return deepen.nodes([branch for _, branch in asked], gated, newborns, index, total)
+        branches = self._branches(hidden, remember=False)
+        owners = [name if branch.passes is not None else "" for name, branch in branches]
+        return deepen.nodes([branch for _, branch in branches], owners, newborns, index, total)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self.call.begin()
@@ -279,29 +279,18 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         )
 
     def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, deepen.Branch]]:
-        """What computes the rows of grown experts, with its adapter, in the order in which it is asked.
-
-        Newborns come first, elders before those that were grown beside them, otherwise as the adapters are listed. A
-        newborn whose parent is a newborn takes rows of that one only, and any other only rows that its elders leave to
-        the expert: so at birth nothing changes, however adapters are listed.
-        """
+        """What computes the rows of grown experts, with its adapter, in the order of `asked`."""
         births = {name: self.births[name] for name in self.active_banks()}
-        newborns: list[tuple[str, deepen.Branch]] = []
-        deepened: list[tuple[str, deepen.Branch]] = []
-        for name in by_age(births):
-            bank, passes = self.weights(name), None
-            if births[name].spawned:
-                passes = self.margin(name, hidden, remember) > 0
+        for name in births:
             if (key := (name, hidden.device)) not in self._slots:
                 found = slots_of(births[name], self.base_layer.num_experts)
                 self._slots[key] = {parent: slot.to(hidden.device) for parent, slot in found.items()}
-            for parent, slot in self._slots[key].items():
-                if parent is None:
-                    deepened.append((name, deepen.Branch(slot, bank)))
-                    continue
-                of = [i for i, (other, _) in enumerate(newborns) if births[other].identity == parent] if parent else []
-                newborns.append((name, deepen.Branch(slot, bank, passes, tuple(of))))
-        return newborns + deepened
+        return asked(
+            births,
+            slots={name: self._slots[name, hidden.device] for name in births},
+            banks={name: self.weights(name) for name in births},
+            passes={n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned},
+        )
 
     def gate(self, adapter_name: str) -> Gate:
         """The branch gate of an adapter that spawned here."""
