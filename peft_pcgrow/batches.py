@@ -3,13 +3,15 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from peft_pcgrow.borders import Told
 from peft_pcgrow.corpus import IGNORED, read_corpus
+from peft_pcgrow.gate import Rows
 
 
 def check_causal(model: Any) -> None:
@@ -55,14 +57,40 @@ def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> fl
     return value
 
 
-def read_batch(batch: Any, device: torch.device, words: int | None = None) -> tuple[dict[str, Any], Tensor]:
-    """Model inputs without labels, and labels `[B, S]` with -100 on padding and on what padding would predict.
+class Batch(NamedTuple):
+    """What a model is given, as it came, and beside it what counts.
+
+    Attributes:
+        inputs: for the model, without labels. target: labels `[B, S]`, -100 on padding, on what padding would predict,
+            and on what another text would.
+        rows: which tokens are text, and where texts begin.
+    """
+
+    inputs: dict[str, Any]
+    target: Tensor
+    rows: Rows
+
+    @property
+    def real(self) -> Tensor:
+        """Which tokens are text, `[B, S]`."""
+        return self.rows.real
+
+    @property
+    def tokens(self) -> int:
+        return int(self.real.sum())
+
+
+def read_batch(batch: Any, device: torch.device, words: int | None = None) -> Batch:
+    """A batch on a device. Nothing is added to what the model sees: even a mask of ones would undo its isolation of
+    packed texts, which goes by position ids where there is no mask.
 
     Args:
         batch: `input_ids [B, S]`, or a mapping with them. words: how many the model knows.
 
     Raises:
-        ValueError: other shapes, no integers, or words that the model does not know.
+        TypeError: a mask that does not tell what is text.
+        ValueError: other shapes, no integers, words that the model does not know, or borders of texts that contradict
+            each other.
     """
     given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = given.get("input_ids")
@@ -79,14 +107,24 @@ def read_batch(batch: Any, device: torch.device, words: int | None = None) -> tu
     _check_words(ids, words, "input_ids")
     if labels is not None:
         _check_words(labels[labels != IGNORED], words, "labels")
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-    if inputs.get("attention_mask") is None:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    target = inputs["input_ids"] if labels is None else labels.to(device).long()
-    real = inputs["attention_mask"].bool()
-    predicted = real.clone()
-    predicted[:, 1:] &= real[:, :-1]
-    return inputs, target.masked_fill(~predicted, IGNORED)
+    inputs = moved(given, device)
+    ids = inputs["input_ids"]
+    rows = Told.by(inputs).rows((ids.shape[0], ids.shape[1]))
+    rows = Rows(rows.real.to(device), None if rows.start is None else rows.start.to(device))
+    predicted = rows.real.clone()
+    predicted[:, 1:] &= rows.real[:, :-1]
+    if labels is None and rows.start is not None:
+        predicted &= torch.arange(ids.shape[1], device=device) != rows.start
+    target = ids if labels is None else labels.to(device).long()
+    return Batch(inputs, target.masked_fill(~predicted, IGNORED), rows)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch, with all tensors in it on a device."""
+    if isinstance(value, Mapping):
+        return {name: moved(held, device) for name, held in value.items()}
+    # a BlockMask of flex_attention moves like a tensor
+    return value.to(device) if isinstance(value, Tensor) or hasattr(value, "mask_mod") else value
 
 
 def _check_words(ids: Tensor, words: int | None, what: str) -> None:
@@ -112,7 +150,7 @@ def read_batches(
     max_tokens: int | None = None,
     batch_size: int = 8,
     tokenizer: Callable[..., Any] | None = None,
-) -> Iterator[tuple[dict[str, Any], Tensor]]:
+) -> Iterator[Batch]:
     """Each batch of a corpus as `read_batch` reads it, on the model's device, up to the one that reaches `max_tokens`.
 
     Raises:
@@ -120,9 +158,9 @@ def read_batches(
     """
     tokens, device, words = 0, next(model.parameters()).device, known_words(model)
     for batch in read_corpus(corpus, batch_size, tokenizer):
-        inputs, target = read_batch(batch, device, words)
-        yield inputs, target
-        tokens += int(inputs["attention_mask"].sum())
+        read = read_batch(batch, device, words)
+        yield read
+        tokens += read.tokens
         if max_tokens is not None and tokens >= max_tokens:
             return
 
@@ -153,13 +191,13 @@ def held_still(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, batches: Sequence[Sequence[tuple[dict[str, Any], Tensor]]]) -> list[float]:
+def losses(model: nn.Module, batches: Sequence[Sequence[Batch]]) -> list[float]:
     """Mean loss of each text, nats per predicted token."""
     found = []
     with held_still(model):
         for held in batches:
             total = count = 0.0
-            for inputs, target in held:
+            for inputs, target, _ in held:
                 logits = predict(model, inputs).flatten(0, 1)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 wanted = target[:, 1:].reshape(-1).to(logits.device)

@@ -2,32 +2,31 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
+from peft_pcgrow.batches import Batch, moved
+from peft_pcgrow.borders import spread, texts_apart
 from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
 from peft_pcgrow.newborns import nodes_of
 from peft_pcgrow.protect import MomentSketch
-from peft_pcgrow.recompute import by_name
 from peft_pcgrow.separation import Separation
-from peft_pcgrow.sequence import Sequence
 
 # one text in so many is held out to set thresholds on
 HELD_OUT = 4
-# called for every layer of every batch: row of the site, input [B, S, H], the nodes that compute its rows [B, S, K] (an
-# expert, or E + n: see `PCGrowExperts.nodes_of`), rows, texts held out [B]
+# called for every layer of every batch, texts in rows of their own: row of the site, input [B, S, H], the nodes that
+# compute its rows [B, S, K] (an expert, or E + n: see `PCGrowExperts.nodes_of`), rows, texts held out [B]
 See = Callable[[int, Tensor, Tensor, Rows, Tensor], None]
 
 
 def compare(
     model: nn.Module,
     tree: experts.Tree,
-    domain: list[dict[str, Any]],
-    retain: list[dict[str, Any]],
+    domain: list[Batch],
+    retain: list[Batch],
     window: int,
     sketch_dim: int,
     progress: bool,
@@ -35,7 +34,7 @@ def compare(
     """Two forward passes over both corpora: one for the directions, one for thresholds and rates.
 
     Args:
-        domain, retain: model inputs, `input_ids [B, S]` among them.
+        domain, retain: text.
         window: tokens of context that a gate looks at; 0: all there are.
         sketch_dim: longest side of a second moment that is kept whole.
 
@@ -43,7 +42,7 @@ def compare(
         ValueError: fewer than `HELD_OUT` texts in either corpus.
     """
     for name, batches in (("domain", domain), ("retain", retain)):
-        texts = sum(len(batch["input_ids"]) for batch in batches)
+        texts = sum(map(_texts, batches))
         if texts < HELD_OUT:
             raise ValueError(
                 f"the {name} batches hold {texts} texts, and a branch gate needs at least {HELD_OUT}: to be fitted on "
@@ -108,34 +107,38 @@ def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int)
 
 
 @torch.no_grad()
-def _run(model: nn.Module, tree: experts.Tree, batches: Iterable[dict[str, Any]], see: Callable, bar: tqdm) -> None:
+def _run(model: nn.Module, tree: experts.Tree, batches: Iterable[Batch], see: Callable, bar: tqdm) -> None:
     device = next(model.parameters()).device
     texts = 0
     for batch in batches:
-        count = len(batch["input_ids"])
+        count = _texts(batch)
         held = torch.arange(texts, texts + count) % HELD_OUT == HELD_OUT - 1
         texts += count
-        with _watched(tree, see, held):
-            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            model(**moved, use_cache=False)
+        with _watched(tree, see, held, batch.rows):
+            model(**moved(batch.inputs, device), use_cache=False)
         bar.update()
 
 
+def _texts(batch: Batch) -> int:
+    apart = texts_apart(batch.rows)
+    return len(batch.real) if apart is None else int(apart[..., 0].max()) + 1
+
+
 @contextmanager
-def _watched(tree: experts.Tree, see: See, held: Tensor) -> Iterator[None]:
+def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator[None]:
     handles = []
+    apart = texts_apart(rows)
     for row, site in enumerate(tree.sites):
-        calls: list[Sequence] = []
 
-        def entered(module: nn.Module, args: tuple, kwargs: dict[str, Any], calls=calls, layer=site.layer) -> None:
-            calls[:] = [Sequence.of(layer, *by_name(module, args, kwargs))]
+        def routed(module: nn.Module, args: tuple, row=row) -> None:
+            device = args[0].device
+            own = None if apart is None else apart.to(device)
+            x, index, real = (
+                spread(values.view(*rows.real.shape, -1), own)
+                for values in (args[0].detach(), nodes_of(module, args), rows.real.to(device))
+            )
+            see(row, x, index, Rows(real.squeeze(-1)), held)
 
-        def routed(module: nn.Module, args: tuple, calls=calls, row=row) -> None:
-            (call,) = calls
-            x = args[0].detach().view(*call.shape, -1)
-            see(row, x, nodes_of(module, args).view(*call.shape, -1), call.rows("", x.device), held)
-
-        handles.append(site.decoder_layer.register_forward_pre_hook(entered, with_kwargs=True))
         handles.append(site.module.register_forward_pre_hook(routed))
     try:
         yield
@@ -203,7 +206,7 @@ class _Scores:
     def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
         gate = self.gates[row]
         scores = Gate(gate.direction.to(x.device), gate.law, gate.window).scores(x).cpu()
-        real, start = rows.real.cpu(), None if rows.start is None else rows.start.cpu()
+        real = rows.real.cpu()
         index = index.cpu()
         total = len(self.routed[row])
         self.routed[row] += torch.bincount(index[real].flatten(), minlength=total)[:total]
@@ -212,8 +215,7 @@ class _Scores:
         if not bool(held.all()):
             self.fitted[row].append((scores[~held], real[~held]))
         if bool(held.any()):
-            apart = Rows(real[held], None if start is None else start[held])
-            self.held[row].append((scores[held], apart, index[held].to(torch.int16)))
+            self.held[row].append((scores[held], Rows(real[held]), index[held].to(torch.int16)))
 
     def evidence(self, row: int, gate: Gate) -> tuple[Tensor, Tensor]:
         """Evidence at each held-out token `[N]`, and the experts it was routed to `[N, K]`."""

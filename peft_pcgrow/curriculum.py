@@ -191,7 +191,7 @@ class _Meter:
             batch = pad([read_text(example, f"example {i}", self.tokenizer) for i, example in named])
         else:
             batch = self.collator(examples)
-        inputs, target = read_batch(batch, next(self.model.parameters()).device, known_words(self.model))
+        inputs, target, _ = read_batch(batch, next(self.model.parameters()).device, known_words(self.model))
         if len(target) != len(examples):
             raise ValueError(
                 f"the collator made {len(target)} rows of {len(examples)} examples, and surprisal is measured by row: "

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
 from peft_pcgrow.adopted import kind_of
-from peft_pcgrow.batches import IGNORED, read_batches
+from peft_pcgrow.batches import IGNORED, Batch, read_batches
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.lora_beside import lora_layers
@@ -131,7 +131,7 @@ def _fit_rows(
     tree: experts.Tree,
     grown: dict[int, PCGrowExperts],
     newborns: dict[int, list[tuple[str, int, int]]],
-    read: list[tuple[dict[str, Any], Tensor]],
+    read: list[Batch],
 ) -> tuple[dict[int, dict[str, Tensor]], list[Tensor]]:
     """What is added to the donor's router row, `[H + 1]` (the last one constant) by adapter; and the grown logits."""
     sums: dict[tuple[int, str], list[Tensor]] = {}
@@ -149,8 +149,8 @@ def _fit_rows(
     handles = [layer.register_forward_pre_hook(seen) for layer in grown.values() if newborns[layer.layer_index]]
     logits = []
     try:
-        for inputs, _ in tqdm(read, desc="fitting router rows", unit="batch", leave=False):
-            keep = inputs["attention_mask"].bool().reshape(-1)
+        for inputs, _, rows in tqdm(read, desc="fitting router rows", unit="batch", leave=False):
+            keep = rows.real.reshape(-1)
             logits.append(model(**inputs, use_cache=False).logits.float().cpu())
     finally:
         for handle in handles:
@@ -259,14 +259,12 @@ def _extend_router(
 
 
 @torch.no_grad()
-def _compare(
-    flat: Any, again: Any, read: list[tuple[dict[str, Any], Tensor]], branch: list[Tensor], count: int
-) -> FlatReport:
+def _compare(flat: Any, again: Any, read: list[Batch], branch: list[Tensor], count: int) -> FlatReport:
     difference, kl, agree, tokens, losses, labels = 0.0, 0.0, 0.0, 0, [0.0, 0.0], 0
-    for (inputs, target), grown in zip(read, branch, strict=True):
+    for (inputs, target, rows), grown in zip(read, branch, strict=True):
         logits = flat(**inputs, use_cache=False).logits.float().cpu()
         reloaded = again(**inputs, use_cache=False).logits.float().cpu()
-        keep = inputs["attention_mask"].bool().cpu()
+        keep = rows.real.cpu()
         # not Python's max, which a NaN gets past
         difference = float(torch.stack([torch.tensor(difference), (logits - reloaded)[keep].abs().max()]).max())
         ours, theirs = log_softmax(grown[keep], -1), log_softmax(logits[keep], -1)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity
-from peft_pcgrow.batches import check_causal, held_still, read_batches, settle_batch
+from peft_pcgrow.batches import Batch, check_causal, held_still, read_batches, settle_batch
+from peft_pcgrow.borders import spread, texts_apart
 from peft_pcgrow.carry import Way
 from peft_pcgrow.contrast import compare
 from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.energy import GradientSketch
 from peft_pcgrow.error_map import FOLDS, ErrorMap
+from peft_pcgrow.gate import Rows
 from peft_pcgrow.probe import ErrorProbe
 from peft_pcgrow.processes import everywhere, over_processes, process, processes
 from peft_pcgrow.sample import sample_text
@@ -27,6 +29,8 @@ from peft_pcgrow.settle import LayerStack
 # expert parameters up to which summed gradients are kept whole (4 folds in fp32: 1 GiB); beyond, sketched to this
 EXACT_PARAMETERS = 2**26
 SKETCH_DIM = 64
+# inputs with a row for each row of a batch; others, of images for example, only look so when numbers happen to agree
+BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def measure_errors(
@@ -112,19 +116,19 @@ def measure_errors(
     probe.again = coherent or settle != "direct"
     device = next(model.parameters()).device
     read = partial(read_batches, model, batch_size=batch_size, tokenizer=tokenizer)
-    seen: list[dict[str, Any]] = []
+    seen: list[Batch] = []
     bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
     done = 0
     try:
         with held_still(model), probe.routing(), LayerStack(tree.layers, probe=probe, way=way):
             for number, pieces in enumerate(_batches(read(batches), max_tokens)):
-                for inputs, target in pieces:
+                for piece in pieces:
                     if retain is not None:
-                        seen.append(inputs)
-                    done += int(inputs["attention_mask"].sum())
+                        seen.append(piece)
+                    done += piece.tokens
                     if done > probe.tokens:
-                        probe.begin(inputs, target)
-                        probe.loss += settle_batch(model, inputs, target)
+                        probe.begin(piece.real, piece.target)
+                        probe.loss += settle_batch(model, piece.inputs, piece.target)
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{probe.loss / max(probe.labels, 1):.3f}")
                 if checkpoint is not None and (number + 1) % checkpoint_every == 0:
@@ -181,39 +185,42 @@ def _resume(checkpoint: str | os.PathLike | None, base: dict[str, Any]) -> Error
     return found
 
 
-def _batches(
-    source: Iterator[tuple[dict[str, Any], Tensor]], max_tokens: int | None
-) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
+def _batches(source: Iterator[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:
     """Each batch, in pieces of some of its rows where there are fewer batches than folds."""
-    first: list[tuple[dict[str, Any], Tensor]] = []
+    first: list[Batch] = []
     tokens = 0
-    for inputs, target in source:
-        first.append((inputs, target))
-        tokens += int(inputs["attention_mask"].sum())
+    for read in source:
+        first.append(read)
+        tokens += read.tokens
         if len(first) == FOLDS or (max_tokens is not None and tokens >= max_tokens):
             break
     pieces = -(-FOLDS // max(len(first), 1))
-    for inputs, target in chain(first, source):
-        yield _cut(inputs, target, pieces)
+    for read in chain(first, source):
+        yield _cut(read, pieces)
 
 
-def _cut(inputs: dict[str, Any], target: Tensor, pieces: int) -> list[tuple[dict[str, Any], Tensor]]:
-    rows = len(target)
-    by_row = [not isinstance(value, Tensor) or (value.dim() > 0 and len(value) == rows) for value in inputs.values()]
-    if pieces < 2 or rows < 2 or not all(by_row):
-        return [(inputs, target)]
+def _cut(batch: Batch, pieces: int) -> list[Batch]:
+    """Some of its rows each; whole, if the model takes more than what is known to have a row for each text."""
+    rows = len(batch.target)
+    for name, value in batch.inputs.items():
+        by_row = name in BY_ROW and isinstance(value, Tensor) and len(value) == rows
+        if not by_row and not isinstance(value, (bool, int, float, str, type(None))):
+            return [batch]
+    if pieces < 2 or rows < 2 or (batch.inputs.get("position_ids", batch.target).dim() > 2):
+        return [batch]
     found = []
-    for chosen in torch.arange(rows, device=target.device).chunk(pieces):
-        part = {name: value[chosen] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        found.append((part, target[chosen]))
+    for chosen in torch.arange(rows, device=batch.target.device).chunk(pieces):
+        part = {name: value[chosen] if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+        start = None if batch.rows.start is None else batch.rows.start[chosen]
+        found.append(Batch(part, batch.target[chosen], Rows(batch.real[chosen], start)))
     return found
 
 
 def _separate(
     model: nn.Module,
     tree: experts.Tree,
-    read: Callable[..., Iterator[tuple[dict[str, Any], Tensor]]],
-    domain: list[dict[str, Any]],
+    read: Callable[..., Iterator[Batch]],
+    domain: list[Batch],
     retain: Any,
     max_tokens: int | None,
     window: int,
@@ -225,10 +232,11 @@ def _separate(
     if isinstance(retain, str):
         if retain != "self":
             raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
-        rows, width = sum(len(batch["input_ids"]) for batch in domain), max(b["input_ids"].shape[1] for b in domain)
-        retain = sample_text(model, rows, width, progress=progress)
+        shapes = [spread(batch.real, texts_apart(batch.rows)).shape for batch in domain]
+        texts, longest = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+        retain = sample_text(model, texts, longest, progress=progress)
     device = next(model.parameters()).device
-    batches = [inputs for inputs, _ in read(retain, max_tokens)]
+    batches = list(read(retain, max_tokens))
     # a gate is fitted to all of the text, so every process fits the same ones
     domain, batches = everywhere(domain, device), everywhere(batches, device)
     return compare(model, tree, domain, batches, window, sketch_dim, progress)

@@ -66,9 +66,9 @@ class ErrorProbe(Probe):
         """Of the batch at hand."""
         return (self.batches - 1) % FOLDS
 
-    def begin(self, inputs: dict[str, Any], target: Tensor) -> None:
-        """Called before each batch."""
-        self.keep = inputs["attention_mask"].bool().reshape(-1)
+    def begin(self, real: Tensor, target: Tensor) -> None:
+        """Called before each batch, with what is text of it and the labels, `[B, S]`."""
+        self.keep = real.reshape(-1)
         labels = int((target[:, 1:] != IGNORED).sum())
         self.labels += labels
         self.tokens += int(self.keep.sum())

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peft_pcgrow.batches import Batch, moved
 from peft_pcgrow.error_map import COUNTERS, OPTIONAL, SUMS, ErrorMap
+from peft_pcgrow.gate import Rows
 
 
 def processes() -> int:
@@ -44,7 +46,7 @@ def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
     )
 
 
-def everywhere(batches: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+def everywhere(batches: list[Batch], device: torch.device) -> list[Batch]:
     """The batches of all processes, in the order of their ranks, on this one's device; all must call."""
     if processes() == 1:
         return batches
@@ -54,5 +56,6 @@ def everywhere(batches: list[dict[str, Any]], device: torch.device) -> list[dict
     return [_moved(batch, device) for share in gathered for batch in share]
 
 
-def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    start = moved(batch.rows.start, device)
+    return Batch(moved(batch.inputs, device), batch.target.to(device), Rows(batch.real.to(device), start))

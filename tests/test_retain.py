@@ -63,9 +63,9 @@ def case(name, window, kind):
 
 @torch.no_grad()
 def visits(model, batches):
-    """For each layer with experts, of each text: (number of its row, inputs `[S, H]`, experts `[S, K]`), no padding."""
+    """For each layer with experts, of each text: (its number, inputs `[S, H]`, experts `[S, K]`), no padding."""
     sites = find_experts(model).sites
-    calls, found, done = [], [[] for _ in sites], 0
+    calls, found = [], [[] for _ in sites]
     handles = [
         site.module.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[1]))) for site in sites
     ]
@@ -82,8 +82,7 @@ def visits(model, batches):
                     starts = [*(batch["position_ids"][text] == 0).nonzero().flatten().tolist(), shape[1]]
                 for first, end in pairwise(starts):
                     real = mask[text, first:end]
-                    found[row].append((done + text, x[text, first:end][real], index[text, first:end][real]))
-        done += shape[0]
+                    found[row].append((len(found[row]), x[text, first:end][real], index[text, first:end][real]))
     for handle in handles:
         handle.remove()
     return found
@@ -102,7 +101,7 @@ def log_ratios(separation, row, x):
 
 
 def held_out(separation, row, texts):
-    """Log ratios `[N]` and experts `[N, K]` of every fourth row's tokens."""
+    """Log ratios `[N]` and experts `[N, K]` of every fourth text's tokens."""
     mine = [(log_ratios(separation, row, x), index) for number, x, index in texts if number % 4 == 3]
     return [torch.cat(parts) for parts in zip(*mine, strict=True)]
 
@@ -171,8 +170,8 @@ def test_rows_and_tokens_of_both_corpora(setting):
 
 
 def running_means(x, window):
-    """Means of the last tokens of one text, where there are enough of them to fit a direction on."""
-    enough = min(ENOUGH, window or ENOUGH)
+    """Means of the last tokens of one text, where there are enough of them to fit a direction on, or all it has."""
+    enough = min(ENOUGH, window or ENOUGH, len(x))
     places = range(enough - 1, len(x))
     return [x[max(0, t + 1 - window) if window else 0 : t + 1].mean(0) for t in places]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
-from peft_pcgrow.batches import IGNORED, held_still, read_batches, settle_batch
+from peft_pcgrow.batches import IGNORED, Batch, held_still, read_batches, settle_batch
 from peft_pcgrow.carry import Probe
 from peft_pcgrow.recompute import hidden_of
 from peft_pcgrow.settle import LayerStack
@@ -47,14 +47,14 @@ class Calibration:
     Attributes:
         names: of the texts. labels: predicted tokens of each. losses: mean loss of each, nats per token.
         layers: by decoder layer.
-        batches: the texts themselves, as `(inputs, labels)`, to measure losses on again.
+        batches: the texts themselves, to measure losses on again.
     """
 
     names: tuple[str, ...]
     labels: list[int]
     losses: list[float]
     layers: dict[int, LayerSample]
-    batches: list[list[tuple[dict[str, Any], Tensor]]] = field(default_factory=list)
+    batches: list[list[Batch]] = field(default_factory=list)
 
 
 class _NodeProbe(Probe):
@@ -66,10 +66,9 @@ class _NodeProbe(Probe):
         self.keep = self.rows = torch.ones(0)
         self.text = 0
 
-    def begin(self, inputs: dict[str, Any], text: int, first_row: int) -> None:
-        mask = inputs["attention_mask"].bool()
-        self.keep, self.text = mask.reshape(-1), text
-        self.rows = (first_row + torch.arange(len(mask), device=mask.device))[:, None].expand_as(mask).reshape(-1)
+    def begin(self, real: Tensor, text: int, first_row: int) -> None:
+        self.keep, self.text = real.reshape(-1), text
+        self.rows = (first_row + torch.arange(len(real), device=real.device))[:, None].expand_as(real).reshape(-1)
 
     @contextmanager
     def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
@@ -131,12 +130,12 @@ def calibrate(
     with held_still(model), LayerStack(tree.layers, probe=probe):
         for number, (name, batches) in enumerate(texts.items()):
             held = list(read_batches(model, batches, max_tokens))
-            count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target in held)
+            count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target, _ in held)
             if not count:
                 raise ValueError(f"the {name} text has no token to predict: give batches of at least two tokens each")
             loss = 0.0
-            for inputs, target in tqdm(held, desc=f"calibrating on {name}", unit="batch", disable=not progress):
-                probe.begin(inputs, number, row)
+            for inputs, target, rows in tqdm(held, desc=f"calibrating on {name}", unit="batch", disable=not progress):
+                probe.begin(rows.real, number, row)
                 loss += settle_batch(model, inputs, target)
                 row += len(target)
             for noted in probe.found.values():

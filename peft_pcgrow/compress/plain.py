@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from peft_pcgrow import experts
-from peft_pcgrow.batches import read_batches
+from peft_pcgrow.batches import Batch, read_batches
 from peft_pcgrow.compress.forms import WHOLE, Form
 from peft_pcgrow.compress.packed import PREFIX
 from peft_pcgrow.flat import COUNTS, selection_bias
@@ -91,9 +91,8 @@ def export_plain(
     layers = _layers(held)
     neurons = _check_forms(held, layers, dequantize)
     device = next(held.parameters()).device
-    read = list(read_batches(held, batches))
-    inputs = [inputs for inputs, _ in read if inputs["attention_mask"].any()]
-    if not inputs:
+    read = [read for read in read_batches(held, batches) if read.tokens]
+    if not read:
         raise ValueError("export_plain compares the checkpoint with the model on text: batches holds no tokens")
     plain = _build(held, layers, neurons)
     was_training = held.training
@@ -103,7 +102,7 @@ def export_plain(
             plain.save_pretrained(staging)
             again = type(held).from_pretrained(staging, dtype=held.dtype).to(device).eval()
             again.set_experts_implementation(held.config._experts_implementation)
-            difference, reloaded, kl = _compare(held, plain, again, inputs)
+            difference, reloaded, kl = _compare(held, plain, again, read)
             if not reloaded == 0:
                 raise RuntimeError(
                     f"the checkpoint's logits differ by {reloaded} from those of the model that it was written from: "
@@ -258,11 +257,11 @@ def _shell(model: Any, layers: list[_Layer], neurons: int, state: dict[str, Tens
 
 
 @torch.no_grad()
-def _compare(model: Any, plain: Any, again: Any, batches: list[dict[str, Any]]) -> tuple[float, float, float]:
+def _compare(model: Any, plain: Any, again: Any, batches: list[Batch]) -> tuple[float, float, float]:
     """Largest difference of the plain model's logits from the compressed one's, and of the reloaded one's; and KL."""
     largest, kl, tokens = torch.zeros(2), 0.0, 0
-    for inputs in batches:
-        keep = inputs["attention_mask"].bool()
+    for inputs, _, rows in batches:
+        keep = rows.real
         ours, theirs, reloaded = (m(**inputs, use_cache=False).logits[keep].float() for m in (model, plain, again))
         found = torch.stack([(ours - theirs).abs().max(), (theirs - reloaded).abs().max()])
         # a NaN stays in it

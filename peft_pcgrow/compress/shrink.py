@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
-from peft_pcgrow.batches import IGNORED, losses, read_batches
+from peft_pcgrow.batches import IGNORED, Batch, losses, read_batches
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.moments import Moments, Place, input_moments
 from peft_pcgrow.config import PCGrowConfig
@@ -146,7 +146,7 @@ def shrink_adapter(
             (measured["loss_base"],) = losses(model, [read])
         with ExitStack() as watching:
             if compensate and energy is None:
-                kept = [inputs["attention_mask"].bool().reshape(-1) for inputs, _ in read]
+                kept = [batch.real.reshape(-1) for batch in read]
                 watching.enter_context(input_moments(layers, adapter_name, moments, kept))
             (measured["loss_before"],) = losses(model, [read])
     deltas = dict(_deltas(layers, adapter_name))
@@ -201,15 +201,13 @@ def _adapter(model: nn.Module, name: str) -> tuple[list[PCGrowExperts], PCGrowCo
     return layers, config
 
 
-def _read(
-    model: nn.Module, batches: Iterable[Any], layers: list[PCGrowExperts], name: str
-) -> list[tuple[dict[str, Any], Tensor]]:
+def _read(model: nn.Module, batches: Iterable[Any], layers: list[PCGrowExperts], name: str) -> list[Batch]:
     if not all(name in layer.active_banks() and not layer.disable_adapters for layer in layers):
         raise ValueError(
             f"adapter {name!r} is not active, so text tells nothing of it: call set_adapter({name!r}) first"
         )
     read = list(read_batches(model, batches))
-    if not any(bool((target[:, 1:] != IGNORED).any()) for _, target in read):
+    if not any(bool((target[:, 1:] != IGNORED).any()) for _, target, _ in read):
         raise ValueError("batches hold no token to predict: give [B, S] token ids with S of 2 or more, or leave it out")
     return read
 
