@@ -38,8 +38,8 @@ class Told:
     @classmethod
     def by(cls, kwargs: Mapping[str, Any], chunk: int = 0) -> "Told":
         """From the arguments of a model or a layer."""
-        names = ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx")
-        return cls(*map(kwargs.get, names), chunk)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        return cls(mask, positions, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"), chunk)
 
     def rows(self, shape: tuple[int, int], seen: int = 0, past: Tensor | None = None) -> Rows:
         """How tokens `[B, S]` stand in their texts, `seen` tokens after the rows' beginnings.
