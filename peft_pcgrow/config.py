@@ -170,6 +170,9 @@ class PCGrowConfig(PeftConfig):
     protected: Optional[dict] = field(
         default=None, metadata={"help": "Directions kept off, layer -> stack -> number. Set on creation."}
     )
+    fingerprint: Optional[str] = field(
+        default=None, metadata={"help": "Of the gates and directions that the map gave. Set on creation."}
+    )
     shrunk: Optional[dict] = field(
         default=None, metadata={"help": "How the banks are stored, if not in full. Set by shrink_adapter."}
     )

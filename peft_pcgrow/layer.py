@@ -78,6 +78,10 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         for name in stacks:
             setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
         self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
+        # gates that were found to be set, as they were then
+        self._known: dict[str, list[tuple[Tensor, int]]] = {}
+        # tokens of the chunks that the layer attends in; 0: it does not
+        self.chunk = 0
         self.call = Call()
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
@@ -219,6 +223,11 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         kept = dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
         return kept if kept is None else parts.spread(self.pieces(self.births[adapter_name])[stack], kept)
 
+    def kept_off(self, adapter_name: str) -> dict[str, Tensor]:
+        """What an adapter's updates are kept off, by stack, as it is held."""
+        stacks = self.births[adapter_name].directions
+        return {stack: self._buffers_of(f"protect_{stack}")[adapter_name] for stack in stacks}
+
     def is_protected(self, adapter_name: str) -> bool:
         return bool(self.births[adapter_name].directions)
 
@@ -299,7 +308,39 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def gate_is_known(self, adapter_name: str) -> bool:
         """Whether the gate came with a map or an adapter file."""
-        return bool(torch.isfinite(self._buffers_of("gate_threshold")[adapter_name]).all())
+        direction, threshold = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold"))
+        return bool(torch.isfinite(threshold).all() & direction.any())
+
+    @torch.compiler.disable
+    def check_gate(self, adapter_name: str) -> None:
+        """Raise RuntimeError if newborns are behind a gate that was never set, where they would take nothing."""
+        held = [self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold")]
+        # looked at again when it was written to, not at every call: that would hold up a GPU
+        state = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        known = self._known.get(adapter_name, [])
+        if len(known) == 2 and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
+            return
+        if not self.gate_is_known(adapter_name):
+            raise RuntimeError(
+                f"the branch gates of adapter {adapter_name!r} were never set (layer {self.layer_index}): its config "
+                "was resolved for another model or adapter. Make a new PCGrowConfig with error_map=, or load the "
+                "adapter's weights"
+            )
+        self._known[adapter_name] = state
+
+    def given_by(self, adapter_name: str, birth: Birth) -> Birth:
+        """`birth`, of nodes like those of an adapter here, with that one's gate and directions."""
+        theirs = self.births.get(adapter_name)
+        if theirs is None or (theirs.grown, theirs.spawned, theirs.window) != (
+            birth.grown,
+            birth.spawned,
+            birth.window,
+        ):
+            return birth
+        gate = birth.gate
+        if birth.spawned and self.gate_is_known(adapter_name):
+            gate = self.gate(adapter_name), self._buffers_of("gate_threshold")[adapter_name]
+        return replace(birth, gate=gate, directions=self.kept_off(adapter_name))
 
     def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True) -> Tensor:
         """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
@@ -309,11 +350,13 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
                 f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
                 "run the whole decoder layer, not its experts alone"
             )
+        self.check_gate(adapter_name)
         gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
         scores = gate.scores(hidden).view(call.shape)
-        evidence, running = gate.evidence(scores, call.rows(adapter_name, hidden.device))
+        rows = call.rows(adapter_name, hidden.device)
+        evidence, running = gate.evidence(scores, rows)
         if remember:
-            call.remember(adapter_name, running)
+            call.remember(adapter_name, running, rows)
         return evidence.reshape(-1) - at_rate(self._buffers_of("gate_threshold")[adapter_name].float(), rate)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -334,6 +377,7 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.births.pop(adapter_name, None)
+        self._known.pop(adapter_name, None)
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] != adapter_name}
         self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
 

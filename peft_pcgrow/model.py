@@ -160,6 +160,11 @@ class PCGrowModel(BaseTuner):
             self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
             self._handles += follow_inside(site.decoder_layer, layer)
         birth = self._births[current_key]
+        if peft_config._measured is None and peft_config.fingerprint is not None:
+            # its map is not at hand, but an adapter that it also made may be
+            for name, other in self.peft_config.items():
+                if name != adapter_name and getattr(other, "fingerprint", None) == peft_config.fingerprint:
+                    birth = layer.given_by(name, birth)
         layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -234,7 +239,7 @@ class PCGrowModel(BaseTuner):
             )
         if self._guard is not None:
             if not self._guard.announced:
-                self._check_gates()
+                self._check_given()
             self._guard.training_forward()
         ways = {name: self.peft_config[name].way for name in self.active_adapters if name in self.peft_config}
         if None in ways.values():
@@ -255,15 +260,20 @@ class PCGrowModel(BaseTuner):
         if shrunk and not any(p.requires_grad for p in self.model.parameters()):
             raise RuntimeError(f"{SHRUNK.format(min(shrunk))}; to compute without training, call model.eval()")
 
-    def _check_gates(self) -> None:
-        """Newborns behind gates that were never set would train on nothing."""
-        for layer in self.tuner_layers():
-            for name in layer.active_banks():
-                if layer.spawned(name) and not layer.gate_is_known(name):
-                    raise RuntimeError(
-                        f"the branch gates of adapter {name!r} were never set: its config was resolved for another "
-                        "model; make a new PCGrowConfig with error_map=, or load the adapter's weights before training"
-                    )
+    def _check_given(self) -> None:
+        """Newborns behind gates that were never set would train on nothing, and nothing would be protected."""
+        for name in self.active_adapters:
+            layers = [layer for layer in self.tuner_layers() if name in layer.births]
+            for layer in layers:
+                if layer.spawned(name):
+                    layer.check_gate(name)
+            kept = [held for layer in layers for held in layer.kept_off(name).values()]
+            if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
+                raise RuntimeError(
+                    f"what protect= keeps updates of adapter {name!r} off was never set: its config was resolved for "
+                    "another model or adapter. Make a new PCGrowConfig with error_map=, or load the adapter's weights "
+                    "before training"
+                )
 
     def _enter(self, index: int, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._created.get(index, ()):

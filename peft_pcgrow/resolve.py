@@ -8,6 +8,7 @@ from torch import Tensor
 from peft_pcgrow import experts, parts, plan, spawn
 from peft_pcgrow.bank import codings
 from peft_pcgrow.birth import Birth
+from peft_pcgrow.checksum import checksum
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
@@ -51,6 +52,7 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
         )
         locus, selected = choice.locus, choice.parts
     separation = emap.separation if emap is not None else None
+    given: dict[str, Tensor] = {}
     if config.grow != "deepen":
         if emap is None or separation is None:
             raise ValueError(spawn.NO_RETAIN.format(f"grow={config.grow!r}"))
@@ -59,6 +61,9 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
         locus = Locus(spawn.kept(decisions, "spawn", "deepen"))
         config.spawned = {str(layer): donors for layer, donors in spawn.kept(decisions, "spawn").items()}
         config.gate_window = int(separation.facts["window"])
+        for layer in map(int, config.spawned):
+            row = emap.layers.index(layer)
+            given |= {f"{layer}.{name}": getattr(separation, name)[row] for name in ("direction", "law", "threshold")}
     config.locus = locus.to_json()
     # the parts of what is left of the locus: those selected, or all
     if selected is not None:
@@ -77,6 +82,9 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
                 pieces, row = _pieces(config, site.layer, site.base), emap.layers.index(site.layer)
                 found = parts.directions_of(separation, row, pieces, config.protect)
                 config.protected[str(site.layer)] = {stack: held.shape[2] for stack, held in found.items()}
+                given |= {f"{site.layer}.{stack}": held for stack, held in found.items()}
+    if given:
+        config.fingerprint = bytes(checksum(given).tolist()).hex()
 
 
 def check_resolved(config: PCGrowConfig, sites: Sequence[experts.ExpertsSite]) -> None:

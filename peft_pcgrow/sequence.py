@@ -11,10 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peft_pcgrow.borders import Told
 from peft_pcgrow.gate import Rows
 from peft_pcgrow.recompute import CACHES
+
+# of tokens that a cache holds: some, it does not say how many
+SOME = -1
 
 
 @dataclass(frozen=True)
@@ -23,76 +27,112 @@ class Sequence:
 
     Attributes:
         shape: (B, S).
-        mask: the layer's attention mask, if any. positions: its position ids, if any.
+        told: what says how its tokens stand in their texts.
         cache: the KV cache, if there is one; index: the layer's place in it.
+        held: tokens of each row that the cache held before; None: it does not say.
     """
 
     shape: tuple[int, int]
-    mask: Any
-    positions: Any
+    told: Told
     cache: Any
     index: int
+    held: int | None
 
     @classmethod
-    def of(cls, index: int, args: tuple, kwargs: dict[str, Any]) -> "Sequence":
-        """From what decoder layer `index` is called with."""
+    def of(cls, index: int, args: tuple, kwargs: dict[str, Any], chunk: int = 0) -> "Sequence":
+        """From what decoder layer `index`, which attends in chunks of `chunk` tokens if it does, is called with."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         shape = hidden.shape[0], hidden.shape[1]
-        held = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache = getattr(cache, "self_attention_cache", cache)
         # layers that a model runs through several times have an entry for each (Inkling 2 with loops)
         place = index + kwargs.get("cache_offset", 0)
-        return cls(shape, kwargs.get("attention_mask"), kwargs.get("position_ids"), held, place)
-
-    def _entry(self) -> Any:
-        """The layer's entry in the cache; some caches only have it when the layer's attention has run."""
-        entries = getattr(self.cache, "layers", None) or ()
-        return entries[self.index] if self.index < len(entries) else None
+        return cls(shape, Told.by(kwargs, chunk), cache, place, _held(cache, place, shape[1]))
 
     def rows(self, name: str, device: torch.device) -> Rows:
-        """With what gate `name` remembers of the tokens before these."""
-        past = getattr(self._entry(), "_pcgrow_seen", {}).get(name)
-        if past is not None and (len(past) != self.shape[0] or not past.shape[1]):
-            past = None  # the cache was emptied, or serves another batch
-        return Rows(self._real(past).to(device), self._start(past, device), None if past is None else past.to(device))
+        """With what gate `name` remembers of the tokens before these.
 
-    def remember(self, name: str, running: Tensor) -> None:
-        """Keep `running [B, P + S, 2]` for the calls to come."""
+        Raises:
+            RuntimeError: it does not remember the tokens that the KV cache holds.
+            TypeError: a mask or a KV cache of an unknown kind.
+        """
+        if self.cache is not None and not isinstance(getattr(self.cache, "layers", None), list):
+            raise TypeError(_UNKNOWN_CACHE.format(type(self.cache).__name__))
+        seen = _memory(self.cache, self.index)
+        past = None if self.held == 0 else seen.get(name)
+        count = 0 if past is None else past.shape[1]
+        # gates that were asked at every call remember equally much
+        held = max((other.shape[1] for other in seen.values()), default=0) if self.held is None else self.held
+        if count != held or (past is not None and count and len(past) != self.shape[0]):
+            rows = f" of {self.shape[0]} rows" if past is None else f" of {self.shape[0]} rows (it: of {len(past)})"
+            raise RuntimeError(
+                f"the gate of adapter {name!r} at layer {self.index} remembers {count} tokens, and the KV cache holds "
+                f"{'others' if held == SOME else held}{rows}: it was filled without this adapter, or made of another "
+                "cache's tensors. Give the whole text with an empty cache, or use_cache=False"
+            )
+        past = past if count else None
+        rows = self.told.rows(self.shape, count, past)
+        start = None if rows.start is None else rows.start.to(device)
+        return Rows(rows.real.to(device), start, None if past is None else past.to(device))
+
+    def remember(self, name: str, running: Tensor, rows: Rows) -> None:
+        """Keep `running [B, P + S, 2]`, of the last of the texts in each row, for the calls to come."""
         lazily, entries = getattr(self.cache, "layer_class_to_replicate", None), getattr(self.cache, "layers", None)
         while lazily is not None and isinstance(entries, list) and len(entries) <= self.index:
             # a layer that keeps what it remembers elsewhere in the cache never asks for an entry (MiniMax)
             entries.append(lazily())
-        entry = self._entry()
-        if entry is None:
+        if entries is None or self.index >= len(entries):
             return
+        if rows.start is not None:
+            first = rows.start[:, -1:]
+            before = running.gather(1, (first - 1).clamp_min(0).unsqueeze(-1).expand(-1, -1, running.shape[2]))
+            own = torch.arange(running.shape[1], device=running.device) >= first
+            before = torch.where((first > 0).unsqueeze(-1), before, 0.0)
+            running = torch.where(own.unsqueeze(-1), running - before, 0.0)
+        entry = entries[self.index]
         if not hasattr(entry, "_pcgrow_seen"):
             entry.__class__ = _remembering(type(entry))
             entry._pcgrow_seen = {}
         entry._pcgrow_seen[name] = running
 
-    def _real(self, past: Tensor | None) -> Tensor:
-        """A token is padding if it may not even attend to itself."""
-        batch, tokens = self.shape
-        mask = self.mask
-        if not isinstance(mask, Tensor) or (past is not None and tokens == 1):
-            return torch.ones(batch, tokens, dtype=torch.bool)
-        if mask.dim() == 2:
-            return mask[:, -tokens:].bool().expand(batch, -1)
-        seen = 0 if past is None else past.shape[1]
-        # a static cache has columns for tokens to come
-        first = seen if mask.shape[-1] > seen + tokens else mask.shape[-1] - tokens
-        own = mask[:, 0, :, first:].diagonal(dim1=-2, dim2=-1)
-        return (own if own.dtype == torch.bool else own >= 0).expand(batch, -1)
 
-    def _start(self, past: Tensor | None, device: torch.device) -> Tensor | None:
-        positions = self.positions
-        if not isinstance(positions, Tensor) or positions.dim() != 2 or past is not None:
-            return None
-        again = positions[:, 1:] <= positions[:, :-1]
-        if not bool(again.any()):
-            return None
-        place = torch.arange(1, positions.shape[1], device=positions.device)
-        start = torch.where(again, place, 0).cummax(dim=1).values
-        return torch.nn.functional.pad(start, (1, 0)).expand(self.shape).to(device)
+_UNKNOWN_CACHE = (
+    "newborns' gates remember the text so far on the layers of the KV cache, and a {} has none. Continuous batching "
+    "(generate_batch, use_transformers_continuous_batching) also mixes requests in one row: call generate(), disable "
+    "the adapter, or pass use_cache=False"
+)
+
+
+def attention_chunk(layer: nn.Module, index: int) -> int:
+    """Tokens of the chunks that decoder layer `index` attends in; 0: it does not (Llama 4 does)."""
+    config = next((module.config for module in layer.modules() if hasattr(module, "config")), None)
+    types = getattr(config, "layer_types", None) or ()
+    chunked = index < len(types) and types[index] == "chunked_attention"
+    return getattr(config, "attention_chunk_size", 0) if chunked else 0
+
+
+def _memory(cache: Any, place: int) -> dict[str, Tensor]:
+    entries = getattr(cache, "layers", None) or ()
+    return getattr(entries[place], "_pcgrow_seen", {}) if place < len(entries) else {}
+
+
+def _held(cache: Any, place: int, tokens: int) -> int | None:
+    """Tokens that a cache holds before a call of `tokens`; None: it does not say."""
+    entries = getattr(cache, "layers", None)
+    if not isinstance(entries, list):
+        return 0 if cache is None else None
+    filled = [i for i, e in enumerate(entries) if hasattr(e, "get_seq_length") and getattr(e, "is_initialized", True)]
+    if not filled:
+        states = [state for entry in entries for state in getattr(entry, "has_previous_state", {}).values()]
+        return SOME if any(states) and not _memory(cache, place) else None
+    # a layer without keys of its own asks another, which has counted these tokens if it comes before
+    asked = place if place in filled else filled[0]
+    length = entries[asked].get_seq_length()
+    if isinstance(length, Tensor):
+        if length.device.type != "cpu" and tokens == 1 and _memory(cache, place):
+            return None  # asking a GPU would hold up every token that is decoded
+        length = int(length)
+    return length - (tokens if asked < place else 0)
 
 
 # what is done to the keys of a cache entry, done to a gate's memory `[B, P, 2]`
@@ -119,5 +159,12 @@ def _remembering(kind: type) -> type:
         return method
 
     changed = {name: following(name, change) for name, change in _ALIKE.items() if hasattr(kind, name)}
+    # by its kind: pickle could not find a class that is made here
+    changed["__reduce__"] = lambda self: (_empty, (kind,), self.__dict__)
     # transformers would register a class with a layer type in the place of its parent
     return type(kind.__name__, (kind,), {**changed, "_layer_type": None})
+
+
+def _empty(kind: type) -> Any:
+    remembering = _remembering(kind)
+    return remembering.__new__(remembering)

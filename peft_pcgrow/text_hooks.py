@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.recompute import by_name
-from peft_pcgrow.sequence import Sequence
+from peft_pcgrow.sequence import Sequence, attention_chunk
 
 
 def follow_whole_texts(
@@ -41,12 +41,14 @@ def enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: d
     """A run of `layer`'s decoder layer begins: let it know how the tokens stand in their texts."""
     gated = any(layer.spawned(name) for name in layer.active_banks())
     layer.call.entered, layer.call.called = True, False
-    layer.call.sequence = Sequence.of(layer.layer_index, *by_name(decoder_layer, args, kwargs)) if gated else None
+    called = by_name(decoder_layer, args, kwargs)
+    layer.call.sequence = Sequence.of(layer.layer_index, *called, layer.chunk) if gated else None
 
 
 def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     """Let `layer` know that also where only the inside of its decoder layer runs: transformers' gradient checkpointing
     recomputes it so, on whichever thread autograd uses."""
+    layer.chunk = attention_chunk(decoder_layer, layer.layer_index)
     inside = partial(_note_inside, layer)
     return tuple(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children())
 
@@ -55,4 +57,4 @@ def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch
 def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The attention is handed all that the decoder layer is."""
     if not layer.call.entered and "attention_mask" in kwargs:
-        layer.call.sequence = Sequence.of(layer.layer_index, args, kwargs)
+        layer.call.sequence = Sequence.of(layer.layer_index, args, kwargs, layer.chunk)
