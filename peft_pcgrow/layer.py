@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
-from peft_pcgrow.gate import RATES, Gate, at_rate
+from peft_pcgrow.gate import RATES, Gate
+from peft_pcgrow.given import Given
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.sequence import Sequence as TokenSequence
@@ -43,7 +44,7 @@ class Call(PerThread):
         self.entered, self.sequence = False, None
 
 
-class PCGrowExperts(nn.Module, BaseTunerLayer):
+class PCGrowExperts(Given, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -78,8 +79,6 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         for name in stacks:
             setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
         self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
-        # gates that were found to be set, as they were then
-        self._known: dict[str, list[tuple[Tensor, int]]] = {}
         # tokens of the chunks that the layer attends in; 0: it does not
         self.chunk = 0
         self.call = Call()
@@ -136,9 +135,6 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
 
     def _banks(self, stack: str) -> Any:
         return getattr(self, f"pcgrow_{stack}")
-
-    def _buffers_of(self, name: str) -> Any:
-        return getattr(self, f"pcgrow_{name}")
 
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece; decoded, if shrunk."""
@@ -218,19 +214,6 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
         """Name of the stack that one of an adapter's bank parameters is."""
         return next(name for name, held in self.bank(adapter_name).items() if held is weight)
 
-    def directions(self, adapter_name: str, stack: str) -> Tensor | None:
-        """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
-        kept = dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
-        return kept if kept is None else parts.spread(self.pieces(self.births[adapter_name])[stack], kept)
-
-    def kept_off(self, adapter_name: str) -> dict[str, Tensor]:
-        """What an adapter's updates are kept off, by stack, as it is held."""
-        stacks = self.births[adapter_name].directions
-        return {stack: self._buffers_of(f"protect_{stack}")[adapter_name] for stack in stacks}
-
-    def is_protected(self, adapter_name: str) -> bool:
-        return bool(self.births[adapter_name].directions)
-
     def active_banks(self) -> list[str]:
         """Active adapters that grow experts here."""
         return [name for name in self.active_adapters if name in self.births]
@@ -300,64 +283,6 @@ class PCGrowExperts(nn.Module, BaseTunerLayer):
             banks={name: self.weights(name) for name in births},
             passes={n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned},
         )
-
-    def gate(self, adapter_name: str) -> Gate:
-        """The branch gate of an adapter that spawned here."""
-        direction, law = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "law"))
-        return Gate(direction, law, self.births[adapter_name].window)
-
-    def gate_is_known(self, adapter_name: str) -> bool:
-        """Whether the gate came with a map or an adapter file."""
-        direction, threshold = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold"))
-        return bool(torch.isfinite(threshold).all() & direction.any())
-
-    @torch.compiler.disable
-    def check_gate(self, adapter_name: str) -> None:
-        """Raise RuntimeError if newborns are behind a gate that was never set, where they would take nothing."""
-        held = [self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold")]
-        # looked at again when it was written to, not at every call: that would hold up a GPU
-        state = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held]
-        known = self._known.get(adapter_name, [])
-        if len(known) == 2 and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
-            return
-        if not self.gate_is_known(adapter_name):
-            raise RuntimeError(
-                f"the branch gates of adapter {adapter_name!r} were never set (layer {self.layer_index}): its config "
-                "was resolved for another model or adapter. Make a new PCGrowConfig with error_map=, or load the "
-                "adapter's weights"
-            )
-        self._known[adapter_name] = state
-
-    def given_by(self, adapter_name: str, birth: Birth) -> Birth:
-        """`birth`, of nodes like those of an adapter here, with that one's gate and directions."""
-        theirs = self.births.get(adapter_name)
-        if theirs is None or (theirs.grown, theirs.spawned, theirs.window) != (
-            birth.grown,
-            birth.spawned,
-            birth.window,
-        ):
-            return birth
-        gate = birth.gate
-        if birth.spawned and self.gate_is_known(adapter_name):
-            gate = self.gate(adapter_name), self._buffers_of("gate_threshold")[adapter_name]
-        return replace(birth, gate=gate, directions=self.kept_off(adapter_name))
-
-    def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True) -> Tensor:
-        """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
-        call = self.call.sequence
-        if call is None or call.shape[0] * call.shape[1] != len(hidden):
-            raise RuntimeError(
-                f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
-                "run the whole decoder layer, not its experts alone"
-            )
-        self.check_gate(adapter_name)
-        gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
-        scores = gate.scores(hidden).view(call.shape)
-        rows = call.rows(adapter_name, hidden.device)
-        evidence, running = gate.evidence(scores, rows)
-        if remember:
-            call.remember(adapter_name, running, rows)
-        return evidence.reshape(-1) - at_rate(self._buffers_of("gate_threshold")[adapter_name].float(), rate)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names

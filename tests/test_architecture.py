@@ -48,7 +48,19 @@ FLOORS = [
     ["compress.calibrate"],
     ["compress.candidates", "compress.skip", "compress.compression_plan"],
     ["compress.form_survey", "compress.apply_plan"],
-    ["register", "lora_beside", "config", "birth", "layer", "text_hooks", "curriculum", "guard", "resolve", "model"],
+    [
+        "register",
+        "lora_beside",
+        "config",
+        "birth",
+        "given",
+        "layer",
+        "text_hooks",
+        "curriculum",
+        "guard",
+        "resolve",
+        "model",
+    ],
     ["optimizer", "export", "compress.plain", "callback", "compress.moments", "compress.shrink", "__init__"],
 ]
 # what a floor may know of the world outside, by the lowest floor that may

@@ -81,21 +81,24 @@ class _NodeProbe(Probe):
             self._seen = [args[0].detach(), args[1], args[2].detach()]
             outputs.insert(0, output)
 
-        def left(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = hidden_of(output, module)
+        layer: Any = site.decoder_layer
+        forward = layer.forward
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            before, output = args[0] if args else kwargs["hidden_states"], forward(*args, **kwargs)
+            after = hidden_of(output, layer)
             self._seen.append((before - after).detach())
             outputs.append(after)
+            return output
 
-        handles = [
-            site.module.register_forward_hook(entered),
-            site.decoder_layer.register_forward_hook(left, with_kwargs=True),
-        ]
+        handle = site.module.register_forward_hook(entered)
+        # layers run again without their hooks
+        layer.forward = followed
         try:
             yield lambda: outputs
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+            layer.forward = forward
 
     def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
         if index not in self.sites:

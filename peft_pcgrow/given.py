@@ -1,0 +1,95 @@
+"""What adapters have from a map beside their weights: branch gates, and directions that updates are kept off."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow import parts
+from peft_pcgrow.birth import Birth
+from peft_pcgrow.gate import Gate, at_rate
+
+
+class Given(nn.Module):
+    """A layer whose buffers `pcgrow_gate_*` and `pcgrow_protect_*` hold these by adapter."""
+
+    layer_index: int
+    births: dict[str, Birth]
+    call: Any
+    pieces: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        # gates that were found to be set, as they were then
+        self._known: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def _buffers_of(self, name: str) -> Any:
+        return getattr(self, f"pcgrow_{name}")
+
+    def directions(self, adapter_name: str, stack: str) -> Tensor | None:
+        """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
+        kept = dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
+        return kept if kept is None else parts.spread(self.pieces(self.births[adapter_name])[stack], kept)
+
+    def kept_off(self, adapter_name: str) -> dict[str, Tensor]:
+        """What an adapter's updates are kept off, by stack, as it is held."""
+        stacks = self.births[adapter_name].directions
+        return {stack: self._buffers_of(f"protect_{stack}")[adapter_name] for stack in stacks}
+
+    def is_protected(self, adapter_name: str) -> bool:
+        return bool(self.births[adapter_name].directions)
+
+    def gate(self, adapter_name: str) -> Gate:
+        """The branch gate of an adapter that spawned here."""
+        direction, law = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "law"))
+        return Gate(direction, law, self.births[adapter_name].window)
+
+    def gate_is_known(self, adapter_name: str) -> bool:
+        """Whether the gate came with a map or an adapter file."""
+        direction, threshold = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold"))
+        return bool(torch.isfinite(threshold).all() & direction.any())
+
+    @torch.compiler.disable
+    def check_gate(self, adapter_name: str) -> None:
+        """Raise RuntimeError if newborns are behind a gate that was never set, where they would take nothing."""
+        held = [self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold")]
+        # looked at again when it was written to, not at every call: that would hold up a GPU
+        state = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        known = self._known.get(adapter_name, [])
+        if len(known) == 2 and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
+            return
+        if not self.gate_is_known(adapter_name):
+            raise RuntimeError(
+                f"the branch gates of adapter {adapter_name!r} were never set (layer {self.layer_index}): its config "
+                "was resolved for another model or adapter. Make a new PCGrowConfig with error_map=, or load the "
+                "adapter's weights"
+            )
+        self._known[adapter_name] = state
+
+    def given_by(self, adapter_name: str, birth: Birth) -> Birth:
+        """`birth`, of nodes like those of an adapter here, with that one's gate and directions."""
+        theirs = self.births.get(adapter_name)
+        if theirs is None or any(getattr(theirs, n) != getattr(birth, n) for n in ("grown", "spawned", "window")):
+            return birth
+        gate = birth.gate
+        if birth.spawned and self.gate_is_known(adapter_name):
+            gate = self.gate(adapter_name), self._buffers_of("gate_threshold")[adapter_name]
+        return replace(birth, gate=gate, directions=self.kept_off(adapter_name))
+
+    def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True) -> Tensor:
+        """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
+        call = self.call.sequence
+        if call is None or call.shape[0] * call.shape[1] != len(hidden):
+            raise RuntimeError(
+                f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
+                "run the whole decoder layer, not its experts alone"
+            )
+        self.check_gate(adapter_name)
+        gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
+        scores = gate.scores(hidden).view(call.shape)
+        rows = call.rows(adapter_name, hidden.device)
+        evidence, running = gate.evidence(scores, rows)
+        if remember:
+            call.remember(adapter_name, running, rows)
+        return evidence.reshape(-1) - at_rate(self._buffers_of("gate_threshold")[adapter_name].float(), rate)
