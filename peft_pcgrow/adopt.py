@@ -18,7 +18,7 @@ from peft_pcgrow.adopted import (
     return_block,
     tried,
 )
-from peft_pcgrow.model_parts import decoder_layers
+from peft_pcgrow.model_parts import UNPATCHED, decoder_layers
 from peft_pcgrow.plain_weight import way_out, why_not_linear
 
 # names that architectures give an MLP's linear layers: those that tokens enter, the one that they leave by
@@ -126,7 +126,7 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     # none of its own: most that write it out gate by silu, and whether this one does is tried
     act_fn = act_fn or nn.functional.silu
     if "forward" in block.__dict__ and not hasattr(block, "_hf_hook"):
-        return "has its forward replaced, by a hub kernel for example: load the model with use_kernels=False"
+        return f"has its forward replaced, by a hub kernel for example: {UNPATCHED}"
     layers = [getattr(block, name) for name in (*entering, leaving)]
     if (why := next(filter(None, map(why_not_linear, layers)), None)) is not None:
         return f"has linear layers that {why}: {way_out(config)}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_pcgrow.adopt import adopt, marked
 from peft_pcgrow.adopted import AdoptedExperts
 from peft_pcgrow.adopted_moe import adopt_routed, why_refused
-from peft_pcgrow.model_parts import in_decoder, layer_list
+from peft_pcgrow.model_parts import UNPATCHED, in_decoder, layer_list
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.plain_weight import is_offloaded, way_out, why_not_stacks
 from peft_pcgrow.removable import StackLayout
@@ -111,6 +111,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
         outer = name
         while outer.endswith(".base_layer"):
             outer = outer.removesuffix(".base_layer")
+            _check_forward(outer, modules[outer])
         index = int(name.removeprefix(f"{path}." if path else "").split(".")[0])
         block = modules[outer.rpartition(".")[0]]
         _check_block(outer, block)
@@ -295,6 +296,14 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether something else runs in the place of what a module's class runs; accelerate's hooks run that."""
+    forward = beneath(module.__dict__.get("forward"))
+    # where no kernel fits, use_kernels=True puts the class's own forward there
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not own and not hasattr(module, "_hf_hook")
+
+
 def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
     """The sibling with one weight row per expert."""
     for child in block.children():
@@ -323,6 +332,7 @@ def check_in_memory(tree: Tree) -> None:
 
 
 def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
+    _check_forward(name, base)
     if base._is_expert_parallel:
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     if is_packed(base) or is_adopted(base):
@@ -336,14 +346,19 @@ def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
         )
 
 
+def _check_forward(name: str, module: nn.Module) -> None:
+    if forward_replaced(module):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has its forward replaced, by Liger's kernels for example, which know "
+            f"nothing of grown experts: {UNPATCHED}"
+        )
+
+
 def _check_block(name: str, block: nn.Module) -> None:
-    kernel = beneath(block.__dict__.get("forward"))
-    # where no kernel fits, use_kernels=True puts the class's own forward there
-    own = getattr(kernel, "__func__", None) is type(block).forward
-    if kernel is not None and not own and not hasattr(block, "_hf_hook"):
+    if forward_replaced(block):
         raise ValueError(
             f"the block around {name} ({type(block).__name__}) has its forward replaced, by a hub kernel for example, "
-            "and would never call the grown experts: load the model with use_kernels=False"
+            f"and would never call the grown experts: {UNPATCHED}"
         )
 
 
@@ -370,6 +385,8 @@ def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
             f"{named} was loaded quantized, and its experts ({', '.join(undecorated)}) are not transformers' own: "
             f"{way_out(config)}"
         )
+    if "LigerExperts" in undecorated:
+        return f"{named} was made with Liger's experts, whose kernels know nothing of grown ones: {UNPATCHED}"
     if undecorated:
         return (
             f"{named} has experts ({', '.join(undecorated)}) that do not follow transformers' experts contract "

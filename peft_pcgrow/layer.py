@@ -16,6 +16,7 @@ from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.gate import RATES, Gate
 from peft_pcgrow.given import Given
+from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.sequence import Sequence as TokenSequence
@@ -215,8 +216,8 @@ class PCGrowExperts(Given, BaseTunerLayer):
         return next(name for name, held in self.bank(adapter_name).items() if held is weight)
 
     def active_banks(self) -> list[str]:
-        """Active adapters that grow experts here."""
-        return [name for name in self.active_adapters if name in self.births]
+        """Active adapters, or those that the call at hand names, that grow experts here."""
+        return [name for name in adapters_in_use(self) if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
         """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
@@ -277,12 +278,13 @@ class PCGrowExperts(Given, BaseTunerLayer):
             if (key := (name, hidden.device)) not in self._slots:
                 found = slots_of(births[name], self.base_layer.num_experts)
                 self._slots[key] = {parent: slot.to(hidden.device) for parent, slot in found.items()}
-        return asked(
+        branches = asked(
             births,
             slots={name: self._slots[name, hidden.device] for name in births},
             banks={name: self.weights(name) for name in births},
             passes={n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned},
         )
+        return for_their_samples(self, branches, hidden)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names

@@ -27,6 +27,8 @@ from peft_pcgrow.guard import TrainingGuard
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_others
+from peft_pcgrow.mixed_batch import adapters_named, check_samples
+from peft_pcgrow.model_parts import UNPATCHED
 from peft_pcgrow.plain_weight import check_whole
 from peft_pcgrow.resolve import birth, check_resolved, resolve
 from peft_pcgrow.say import say
@@ -190,6 +192,8 @@ class PCGrowModel(BaseTuner):
             self._stack = LayerStack(self._tree.layers, self._begin, entered=self._enter, left=self._leave).attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
             self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
+            lowest = self._tree.layers[0]
+            self._handles += (lowest.register_forward_pre_hook(check_samples, with_kwargs=True),)
         assert self._guard is not None
         self._guard.rearm()
 
@@ -228,6 +232,11 @@ class PCGrowModel(BaseTuner):
 
     def _begin(self) -> bool:
         """At the start of each forward: whether to settle, rather than let autograd go through the layers."""
+        if (patched := next(filter(experts.forward_replaced, self.tuner_layers()), None)) is not None:
+            raise RuntimeError(
+                f"the grown experts of layer {patched.layer_index} had their forward replaced after get_peft_model, by "
+                f"Liger's kernels for example: {UNPATCHED}"
+            )
         if not (torch.is_grad_enabled() and self.model.training):
             return False
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
@@ -286,7 +295,7 @@ class PCGrowModel(BaseTuner):
             if ran and not layer.call.called:
                 raise RuntimeError(
                     f"layer {index} ran without calling its grown experts: its MoE block was replaced, by a hub kernel "
-                    "for example; load the model with use_kernels=False"
+                    f"for example; {UNPATCHED}"
                 )
 
     def _summary(self) -> str:
@@ -307,6 +316,17 @@ class PCGrowModel(BaseTuner):
                 f"settle={config.settle!r}: {locus.describe()}"
             )
         return "\n".join(lines)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT enters around forward and generate, with their arguments."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets= belongs to activated LoRA; grown experts have no invocation tokens")
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        with adapters_named(self.model, [*self.peft_config], self.tuner_layer_cls, args, kwargs):
+            yield
 
     def set_gate_fpr(self, rate: float, adapter_name: str | None = None) -> None:
         """Let newborns take this share of retain tokens, in (0, 1), from now on: every adapter carries the thresholds.

@@ -5,6 +5,12 @@ from typing import Any
 
 from torch import nn
 
+# what to do where a module's forward was replaced, which would never call grown experts
+UNPATCHED = (
+    "load the model with use_kernels=False, and apply Liger's kernels with swiglu=False (Trainer, TRL: "
+    "liger_kernel_config={'swiglu': False})"
+)
+
 
 def layer_list(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The outermost ModuleList on the path to `name`."""

@@ -54,6 +54,7 @@ FLOORS = [
         "config",
         "birth",
         "given",
+        "mixed_batch",
         "layer",
         "text_hooks",
         "curriculum",
