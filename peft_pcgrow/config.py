@@ -28,6 +28,8 @@ _WHOLE = {"block": 1, "settle_depth": 0, "gate_window": 0}
 _FLAGS = ("init_weights", "inference_mode")
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "target_parameters", "layers_pattern")
+# of those, what PEFT takes for a regular expression if it is one text
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 _DICTS = ("protected", "shrunk", "base", "spawned", "auto_mapping")
 _WORDS: dict[str, tuple[Any, ...]] = {
     "select": SELECTIONS,
@@ -225,7 +227,7 @@ class PCGrowConfig(PeftConfig):
             # string keys, as JSON gives them back: equal before and after saving
             self.locus = Locus(self.locus).to_json()
         if self.spawned is not None:
-            self.spawned = Locus(self.spawned).to_json() if self.spawned else {}
+            self.spawned = Locus(self.spawned, "spawned").to_json() if self.spawned else {}
 
     def _normalise(self) -> None:
         """Turn what other libraries give as settings into plain values."""
@@ -240,7 +242,11 @@ class PCGrowConfig(PeftConfig):
         read |= {name: whole(name, read[name], least) for name, least in _WHOLE.items()}
         read |= {name: flag(name, read[name]) for name in _FLAGS}
         read |= {name: text(name, read[name]) for name in _TEXTS}
-        read |= {name: names(name, read[name]) for name in _NAMES if not _is_pattern(name, read[name])}
+        for name in _NAMES:
+            pattern = name in _PATTERNS and isinstance(read[name], str)
+            read[name] = read[name] if pattern else names(name, read[name])
+            for written in [read[name]] if pattern else read[name] or ():
+                _check_pattern(name, written)
         read |= {name: dictionary(name, read[name]) for name in _DICTS}
         for name, known in _WORDS.items():
             if read[name] not in known:
@@ -283,15 +289,14 @@ def _token_indices(value: Any) -> Any:
     return None if value is None else wholes(name, value)
 
 
-def _is_pattern(name: str, value: Any) -> bool:
-    """Whether PEFT takes a field for a regular expression; raises ValueError if it is none."""
-    if name not in ("target_modules", "exclude_modules", "layers_pattern") or not isinstance(value, str):
-        return False
+def _check_pattern(name: str, value: str) -> None:
+    """Raise ValueError, naming the field, unless PEFT can take a text for a regular expression."""
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{name}={value!r} is no regular expression ({error}); to name modules, give a list") from None
-    return True
+        raise ValueError(
+            f"{name}: {value!r} is no regular expression ({error}); to name modules, give a list"
+        ) from None
 
 
 def check_share(name: str, value: Any, interval: str) -> None:

@@ -15,22 +15,23 @@ class Locus(Mapping[int, tuple[int, ...]]):
     the same for models whose first layers are dense.
 
     Raises:
-        ValueError: empty, or a layer or expert that is not a whole number >= 0.
+        ValueError: empty, or a layer or expert that is not a whole number >= 0, or a layer named twice; `name` says of
+            what.
     """
 
-    def __init__(self, nodes: Mapping):
+    def __init__(self, nodes: Mapping, name: str = "locus"):
         if not isinstance(nodes, Mapping):
-            raise ValueError(f"locus must map layer -> [experts], got {nodes!r}; for example {{3: [0, 5], 4: [1]}}")
+            raise ValueError(f"{name} must map layer -> [experts], got {nodes!r}; for example {{3: [0, 5], 4: [1]}}")
         chosen = {}
         for layer, experts in nodes.items():
             if isinstance(experts, (str, bytes)) or not isinstance(experts, Iterable):
-                raise ValueError(f"layer {layer!r} in the locus must list its experts, got {experts!r}")
+                raise ValueError(f"layer {layer!r} in the {name} must list its experts, got {experts!r}")
             if listed := list(experts):
-                if (number := _whole(layer, "layer")) in chosen:
-                    raise ValueError(f"layer {number} is in the locus twice: list its experts once")
-                chosen[number] = tuple(sorted({_whole(e, "expert") for e in listed}))
+                if (number := _whole(layer, "layer", f"the {name}")) in chosen:
+                    raise ValueError(f"layer {number} is in the {name} twice: list its experts once")
+                chosen[number] = tuple(sorted({_whole(e, "expert", f"the {name}") for e in listed}))
         if not chosen:
-            raise ValueError(f"the locus is empty ({nodes!r}): name at least one expert, or raise the budget")
+            raise ValueError(f"the {name} is empty ({nodes!r}): name at least one expert, or raise the budget")
         self._nodes = dict(sorted(chosen.items()))
 
     def __getitem__(self, layer: int) -> tuple[int, ...]:
@@ -110,7 +111,7 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
     return {str(layer): {str(e): chosen[layer][e] for e in sorted(chosen[layer])} for layer in sorted(chosen)}
 
 
-def _whole(value: Any, what: str, where: str = "the locus") -> int:
+def _whole(value: Any, what: str, where: str) -> int:
     # JSON turns the keys of an object into strings
     if isinstance(value, str):
         number = int(value) if value.isdecimal() and len(value) < 20 else -1

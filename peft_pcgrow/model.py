@@ -30,7 +30,7 @@ from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_
 from peft_pcgrow.mixed_batch import adapters_named, check_samples
 from peft_pcgrow.model_parts import UNPATCHED
 from peft_pcgrow.plain_weight import check_whole
-from peft_pcgrow.resolve import birth, check_resolved, resolve
+from peft_pcgrow.resolve import birth, check_resolved, check_tokens, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
 from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts
@@ -105,6 +105,7 @@ class PCGrowModel(BaseTuner):
                 stacklevel=2,
             )
         check_resolved(peft_config, allowed)
+        check_tokens(peft_config, model)
         locus = Locus(peft_config.locus or {})
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_pcgrow import experts, parts, plan, spawn
 from peft_pcgrow.bank import codings
@@ -120,6 +120,30 @@ def check_resolved(config: PCGrowConfig, sites: Sequence[experts.ExpertsSite]) -
             n: len(p.experts) for n, p in stacks.items()
         }:
             raise ValueError(ALTERED.format("shrunk", f"{config.shrunk['layers'][layer]} in layer {layer}"))
+
+
+def check_tokens(config: PCGrowConfig, model: nn.Module) -> None:
+    """Raise ValueError unless `trainable_token_indices` name rows of embeddings that the model has."""
+    given: Any = config.trainable_token_indices
+    if given is None or not hasattr(model, "get_input_embeddings"):
+        return
+    named = given if isinstance(given, dict) else {"": given}
+    for name, listed in named.items():
+        held = (
+            [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
+            if name
+            else [model.get_input_embeddings()]
+        )
+        rows = {
+            weight.shape[0]
+            for module in held
+            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2
+        }
+        if not rows or max(listed, default=0) >= min(rows):
+            raise ValueError(
+                f"trainable_token_indices={given} name rows that are not there: "
+                + (f"{name or 'the embedding'} has {min(rows)}" if rows else f"there is no embedding {name!r}")
+            )
 
 
 def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:

@@ -1,6 +1,8 @@
 """Settings of any library are plain values once the config is made, saved and read back equal, or refused by name."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from omegaconf import OmegaConf
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 
 from peft_pcgrow import Locus, PCGrowConfig
-from tiny import LOCUS, build, contrast, logits, train
+from tiny import LOCUS, assert_same, build, contrast, logits, snapshot, spawned, train
 
 # given, and what it is
 ACCEPTED = {
@@ -92,7 +94,7 @@ REFUSED = {
     "nodes": [0, "all"],
     "base_quantization": [False, "int4"],
     "task_type": ["CHAT"],
-    "modules_to_save": [3, [3], {"lm_head": 1}, [None], [[]]],
+    "modules_to_save": ["(", 3, [3], {"lm_head": 1}, [None], [[]]],
     "target_modules": [3, [3], "(", [None]],
     "exclude_modules": [3, "(", {"a": 1}],
     "layers_pattern": [3, [3]],
@@ -138,7 +140,7 @@ def test_accepted_parts(resolution, given, want, tmp_path):
 
 @pytest.mark.parametrize(("name", "given"), [(name, value) for name, listed in REFUSED.items() for value in listed])
 def test_refused(name, given):
-    said = "task type" if name == "task_type" else "locus" if name == "spawned" and given == {"1": ["x"]} else name
+    said = "task type" if name == "task_type" else name
     with pytest.raises(ValueError, match=re.escape(said)):
         PCGrowConfig(**{"locus": LOCUS, name: given})
 
@@ -187,3 +189,67 @@ def test_a_path_in_a_file_is_not_followed(reader, tmp_path, monkeypatch):
             get_peft_model(build(), config)
     config.error_map = contrast()
     get_peft_model(build(), config)
+
+
+# what in the file of an adapter is altered, how, and what is said
+ALTERED = {
+    "locus": [
+        (["locus", "1"], [99]),
+        (["locus", "1"], "x"),
+        (["locus", "9"], [0]),
+        (["locus"], None),
+        (["locus"], [1]),
+    ],
+    "spawned": [(["spawned", "1"], [99]), (["spawned", "1"], [2]), (["spawned", "0"], [0]), (["spawned"], "x")],
+    "protected": [
+        (["protected", "1", "down_proj"], 10**9),
+        (["protected", "1", "down_proj"], -1),
+        (["protected", "1", "down_proj"], "x"),
+        (["protected", "1", "up_proj"], 1),
+        (["protected", "7"], {"down_proj": 1}),
+        (["protected", "1"], None),
+    ],
+    "gate_window": [(["gate_window"], 10**12), (["gate_window"], -1), (["gate_window"], "x")],
+    "shrunk": [
+        (["shrunk"], {"kind": "rank", "layers": {"1": {"down_proj": "999999 999999"}}}),
+        (["shrunk"], {"kind": "rank", "layers": {}}),
+        (["shrunk"], {"kind": "x", "layers": {"1": {}}}),
+        (["shrunk"], {"layers": 3}),
+        (["shrunk"], "x"),
+    ],
+    "parts": [
+        (["parts"], {"1": {"1": [0], "4": [0]}, "2": {"0": [0], "3": [0], "7": [0]}}),
+        (["resolution"], "matrix"),
+    ],
+    "block": [(["block"], 0)],
+    "trainable_token_indices": [
+        (["trainable_token_indices"], [10**9]),
+        (["trainable_token_indices"], {"embed_tokens": [10**9]}),
+        (["trainable_token_indices"], {"rotary_emb": [1]}),
+    ],
+    "modules_to_save": [(["modules_to_save"], "("), (["modules_to_save"], [3])],
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    spawned(protect=0.5).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("field", "path", "value"), [(f, *edit) for f, edits in ALTERED.items() for edit in edits])
+def test_altered_files(field, path, value, adapter, tmp_path):
+    """One clear error that names the field, before anything of that size is made."""
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    held = written = json.loads((adapter / "adapter_config.json").read_text())
+    *way, last = path
+    for key in way:
+        held = held[key]
+    held[last] = value
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=field):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert_same(before, snapshot(model))
