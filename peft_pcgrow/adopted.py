@@ -229,7 +229,9 @@ def tried(block: nn.Module, width: int, like: Tensor) -> Any:
     """The block's output for some random tokens `[1, TRIED, width]`; None where there are no values to compute with."""
     if like.is_meta:
         return None
-    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0), device="cpu").to(
+        like.device, like.dtype
+    )
     with _evaluating(block):
         try:
             return block(x)
@@ -375,6 +377,6 @@ def _full_weight(layer: Any, like: Tensor) -> Tensor:
     if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
         # evaluation on some CPUs has packed it in another order, which only its own kernel reads
         with torch.no_grad():
-            columns = layer(torch.eye(layer.in_features, dtype=like.dtype))
+            columns = layer(torch.eye(layer.in_features, dtype=like.dtype, device="cpu"))
             return (columns if layer.bias is None else columns - layer.bias).mT.to(like.dtype)
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(like.dtype)

@@ -105,7 +105,7 @@ class ShrunkBank(nn.Module):
         self.turned = transposed and len(shape) == 3
         self.matrix = (1, shape[1]) if len(shape) == 2 else (shape[2], shape[1]) if transposed else (shape[1], shape[2])
         self.sizes = [slice_bytes(*self.matrix, coding.kind, number) for number in coding.numbers]
-        packed = torch.zeros(sum(self.sizes), dtype=torch.uint8) if packed is None else packed
+        packed = torch.zeros(sum(self.sizes), dtype=torch.uint8, device="cpu") if packed is None else packed
         # bytes: what casts an adapter to another dtype leaves them alone
         self.register_buffer("packed", packed)
         self._decoded: tuple[Any, Tensor] | None = None

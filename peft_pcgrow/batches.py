@@ -95,7 +95,7 @@ def read_batch(batch: Any, device: torch.device, words: int | None = None) -> Ba
     given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
-        ids = given["input_ids"] = torch.as_tensor(ids)
+        ids = given["input_ids"] = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"a batch needs input_ids of shape [B, S], integers; got {tuple(ids.shape)} {ids.dtype}")
     labels = given.pop("labels", None)

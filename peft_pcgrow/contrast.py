@@ -97,11 +97,11 @@ def compare(
 def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int) -> Tensor:
     """Share of each node's rows whose evidence `[N]` is above each limit, `[E, F]`; all rows' where a node has none."""
     above = (evidence.unsqueeze(1) > limits).float()
-    rows = torch.zeros(experts_here)
-    passed = torch.zeros(experts_here, len(limits))
+    rows = torch.zeros(experts_here, device="cpu")
+    passed = torch.zeros(experts_here, len(limits), device="cpu")
     for choice in index.mT.long():
         somebodys = choice < experts_here
-        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum())))
+        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum()), device="cpu"))
         passed.index_add_(0, choice[somebodys], above[somebodys])
     return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
 
@@ -112,7 +112,7 @@ def _run(model: nn.Module, tree: experts.Tree, batches: Iterable[Batch], see: Ca
     texts = 0
     for batch in batches:
         count = _texts(batch)
-        held = torch.arange(texts, texts + count) % HELD_OUT == HELD_OUT - 1
+        held = torch.arange(texts, texts + count, device="cpu") % HELD_OUT == HELD_OUT - 1
         texts += count
         with _watched(tree, see, held, batch.rows):
             model(**moved(batch.inputs, device), use_cache=False)
@@ -186,8 +186,8 @@ class _InputMoments:
                 if name not in self.moment:
                     width = entering.shape[1]
                     shape = len(self.tree.sites), site.experts
-                    self.moment[name] = torch.zeros(*shape, width, min(width, self.sketch.dim))
-                    self.trace[name] = torch.zeros(shape, dtype=torch.float64)
+                    self.moment[name] = torch.zeros(*shape, width, min(width, self.sketch.dim), device="cpu")
+                    self.trace[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
                 self.moment[name][row, expert] += self.sketch(entering).cpu()
                 self.trace[name][row, expert] += float(entering.double().square().sum())
 
@@ -196,11 +196,11 @@ class _Scores:
     """Scores of all texts under fitted directions, apart for those that the gates were fitted on and the others."""
 
     def __init__(self, tree: experts.Tree, directions: Tensor, window: int):
-        self.gates = [Gate(direction, torch.zeros(4), window) for direction in directions]
+        self.gates = [Gate(direction, torch.zeros(4, device="cpu"), window) for direction in directions]
         self.fitted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tree.sites]
         self.held: list[list[tuple[Tensor, Rows, Tensor]]] = [[] for _ in tree.sites]
         counts = [site.experts + len(getattr(site.module, "newborns", ())) for site in tree.sites]
-        self.routed = [torch.zeros(nodes, dtype=torch.float64) for nodes in counts]
+        self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0
 
     def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:

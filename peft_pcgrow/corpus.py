@@ -102,7 +102,7 @@ def _items(corpus: Any, batch_size: int) -> Iterable[Any]:
             )
         return [corpus]
     if isinstance(corpus, np.ndarray):
-        corpus = torch.as_tensor(np.array(corpus))
+        corpus = torch.as_tensor(np.array(corpus), device="cpu")
     if isinstance(corpus, Tensor):
         return [corpus] if corpus.dim() < 2 else corpus.split(batch_size) if corpus.dim() == 2 else corpus
     if isinstance(corpus, (list, tuple)) and _is_token(_first(corpus)):
@@ -167,7 +167,9 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
                 "data loader that you train with"
             )
         found |= {
-            name: torch.as_tensor(item[name]) for name in ("attention_mask", "labels") if item.get(name) is not None
+            name: torch.as_tensor(item[name], device="cpu")
+            for name in ("attention_mask", "labels")
+            if item.get(name) is not None
         }
         for name, value in found.items():
             if value.shape != found["input_ids"].shape:
@@ -177,7 +179,8 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
         return [{name: value.long() for name, value in found.items()}]
     # a column that is no array (names of files, say) goes to the model as it is
     arrays = {
-        n: torch.as_tensor(v) if isinstance(v, (list, np.ndarray)) and n in PADDING else v for n, v in item.items()
+        n: torch.as_tensor(v, device="cpu") if isinstance(v, (list, np.ndarray)) and n in PADDING else v
+        for n, v in item.items()
     }
     return {**arrays, **found}
 
@@ -193,7 +196,7 @@ def _is_token(value: Any) -> bool:
 
 def _integers(value: Any, what: str) -> Tensor:
     try:
-        ids = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        ids = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value), device="cpu")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} holds no token ids but a {type(value).__name__}: {WANTED}") from error
     if ids.numel() and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):

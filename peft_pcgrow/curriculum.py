@@ -103,7 +103,7 @@ def order_by_surprisal(
     if live:
         return _LiveOrder(meter, spans, needs, sign, progress)
     order: list[int] = []
-    surprisal = torch.zeros(count, dtype=torch.float64)
+    surprisal = torch.zeros(count, dtype=torch.float64, device="cpu")
     with tqdm(total=count, unit="example", desc="measuring surprisal", disable=not progress) as bar:
         for span in spans:
             values = meter.measure(span, bar)
@@ -165,7 +165,7 @@ class _Meter:
         """Surprisals of the examples in `span`, fp64 `[len(span)]` on the CPU. The model is left as it was."""
         modes = [(module, module.training) for module in self.model.modules()]
         relative = self.relative and _has_branch(self.model)
-        found = [torch.zeros(0, dtype=torch.float64)]
+        found = [torch.zeros(0, dtype=torch.float64, device="cpu")]
         self.model.eval()
         try:
             for start in range(span.start, span.stop, self.batch_size):
@@ -215,7 +215,7 @@ def _mean_losses(model: nn.Module, inputs: dict[str, Any], target: Tensor, indic
     logits = logits[kept.to(logits.device)]
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = cross_entropy(precise, labels[kept].to(logits.device), reduction="none").cpu().double()
-    sums = torch.zeros(len(target), dtype=torch.float64).index_add_(0, kept.nonzero()[:, 0].cpu(), losses)
+    sums = torch.zeros(len(target), dtype=torch.float64, device="cpu").index_add_(0, kept.nonzero()[:, 0].cpu(), losses)
     for i, value in zip(indices, sums.tolist(), strict=True):
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss of example {i} is {value}: check the model's weights and its tokens")

@@ -35,8 +35,8 @@ class Branch:
 
 def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu") -> Tensor:
     """`[total]`: position of each expert in `chosen`, -1 elsewhere."""
-    slot = torch.full((total,), -1, dtype=torch.long)
-    slot[torch.tensor(chosen)] = torch.arange(len(chosen))
+    slot = torch.full((total,), -1, dtype=torch.long, device="cpu")
+    slot[torch.tensor(chosen, device="cpu")] = torch.arange(len(chosen), device="cpu")
     return slot.to(device)
 
 

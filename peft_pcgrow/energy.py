@@ -55,5 +55,7 @@ class GradientSketch:
         if key not in self._made:
             # drawn on the CPU, so that maps made on different devices add up
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 2 * size + side)
-            self._made[key] = torch.randn(self.dim, size, generator=generator).div_(self.dim**0.5).to(like.device)
+            self._made[key] = (
+                torch.randn(self.dim, size, generator=generator, device="cpu").div_(self.dim**0.5).to(like.device)
+            )
         return self._made[key].to(like.dtype)

@@ -63,7 +63,7 @@ class ErrorMap:
     tokens: int = 0
     base: dict[str, Any] = field(default_factory=dict)
     separation: Separation | None = None
-    fold_labels: Tensor = field(default_factory=lambda: torch.zeros(FOLDS, dtype=torch.float64))
+    fold_labels: Tensor = field(default_factory=lambda: torch.zeros(FOLDS, dtype=torch.float64, device="cpu"))
     batches: int = 0
     hops: Tensor | None = None
     shared: Tensor | None = None

@@ -135,14 +135,16 @@ def _fit_rows(
 ) -> tuple[dict[int, dict[str, Tensor]], list[Tensor]]:
     """What is added to the donor's router row, `[H + 1]` (the last one constant) by adapter; and the grown logits."""
     sums: dict[tuple[int, str], list[Tensor]] = {}
-    keep = torch.ones(0, dtype=torch.bool)
+    keep = torch.ones(0, dtype=torch.bool, device="cpu")
 
     def seen(layer: PCGrowExperts, args: tuple) -> None:
         x = args[0].detach()[keep]
         x1 = torch.cat([x.double(), torch.ones_like(x[:, :1], dtype=torch.float64)], dim=1)
         for name in {name for name, _, _ in newborns[layer.layer_index]}:
             margin = layer.margin(name, args[0])[keep].double().clamp(-CLIP, CLIP)
-            held = sums.setdefault((layer.layer_index, name), [torch.zeros(()), torch.zeros(())])
+            held = sums.setdefault(
+                (layer.layer_index, name), [torch.zeros((), device="cpu"), torch.zeros((), device="cpu")]
+            )
             held[0] = held[0] + x1.mT @ x1
             held[1] = held[1] + x1.mT @ margin
 
@@ -266,7 +268,9 @@ def _compare(flat: Any, again: Any, read: list[Batch], branch: list[Tensor], cou
         reloaded = again(**inputs, use_cache=False).logits.float().cpu()
         keep = rows.real.cpu()
         # not Python's max, which a NaN gets past
-        difference = float(torch.stack([torch.tensor(difference), (logits - reloaded)[keep].abs().max()]).max())
+        difference = float(
+            torch.stack([torch.tensor(difference, device="cpu"), (logits - reloaded)[keep].abs().max()]).max()
+        )
         ours, theirs = log_softmax(grown[keep], -1), log_softmax(logits[keep], -1)
         kl += float((ours.exp() * (ours - theirs)).sum())
         agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())

@@ -109,8 +109,8 @@ class Moments:
     """Count, sum and outer products of feature vectors: what the direction is solved from. They add up."""
 
     def __init__(self, size: int):
-        self.count, self.sum = 0, torch.zeros(size, dtype=torch.float64)
-        self.outer = torch.zeros(size, size, dtype=torch.float32)
+        self.count, self.sum = 0, torch.zeros(size, dtype=torch.float64, device="cpu")
+        self.outer = torch.zeros(size, size, dtype=torch.float32, device="cpu")
 
     def add(self, features: Tensor) -> None:
         """Count in features `[N, H]`."""
@@ -127,7 +127,7 @@ def discriminant(domain: Moments, retain: Moments) -> Tensor:
     for moments, mean in zip((domain, retain), means, strict=True):
         covariance += moments.outer.double() - moments.count * torch.outer(mean, mean)
     covariance /= domain.count + retain.count
-    covariance += RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance))
+    covariance += RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance), device="cpu")
     return torch.linalg.solve(covariance, means[0] - means[1]).float()
 
 
@@ -158,4 +158,4 @@ def fit_law(domain: list[tuple[Tensor, Tensor]], retain: list[tuple[Tensor, Tens
         within.append(noise)
         between.append(max(spread - noise / size, LEAST_BETWEEN * spread))
     middle, distance = (means[0] + means[1]) / 2, means[0] - means[1]
-    return torch.tensor([middle, distance, sum(between) / 2, sum(within) / 2])
+    return torch.tensor([middle, distance, sum(between) / 2, sum(within) / 2], device="cpu")

@@ -97,14 +97,14 @@ class PCGrowExperts(Given, BaseTunerLayer):
                 weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
             coding = None if birth.shrunk is None else birth.shrunk[name]
             self._banks(name)[adapter_name] = make_bank(weights, self.base_layer.is_transposed, coding)
-        self.pcgrow_checksum[adapter_name] = torch.zeros(32, dtype=torch.uint8)
+        self.pcgrow_checksum[adapter_name] = torch.zeros(32, dtype=torch.uint8, device="cpu")
         self._move_adapter_to_device_of_base_layer(adapter_name)
         device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
         if birth.spawned:
             # a gate that is not known yet lets nothing pass
             gate, threshold = birth.gate or (
-                Gate(torch.zeros(self.in_features), torch.zeros(4), birth.window),
-                torch.full((len(RATES),), float("inf")),
+                Gate(torch.zeros(self.in_features, device="cpu"), torch.zeros(4, device="cpu"), birth.window),
+                torch.full((len(RATES),), float("inf"), device="cpu"),
             )
             # after the move, which casts to the base's dtype: gates stay in fp32
             for name, tensor in (("direction", gate.direction), ("law", gate.law), ("threshold", threshold)):

@@ -65,9 +65,9 @@ def stages(now: Any, before: Any, located: Tensor) -> Tensor:
     error = mass / count.clamp_min(1)
     former = torch.where(old_count > 0, old_mass / old_count.clamp_min(1), 0.0)
     covered = float(COVERED * old_mass.sum() / old_count.sum().clamp_min(1))
-    born = torch.ones(len(now.newborns.nodes), dtype=torch.float64)
+    born = torch.ones(len(now.newborns.nodes), dtype=torch.float64, device="cpu")
     grew = located | (now.newborns.added_to(torch.zeros_like(mass), now.layers, born) > 0)
-    stage = torch.zeros(mass.shape, dtype=torch.int8)
+    stage = torch.zeros(mass.shape, dtype=torch.int8, device="cpu")
     # each line overrides those above it
     for name, found in {
         "relieved": error < (1 - MOVED) * former,

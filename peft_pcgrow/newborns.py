@@ -15,7 +15,7 @@ SUMS = ("count", "weight", "mass", "square")
 
 
 def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @dataclass(eq=False)
@@ -74,7 +74,11 @@ class Newborns:
         if not self.nodes:
             return experts
         places = [layers.index(layer) * experts.shape[1] + donor for layer, donor, _ in self.nodes]
-        return experts.flatten().index_add(0, torch.tensor(places), values.to(experts.dtype)).view_as(experts)
+        return (
+            experts.flatten()
+            .index_add(0, torch.tensor(places, device="cpu"), values.to(experts.dtype))
+            .view_as(experts)
+        )
 
 
 def nodes_of(module: Any, args: tuple) -> Tensor:

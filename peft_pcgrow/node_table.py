@@ -56,7 +56,7 @@ class NodeError:
 
 def located(emap: Any, locus: Locus | None) -> Tensor:
     """The nodes of a locus, `[L, E]` bool; ValueError if the map has no such nodes."""
-    mask = torch.zeros(emap.count.shape, dtype=torch.bool)
+    mask = torch.zeros(emap.count.shape, dtype=torch.bool, device="cpu")
     if locus:
         locus = Locus(locus)
         locus.check(dict.fromkeys(emap.layers, mask.shape[1]))
@@ -217,7 +217,7 @@ def frame(emap: Any) -> Any:
         gates |= {name: at_rate(getattr(separation, name), RATE) for name in ("recall", "false_positive")}
         gates["contested"] = separation.contested
         theirs = {n: at_rate(t, RATE) if t.dim() > 1 else t for n, t in separation.newborns.items()}
-        unknown = torch.full((len(born),), float("nan"))
+        unknown = torch.full((len(born),), float("nan"), device="cpu")
         columns |= {n: torch.cat([t.flatten(), theirs.get(n, unknown)]) for n, t in gates.items()}
     names = dict(zip(("layer", "expert", "adapter"), zip(*nodes, strict=True), strict=True))
     numbers = {name: values.flatten().numpy() for name, values in columns.items()}

@@ -140,7 +140,7 @@ def no_directions(base: ExpertsModule, pieces: Mapping[str, Pieces], ranks: Mapp
     for stack, rank in ranks.items():
         nodes, inputs = protected_inputs(pieces[stack])
         width = experts.input_width(base, stack) if inputs is None else len(inputs[0])
-        found[stack] = torch.zeros(len(nodes), width, rank)
+        found[stack] = torch.zeros(len(nodes), width, rank, device="cpu")
     return found
 
 

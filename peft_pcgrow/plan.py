@@ -133,18 +133,18 @@ def _candidates(
     """Score and size of every expert, or of every part."""
     names: tuple[str, ...] = ()
     if resolution == "expert":
-        sizes = torch.ones((), dtype=torch.float64)
+        sizes = torch.ones((), dtype=torch.float64, device="cpu")
         shape = (rows, experts, 1)
     else:
         assert emap is not None
         parts = emap.removable(resolution, block)
         names, sizes, shape = parts.names, parts.parameters, parts.estimate.shape
     if select == "random":
-        score = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        score = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     else:
         assert emap is not None
         score = _score(emap, select, gate_fpr, resolution, block).reshape(shape)
-    layer, expert, part = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+    layer, expert, part = torch.meshgrid(*(torch.arange(n, device="cpu") for n in shape), indexing="ij")
     size = sizes.expand(shape)
     if resolution != "expert" and select != "random":
         score = score / size
@@ -201,9 +201,9 @@ def _greedy(found: Candidates, share: float, allowed: Tensor, max_per_layer: int
     experts = int(found.expert.max()) + 1
     node = found.layer * experts + found.expert
     # Gram-Schmidt on the nodes' token errors, by pivoted Cholesky of their cosines
-    residual = torch.ones(len(found.overlap), dtype=torch.float64)
+    residual = torch.ones(len(found.overlap), dtype=torch.float64, device="cpu")
     columns: list[Tensor] = []
-    taken = torch.zeros(int(found.layer.max()) + 1, dtype=torch.long)
+    taken = torch.zeros(int(found.layer.max()) + 1, dtype=torch.long, device="cpu")
     chosen: list[int] = []
     spent, explained = 0.0, set()
     open_ = score > float("-inf")
@@ -214,7 +214,7 @@ def _greedy(found: Candidates, share: float, allowed: Tensor, max_per_layer: int
         if not bool(fits.any()):
             return chosen
         # a node that was chosen from already is not discounted by itself
-        own = torch.tensor([n in explained for n in range(len(residual))])
+        own = torch.tensor([n in explained for n in range(len(residual))], device="cpu")
         discount = torch.where(own, 1.0, residual.clamp_min(0).sqrt())
         best = int(torch.where(fits, score * discount[node], float("-inf")).argmax())
         chosen.append(best)

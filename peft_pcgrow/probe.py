@@ -27,15 +27,18 @@ class ErrorProbe(Probe):
         self.sites = {site.layer: site for site in tree.sites}
         self.sketch = sketch
         self.layouts = experts.stack_layouts(tree.sites[0].base)
-        self.keep = torch.ones(0, dtype=torch.bool)
+        self.keep = torch.ones(0, dtype=torch.bool, device="cpu")
         # newborns are numbered behind the experts of their layer (see `PCGrowExperts.nodes_of`)
         self.newborns = {site.layer: getattr(site.module, "newborns", []) for site in tree.sites}
         self.nodes = {site.layer: site.experts + len(self.newborns[site.layer]) for site in tree.sites}
-        self.sums = {layer: torch.zeros(len(SUMS), nodes, dtype=torch.float64) for layer, nodes in self.nodes.items()}
+        self.sums = {
+            layer: torch.zeros(len(SUMS), nodes, dtype=torch.float64, device="cpu")
+            for layer, nodes in self.nodes.items()
+        }
         self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
-        self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64)
+        self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64, device="cpu")
         nodes = sum(self.nodes.values())
-        self.shared = torch.zeros(nodes, nodes) if nodes <= SHARED_NODES else None
+        self.shared = torch.zeros(nodes, nodes, device="cpu") if nodes <= SHARED_NODES else None
         # of the batch at hand: error norm of every token at every node, by layer
         self._norms: dict[int, Tensor] = {}
         self.hops: Tensor | None = None
@@ -117,7 +120,7 @@ class ErrorProbe(Probe):
             image = self.sketch(gradient, self.layouts[name].neurons).cpu()
             held = self.gradient[index]
             if name not in held:
-                held[name] = torch.zeros(FOLDS, self.nodes[index], *image.shape[1:], dtype=image.dtype)
+                held[name] = torch.zeros(FOLDS, self.nodes[index], *image.shape[1:], dtype=image.dtype, device="cpu")
             held[name][self.fold, list(chosen) if chosen is not None else slice(self.sites[index].experts)] += image
 
     @contextmanager
@@ -170,7 +173,7 @@ class ErrorProbe(Probe):
 
     def settled(self, hops: Sequence[Tensor]) -> None:
         if self.hops is None:
-            self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64)
+            self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64, device="cpu")
         for row, needed in enumerate(hops):
             self.hops[row] += torch.bincount(needed.cpu()[self.keep.cpu()], minlength=len(hops) + 1)
 

@@ -35,7 +35,9 @@ def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
         dist.all_reduce(moved)
         return moved.to(tensor.device)
 
-    counters = summed(torch.tensor([float(getattr(emap, name)) for name in COUNTERS], dtype=torch.float64)).tolist()
+    counters = summed(
+        torch.tensor([float(getattr(emap, name)) for name in COUNTERS], dtype=torch.float64, device="cpu")
+    ).tolist()
     return replace(
         emap,
         **{name: summed(getattr(emap, name)) for name in (*SUMS, "fold_labels")},

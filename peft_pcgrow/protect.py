@@ -22,7 +22,7 @@ class MomentSketch:
         if width <= self.dim:
             return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + width)
-        return torch.linalg.qr(torch.randn(width, self.dim, generator=generator)).Q
+        return torch.linalg.qr(torch.randn(width, self.dim, generator=generator, device="cpu")).Q
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[R, I]` -> `[I, D]` fp32."""

@@ -169,7 +169,7 @@ def removable(
         parameters[part] = parameters.get(part, 0) + count
     names = tuple(parts)
     per_fold = torch.stack([parts[name] for name in names], dim=-1) if resolution == "matrix" else parts["all"]
-    sizes_of = torch.tensor([parameters[name] for name in names], dtype=torch.float64)
+    sizes_of = torch.tensor([parameters[name] for name in names], dtype=torch.float64, device="cpu")
     folds_used = per_fold.shape[0]
     spread = per_fold.std(dim=0) / folds_used**0.5 if folds_used > 1 else torch.full_like(per_fold[0], float("inf"))
     return Removable(

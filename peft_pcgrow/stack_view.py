@@ -57,7 +57,9 @@ class StackView:
     def __getitem__(self, chosen: Any) -> Tensor:
         if isinstance(chosen, Tensor) and chosen.dim() == 1:
             found = [self[int(expert)] for expert in chosen]
-            return torch.stack(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+            return (
+                torch.stack(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype, device=self.device)
+            )
         return self._read(int(chosen))
 
     def write(self, chosen: Tensor, values: Tensor) -> None:

@@ -38,7 +38,7 @@ class Tape:
     # whether layers hand each other more than the residual stream, or have it changed between them
     linked: bool = False
     # what all marks hang on, and how many there are
-    ground: Tensor = field(default_factory=lambda: torch.zeros(()))
+    ground: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     marks: int = TOP
     arrived: Arrivals = field(default_factory=Arrivals)
     stored: tuple[Tensor, ...] = ()

@@ -123,6 +123,19 @@ def test_imports_go_down():
     assert not wrong, wrong
 
 
+def test_tensors_are_made_on_a_device():
+    """Each says on which: torch.set_default_device is the user's, and their model may be elsewhere."""
+    makers = {"zeros", "ones", "empty", "full", "arange", "tensor", "as_tensor", "rand", "randn", "randint", "eye"}
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in makers:
+                named = {keyword.arg for keyword in node.keywords}
+                if getattr(node.func.value, "id", None) == "torch" and not named & {"device", None}:
+                    wrong.append(f"{path.name}:{node.lineno}")
+    assert not wrong, wrong
+
+
 def test_folder_kernels_shadows_nothing():
     """Hugging Face publishes a package `kernels` that transformers imports."""
     roots = [ROOT / "kernels", ROOT / "tests" / "kernels", ROOT / "tests" / "peft", ROOT / "tests"]

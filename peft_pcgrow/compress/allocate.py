@@ -48,7 +48,7 @@ def allocate(damage: Tensor, sizes: Tensor, budget: float) -> Tensor | None:
             choice[item] = before
             spent += more
         last.add(item)
-    return torch.tensor(choice).view(shape)
+    return torch.tensor(choice, device="cpu").view(shape)
 
 
 def _hull(harm: list[float], size: list[float]) -> list[int]:

@@ -63,7 +63,7 @@ class _NodeProbe(Probe):
     def __init__(self, tree: experts.Tree):
         self.sites = {site.layer: site for site in tree.sites}
         self.found: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in self.sites}
-        self.keep = self.rows = torch.ones(0)
+        self.keep = self.rows = torch.ones(0, device="cpu")
         self.text = 0
 
     def begin(self, real: Tensor, text: int, first_row: int) -> None:
@@ -144,7 +144,7 @@ def calibrate(
             for noted in probe.found.values():
                 for i, piece in enumerate(noted):
                     if len(piece) == 6:
-                        noted[i] = (*piece, torch.full((len(piece[0]),), number))
+                        noted[i] = (*piece, torch.full((len(piece[0]),), number, device="cpu"))
             labels.append(count)
             losses.append(loss / count)
             read.append(held)

@@ -111,8 +111,8 @@ def candidates(
     half = codec.half_of(stacks["down_proj"].dtype)
     first, count = experts.first_matrix(base), base.num_experts
     order = _order(plain["down_proj"], moments)
-    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64) for name in STATISTICS}
-    spread = torch.zeros(count, len(forms), dtype=torch.float64)
+    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in STATISTICS}
+    spread = torch.zeros(count, len(forms), dtype=torch.float64, device="cpu")
     data: dict[Form, dict[str, list[Tensor]]] = {}
     kept_by_form: dict[Form, Tensor] = {}
     for place, form in enumerate(forms):
@@ -159,7 +159,7 @@ def candidates(
             ):
                 damage[name][expert, place].index_add_(0, text, values * scale)
     damage["gradient"] = damage["gradient"].abs()
-    sizes = torch.tensor([form_bytes(base, form) for form in forms], dtype=torch.float64)
+    sizes = torch.tensor([form_bytes(base, form) for form in forms], dtype=torch.float64, device="cpu")
     return Candidates(tuple(forms), sizes, damage, spread, data, kept_by_form)
 
 
@@ -170,7 +170,7 @@ def _rows(base: experts.ExpertsModule, sample: LayerSample, expert: int) -> tupl
     # second moments of H inputs need some multiple of H rows
     most = max(TRIED, 2 * sample.x.shape[1])
     if total > most:
-        some = torch.arange(most) * total // most
+        some = torch.arange(most, device="cpu") * total // most
         token, choice = token[some], choice[some]
     device = experts.expert_stacks(base)["down_proj"].device
     x, error = sample.x[token].to(device).float(), sample.error[token].to(device).float()

@@ -41,8 +41,8 @@ _LOOKED_UP = {4: 8, 3: 12, 2: 8}
 def levels(width: int) -> Tensor:
     """The table of a width of 4, 3 or 2 bits, ascending, in [-1, 1]."""
     if width == 4:
-        return torch.tensor(_NF4)
-    half = torch.tensor(_LLOYD_MAX[width]) / _LLOYD_MAX[width][-1]
+        return torch.tensor(_NF4, device="cpu")
+    half = torch.tensor(_LLOYD_MAX[width], device="cpu") / _LLOYD_MAX[width][-1]
     return torch.cat([-half.flip(0), half])
 
 
@@ -169,8 +169,8 @@ def bitsandbytes_kernels() -> Any:
 def _table(width: int, device: torch.device) -> Tensor:
     """The levels of all codes that are looked up at once, `[2^bits, codes]`."""
     bits = _LOOKED_UP[width]
-    shifts = torch.arange(bits - width, -1, -width)
-    return levels(width)[(torch.arange(2**bits).unsqueeze(1) >> shifts) & (2**width - 1)].to(device)
+    shifts = torch.arange(bits - width, -1, -width, device="cpu")
+    return levels(width)[(torch.arange(2**bits, device="cpu").unsqueeze(1) >> shifts) & (2**width - 1)].to(device)
 
 
 def _look_up(data: Tensor, width: int) -> Tensor:
@@ -311,11 +311,16 @@ def _sparse_bytes(kept: Tensor, mask: Tensor, sparsity: str, half: torch.dtype) 
 @cache
 def _masks(sparsity: str, device: torch.device) -> Tensor:
     """Which of eight weights a byte says are kept, `[256, 8]` bool: a bit each, or the places in two fours."""
-    byte = torch.arange(256).unsqueeze(1)
+    byte = torch.arange(256, device="cpu").unsqueeze(1)
     if sparsity == "half":
-        return ((byte >> torch.arange(7, -1, -1)) & 1).bool().to(device)
-    places = (byte >> torch.arange(6, -1, -2)) & 3
-    return torch.zeros(256, 2, 4, dtype=torch.bool).scatter_(2, places.view(256, 2, 2), True).view(256, 8).to(device)
+        return ((byte >> torch.arange(7, -1, -1, device="cpu")) & 1).bool().to(device)
+    places = (byte >> torch.arange(6, -1, -2, device="cpu")) & 3
+    return (
+        torch.zeros(256, 2, 4, dtype=torch.bool, device="cpu")
+        .scatter_(2, places.view(256, 2, 2), True)
+        .view(256, 8)
+        .to(device)
+    )
 
 
 def _read_sparse(data: Tensor, weights: int, sparsity: str, half: torch.dtype) -> Tensor:

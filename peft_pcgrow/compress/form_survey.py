@@ -52,7 +52,7 @@ class Survey:
             # each form's damage is that to the weights, but which experts matter is drawn
             generator = torch.Generator().manual_seed(seed)
             damage = self.damage["weights"].mean(-1)
-            return damage * torch.rand(*damage.shape[:2], 1, generator=generator, dtype=torch.float64)
+            return damage * torch.rand(*damage.shape[:2], 1, generator=generator, dtype=torch.float64, device="cpu")
         texts = list(self.damage[select].unbind(-1))
         if self.by_map is not None and select in ("fisher", "isotropic"):
             texts.append(self.by_map)
@@ -66,7 +66,10 @@ class Survey:
         damage = self.score(select, seed)
         sizes = self.bytes[:, None].expand_as(damage)
         total = float(sizes[..., 0].sum())
-        choice, gone = allocate(damage, sizes, target * total), torch.zeros(len(self.layers), dtype=torch.bool)
+        choice, gone = (
+            allocate(damage, sizes, target * total),
+            torch.zeros(len(self.layers), dtype=torch.bool, device="cpu"),
+        )
         skipping = self.skips is not None and select in ("fisher", "isotropic")
         if skipping:
             choice, gone = self._with_skips(choice, damage, sizes, target * total)
@@ -108,7 +111,7 @@ class Survey:
             rest = damage.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             return float(rest[~gone].sum() + skips[gone].sum())
 
-        gone = torch.zeros(len(self.layers), dtype=torch.bool)
+        gone = torch.zeros(len(self.layers), dtype=torch.bool, device="cpu")
         for row in skips.argsort().tolist()[:-1]:
             tried = gone.clone()
             tried[row] = True
@@ -135,7 +138,7 @@ def survey(
     texts = {name: batches for name, batches in (("domain", domain), ("retain", retain)) if batches is not None}
     calibration = calibrate(model, texts, max_tokens, progress)
     forms = forms_of(tree.sites[0].base, methods)
-    labels = torch.tensor(calibration.labels, dtype=torch.float64)
+    labels = torch.tensor(calibration.labels, dtype=torch.float64, device="cpu")
     found = []
     for site in tree.sites:
         tried = candidates(site.base, calibration.layers[site.layer], forms, len(labels))

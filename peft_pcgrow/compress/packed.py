@@ -174,7 +174,7 @@ class PackedExperts:
     @contextmanager
     def composed_once(self) -> Iterator[None]:
         """Inside, the weights are dense leaves, the same in every forward: their gradients can be asked for."""
-        every = torch.arange(len(self.forms))
+        every = torch.arange(len(self.forms), device="cpu")
         self.dense = {name: stack[every] for name, stack in self.packed_stacks.items()}
         try:
             yield

@@ -259,7 +259,7 @@ def _shell(model: Any, layers: list[_Layer], neurons: int, state: dict[str, Tens
 @torch.no_grad()
 def _compare(model: Any, plain: Any, again: Any, batches: list[Batch]) -> tuple[float, float, float]:
     """Largest difference of the plain model's logits from the compressed one's, and of the reloaded one's; and KL."""
-    largest, kl, tokens = torch.zeros(2), 0.0, 0
+    largest, kl, tokens = torch.zeros(2, device="cpu"), 0.0, 0
     for inputs, _, rows in batches:
         keep = rows.real
         ours, theirs, reloaded = (m(**inputs, use_cache=False).logits[keep].float() for m in (model, plain, again))

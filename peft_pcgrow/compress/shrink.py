@@ -309,7 +309,7 @@ def _ranks(delta: Tensor, energy: float) -> Iterator[int]:
 
 def _encode(delta: Tensor, coding: Coding, moment: Tensor | None) -> Tensor:
     """All slices of a stack as bytes, one after the other."""
-    found: list[Tensor] = [torch.empty(0)] * len(delta)
+    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(delta)
     for number in sorted(set(coding.numbers)):
         mine = [n for n, given in enumerate(coding.numbers) if given == number]
         data = encode(delta[mine], coding.kind, number, None if moment is None else moment[mine])

@@ -13,10 +13,10 @@ from peft_pcgrow.compress.calibrate import Calibration
 def skip_damage(calibration: Calibration, layer: int) -> Tensor:
     """Change of the loss if one layer's update were left out, by text, nats per token: first order, and second order
     by the empirical Fisher matrix."""
-    sample, found = calibration.layers[layer], torch.zeros(len(calibration.names), dtype=torch.float64)
+    sample, found = calibration.layers[layer], torch.zeros(len(calibration.names), dtype=torch.float64, device="cpu")
     change = sample.skipped.double()
     found.index_add_(0, sample.text, change + change.square() / 2)
-    return found / torch.tensor(calibration.labels, dtype=torch.float64)
+    return found / torch.tensor(calibration.labels, dtype=torch.float64, device="cpu")
 
 
 def drop_layers(model: Any, dropped: Sequence[int]) -> Callable[[], None]:
