@@ -49,7 +49,7 @@ class Told:
             ValueError: a mask of another size, or statements that contradict each other.
         """
         looks = [_look(mask, shape, seen) for mask in _masks(self.mask)]
-        device = next((t.device for t in (self.positions, self.mask) if isinstance(t, Tensor)), None)
+        device = next((t.device for t in (self.positions, self.mask) if isinstance(t, Tensor)), torch.device("cpu"))
         # of several masks, for layers of several kinds, one that shows a token is enough
         real = torch.ones(shape, dtype=torch.bool, device=device)
         if looks:
@@ -84,7 +84,7 @@ class Told:
             # one question to the device, not one for each statement
             wrong = (again & here & ~stated[0]).any() | (stated[0] != stated[-1])[:, 1:].any()
             if self.lengths is not None:
-                wrong = wrong | (torch.as_tensor(self.lengths).to(real.device)[-1] != real.numel())
+                wrong = wrong | (torch.as_tensor(self.lengths, device=real.device)[-1] != real.numel())
             if bool(wrong):
                 raise ValueError(
                     "position_ids, cu_seq_lens_q, seq_idx contradict each other: cu_seq_lens_q must end at the number "
@@ -99,11 +99,11 @@ class Told:
         """Where texts begin by their lengths, and by their numbers, `[B, S]`."""
         found = []
         if self.lengths is not None:
-            ends = torch.as_tensor(self.lengths).to(device).flatten().long()
+            ends = torch.as_tensor(self.lengths, device=device).flatten().long()
             first = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.bool, device=device)
             found.append(first.index_fill(0, ends.clamp(0, len(first) - 1), True)[:-1].view(shape))
         if self.texts is not None:
-            numbers = torch.as_tensor(self.texts).to(device).expand(shape)
+            numbers = torch.as_tensor(self.texts, device=device).expand(shape)
             found.append(torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0)))
         return found
 
