@@ -171,23 +171,31 @@ def held_still(model: nn.Module) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     # of each module: PEFT's wrappers train around a base that does not
     were_training = {module: module.training for module in model.modules()}
-    # experts must not drop anything while they are measured
-    model.eval()
-    for module in model.modules():
-        # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.train()
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
+    # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient
+    unpacked = [module for module in were_training if getattr(module, "support_avx512bf16_for_cpu", False)]
+
+    def put_back() -> None:
         for p in trainable:
             p.requires_grad_(True)
+        for module in unpacked:
+            module.train(were_training[module])
         for module, was_training in were_training.items():
-            if getattr(module, "support_avx512bf16_for_cpu", False):
-                module.train(was_training)
             module.training = was_training
+
+    try:
+        # experts must not drop anything while they are measured
+        model.eval()
+        for module in unpacked:
+            module.train()
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        try:
+            put_back()
+        except BaseException:
+            put_back()  # an interrupt came in the midst of it
+            raise
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ class Descent:
             errors: at what layers handed on, by the number of its mark (see `LayerRun.handed`); used up.
         """
         marks = {BOTTOM: self.bottom} if self.bottom is not None else {}
-        marks |= {number: mark for run, _ in runs for number, mark in run.handed.items()}
+        marks |= {number: mark for run, _ in runs for number, mark in run.handed.items() if mark is not None}
         for run, stored in reversed(runs):
             deltas = [errors.pop(number, None) for number in run.handed]
             marks = {number: mark for number, mark in marks.items() if number not in run.handed}
@@ -157,7 +157,7 @@ class Descent:
     def _relaxed(self, runs: Sequence[tuple[LayerRun, Tensor]], delta: Tensor) -> Tensor | None:
         needed = [0] if self.bottom is not None else []
         for position, (run, _) in enumerate(runs):
-            if self.probe is not None or any(id(p) in self.trainable for p in run.layer.parameters()):
+            if self.probe is not None or any(id(p) in self.trainable for p in run.conditions.trainable()):
                 needed.append(position + 1)
         errors, hops = relax(runs, delta, self.way.tol, needed, every_token=self.probe is not None)
         if self.probe is not None:
@@ -171,7 +171,7 @@ class Descent:
     ) -> list[Tensor | None]:
         """From the errors at what a layer handed on to those at its input and `run.extras` (None where not wanted)."""
         nothing: list[Tensor | None] = [None] * (1 + len(run.extras))
-        parameters = [p for p in run.layer.parameters() if id(p) in self.trainable]
+        parameters = [p for p in run.conditions.trainable() if id(p) in self.trainable]
         if not (wants_below or parameters or self.probe is not None):
             return nothing
         watching = self.probe.watch(run.index) if self.probe is not None else nullcontext(list)
@@ -180,6 +180,8 @@ class Descent:
             x = stored.detach().requires_grad_(wants_below or self.probe is not None)
             extras = [extra.detach().requires_grad_(wants_below) for extra in run.extras]
             outputs = run.again(x, extras)
+            if self.probe is None:
+                run.conditions.refuse_strangers(outputs, (x, *extras))
             watched = listed()
             inputs = [x, *extras] if wants_below else []
             wanted = inputs + parameters + watched

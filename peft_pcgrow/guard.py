@@ -55,6 +55,7 @@ class TrainingGuard:
 
     def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
         self.model, self.layers, self.summary = model, layers, summary
+        self._ids = {id(p) for p in model.parameters()}
         self._watch()
 
     def _watch(self) -> None:
@@ -63,14 +64,13 @@ class TrainingGuard:
         _hook_optimizers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # a copied model has parameters of its own: its guard starts afresh
-        self.__dict__.update(state)
+        # a copied model has parameters of its own, and not all of them yet: its guard starts afresh
+        self.__dict__.update(state, _ids=set())
         self._watch()
 
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
         self.announced = False
-        self._ids = {id(p) for p in self.model.parameters()}
         # by id of a bank's weight, until it is seen to move
         self.starts: dict[int, _Start] = {}
         self.checked: set[int] = set()

@@ -190,12 +190,12 @@ class PCGrowExperts(Given, BaseTunerLayer):
     def composed_once(self) -> Iterator[None]:
         """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
         for."""
-        self._composed = {
-            name: {stack: weight.detach() for stack, weight in self.weights(name).items()}
-            for name in self.active_banks()
-            if self.births[name].pieces is not None
-        }
         try:
+            self._composed = {
+                name: {stack: weight.detach() for stack, weight in self.weights(name).items()}
+                for name in self.active_banks()
+                if self.births[name].pieces is not None
+            }
             with self.base_layer.composed_once() if hasattr(self.base_layer, "composed_once") else nullcontext():
                 yield
         finally:

@@ -85,26 +85,27 @@ class ErrorProbe(Probe):
         if site is None:
             yield lambda: []
             return
-        composed = ExitStack()
-        if self.sketch is not None:
-            if (once := getattr(site.module, "composed_once", None)) is not None:
-                composed.enter_context(once())
-            self._stacks = list(_stacks_in_use(site))
 
         def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
             self._routed = nodes_of(site.module, args), args[2].detach()
             outputs.append(output)
 
-        handle = site.module.register_forward_hook(seen)
-        for _, stack, _ in self._stacks:
-            stack.requires_grad_(True)
-        try:
-            yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
-        finally:
-            handle.remove()
-            composed.close()
-            for _, stack, _ in self._stacks:
-                stack.requires_grad_(False)
+        handles = []
+        with ExitStack() as composed:
+            try:
+                if self.sketch is not None:
+                    if (once := getattr(site.module, "composed_once", None)) is not None:
+                        composed.enter_context(once())
+                    self._stacks = list(_stacks_in_use(site))
+                handles.append(site.module.register_forward_hook(seen))
+                for _, stack, _ in self._stacks:
+                    stack.requires_grad_(True)
+                yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for _, stack, _ in self._stacks:
+                    stack.requires_grad_(False)
 
     def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
         if index not in self.sites:
@@ -127,9 +128,9 @@ class ErrorProbe(Probe):
     def routing(self) -> Iterator[None]:
         """Where layers do not run again, note in the forward itself how tokens were routed."""
         handles = []
-        for site in () if self.again else self.sites.values():
-            handles.append(site.module.register_forward_hook(partial(self._note, site.layer)))
         try:
+            for site in () if self.again else self.sites.values():
+                handles.append(site.module.register_forward_hook(partial(self._note, site.layer)))
             yield
         finally:
             for handle in handles:

@@ -1,16 +1,17 @@
 """Run a decoder layer again, with the result that it had in the forward."""
 
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from peft_pcgrow.conditions import Conditions, own_hooks
 from peft_pcgrow.handover import swap, tensors, written
 from peft_pcgrow.per_thread import PerThread
 
@@ -27,6 +28,23 @@ class _Again(PerThread):
 _again = _Again()
 
 
+class Random(NamedTuple):
+    """States of the random generators of the CPU and of some devices."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Random":
+        """Here and now, for a layer that is given `x`."""
+        devices = get_device_states(x) if x.device.type not in ("cpu", "meta") else ([], [])
+        return cls(torch.get_rng_state(), *devices)
+
+    def equals(self, other: "Random") -> bool:
+        return all(map(torch.equal, (self.cpu, *self.states), (other.cpu, *other.states)))
+
+
 @dataclass
 class LayerRun:
     """How one decoder layer was called: enough to run it again with the same result.
@@ -35,7 +53,9 @@ class LayerRun:
         origin: the input as it came, with its graph; x: the same without.
         extras: tensors among `args` and `kwargs` that other layers made, with their graphs.
         recorded: what transformers recorded inside it in the forward, an `inner_outputs.Recorded`.
-        handed: what the layer handed on in the forward, by the number of its mark, its output first.
+        random, drawn: the random states before and after it. conditions: what else its outputs depend on.
+        handed: what the layer handed on in the forward, by the number of its mark, its output first; None: it went to
+            hooks only.
     """
 
     layer: Any  # an nn.Module
@@ -45,12 +65,13 @@ class LayerRun:
     kwargs: dict[str, Any]
     device_type: str
     autocast: dict[str, Any]
-    cpu_rng: Tensor
-    device_rng: tuple[list[int], list[Tensor]]
+    random: Random
     origin: Tensor
     extras: list[Tensor]
     recorded: Any
-    handed: dict[int, Tensor] = field(default_factory=dict)
+    conditions: Conditions
+    drawn: Random | None = None
+    handed: dict[int, Tensor | None] = field(default_factory=dict)
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
         """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, and
@@ -59,23 +80,32 @@ class LayerRun:
         args, kwargs = swap((self.args, self.kwargs), lambda held: given.get(id(held), held.detach()))
         before = swap(kwargs, lambda held: held)
         with ExitStack() as stack:
-            devices = self.device_rng[0]
+            stack.enter_context(self.conditions.in_place())
+            devices = self.random.devices
             stack.enter_context(torch.random.fork_rng(devices, device_type=self.device_type if devices else "cuda"))
-            torch.set_rng_state(self.cpu_rng)
+            torch.set_rng_state(self.random.cpu)
             if devices:
-                set_device_states(*self.device_rng, device_type=self.device_type)
+                set_device_states(devices, self.random.states, device_type=self.device_type)
             for device_type, options in self.autocast.items():
                 stack.enter_context(torch.autocast(device_type, **options))
             # a checkpoint inside the recomputation would only run the layer a third time
             checkpointing = getattr(self.layer, "gradient_checkpointing", False)
             inside = stack.enter_context(self.recorded.again())
+            seen: list[Tensor] = []
+            stack.enter_context(tapped(self.layer, lambda held: seen.append(held) or held))
             try:
                 if checkpointing:
                     self.layer.gradient_checkpointing = False
                 _again.layer = self.layer
                 # hooks of the layer have seen what it takes and returns, and what they made of it has a graph
                 output = self.layer.forward(x, *args, **kwargs)
-                return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs), *inside()]
+                if self.drawn is not None and not self.drawn.equals(Random.of(x)):
+                    raise RuntimeError(
+                        f"{type(self.layer).__name__} {self.index} drew other random numbers (dropout) in the backward "
+                        "than in the forward, so its gradients would be wrong: do not use the model, or torch's random "
+                        "numbers, from another thread while it trains"
+                    )
+                return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs), *inside(), *seen]
             finally:
                 _again.layer = None
                 if checkpointing:
@@ -120,10 +150,29 @@ def record(
         }
         for kind in {device_type, "cpu"}
     }
-    device_rng = get_device_states(x) if device_type not in ("cpu", "meta") else ([], [])
-    cpu_rng = torch.get_rng_state()
-    rng = cpu_rng, device_rng
-    return LayerRun(layer, index, x.detach(), args, kwargs, device_type, autocast, *rng, x, extras, recorded)
+    held = Random.of(x), x, extras, recorded, Conditions.of(layer)
+    return LayerRun(layer, index, x.detach(), args, kwargs, device_type, autocast, *held)
+
+
+@contextmanager
+def tapped(layer: nn.Module, look: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, `look` is given the tensors that modules in a layer return to forward hooks of the user's, and says what
+    these see."""
+    handles = []
+    try:
+        for module in layer.modules():
+            if module is not layer and own_hooks(module._forward_hooks):
+                handles.append(module.register_forward_hook(partial(_tap, look), prepend=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.compiler.disable
+def _tap(look: Callable[[Tensor], Tensor], _: nn.Module, args: tuple, output: Any) -> Any:
+    with torch.enable_grad():
+        return swap(output, look)
 
 
 def refuse_filled_cache(kwargs: dict[str, Any]) -> None:
@@ -134,6 +183,31 @@ def refuse_filled_cache(kwargs: dict[str, Any]) -> None:
                 f"settling cannot train behind a filled KV cache ({name} holds {cache.get_seq_length()} "
                 "positions): pass the whole sequence, or use PCGrowConfig(settle='backprop')"
             )
+
+
+def out_of_reach(kwargs: dict[str, Any], index: int) -> None:
+    """Let a loss that reads what layer `index` put into its KV cache fail, rather than miss its gradient."""
+    place = index + kwargs.get("cache_offset", 0)
+    for name in CACHES:
+        for entry in (getattr(kwargs.get(name), "layers", None) or ())[place : place + 1]:
+            # those of a static cache are written to in place
+            kept = {} if getattr(entry, "is_compileable", False) else dict(vars(entry))
+            for key, held in kept.items():
+                if isinstance(held, Tensor) and held.is_floating_point() and not held.requires_grad:
+                    anything = torch.zeros((), device=held.device, requires_grad=True)
+                    setattr(entry, key, _Unreachable.apply(held, anything))
+
+
+class _Unreachable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, held: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):
+        raise RuntimeError(
+            "this loss reads the KV cache, whose errors settling does not carry: use PCGrowConfig(settle='backprop')"
+        )
 
 
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

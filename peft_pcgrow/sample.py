@@ -51,13 +51,13 @@ def sample_text(
     device = next(writer.parameters()).device
     first = _first_token(writer)
     found = []
-    was_training = model.training
-    model.eval()
-    # no penalties or filters of the model's own: they bend the distribution. No stop token either: a text that ends
-    # goes on with the next one, as packed training text does
-    writer.generation_config = type(settings)(pad_token_id=first)
+    were_training = {module: module.training for module in model.modules()}
     bar = tqdm(total=texts, unit="text", desc="sampling retain text", disable=not progress)
     try:
+        model.eval()
+        # no penalties or filters of the model's own: they bend the distribution. No stop token either: a text that ends
+        # goes on with the next one, as packed training text does
+        writer.generation_config = type(settings)(pad_token_id=first)
         with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, texts, batch):
@@ -75,8 +75,9 @@ def sample_text(
                 found.append(written.cpu())
                 bar.update(len(written))
     finally:
-        model.train(was_training)
         writer.generation_config = settings
+        for module, training in were_training.items():
+            module.training = training
     return found
 
 

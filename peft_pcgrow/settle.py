@@ -21,6 +21,7 @@ backward are both right.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,11 +34,14 @@ from peft_pcgrow.inner_outputs import Recorded
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.recompute import (
     LayerRun,
+    Random,
     by_name,
     hidden_of,
     is_recomputed,
+    out_of_reach,
     record,
     refuse_filled_cache,
+    tapped,
     without_cache,
 )
 from peft_pcgrow.tape import Ground, Tape, Top
@@ -146,6 +150,12 @@ class LayerStack:
             self._check_linked(tape, index, layer, extras)
         if tape.wanted[index]:
             tape.current = record(layer, index, x, args, tape.before, extras, tape.recorded)
+            if any(id(p) not in tape.trainable for p in tape.current.conditions.trainable()):
+                raise TypeError(
+                    f"{type(layer).__name__} {index} runs with trainable weights that it did not have when the forward "
+                    "began (sharded by FSDP2, for example), and settling could not hand them their gradients: use "
+                    "PCGrowConfig(settle='backprop')"
+                )
             tape.runs.append(tape.current)
 
     def _check_linked(self, tape: Tape, index: int, layer: nn.Module, extras: list[Tensor]) -> None:
@@ -165,6 +175,8 @@ class LayerStack:
     @torch.compiler.disable
     def after(self, tape: Tape, index: int, layer: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """What a layer that settles hands on."""
+        if tape.current is not None:
+            tape.current.drawn = Random.of(tape.current.x)
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
         if index < len(self.layers) - 1:
@@ -179,6 +191,8 @@ class LayerStack:
         for mapping, key in list(written(tape.before, kwargs)):
             mapping[key] = swap(mapping[key], tape.mark)
         tape.recorded.mark(tape.mark)
+        tape.close_layer()
+        out_of_reach(kwargs, index)
         return (hidden, *others) if isinstance(output, tuple) else hidden
 
     @torch.compiler.disable
@@ -194,6 +208,7 @@ class LayerStack:
         if self.probe is not None and not parameters and tape.bottom is None:
             # nothing trains: an input of our own makes autograd call the ground's backward all the same
             parameters = [torch.zeros((), device=x.device, requires_grad=True)]  # type: ignore[list-item]
+        tape.trainable = {id(p) for p in parameters}
         tape.ground = Ground.apply(self, tape, tape.bottom, *parameters)  # type: ignore[assignment]
         return tape
 
@@ -216,6 +231,8 @@ class LayerStack:
         bottom: Tensor | None,
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """Gradients by parameter id, and the error at `bottom` if that is given, from the errors that have arrived."""
+        for run, _ in runs:
+            run.conditions.check(run.index)
         descent = Descent(tape.way, len(self.layers), trainable, bottom, self.probe)
         lower = arrived.keys() - {TOP}
         if lower and tape.way.settle != "sweep":
@@ -242,7 +259,8 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
         args, kwargs, tape = stack.before(index, layer, args, kwargs)
         if tape is not None:
             torch._C._set_grad_enabled(False)
-        output = forward(*args, **kwargs)
+        with nullcontext() if tape is None else tapped(layer, tape.tap):
+            output = forward(*args, **kwargs)
         if tape is not None:
             torch._C._set_grad_enabled(enabled)
             output = stack.after(tape, index, layer, kwargs, output)

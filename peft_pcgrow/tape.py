@@ -18,11 +18,19 @@ from peft_pcgrow.recompute import LayerRun
 
 @dataclass
 class Arrivals:
-    """Errors that have arrived at marks, by their number; none is noted once settling has begun. It holds no graph, so
-    that marks may hold it."""
+    """Errors that have arrived at marks in one backward, by their number; none is noted once settling has begun. It
+    holds no graph, so that marks may hold it."""
 
     errors: dict[int, Tensor] = field(default_factory=dict)
+    backward: int = -1
     settling: bool = False
+
+    def add(self, number: int, delta: Tensor) -> None:
+        if (backward := torch._C._current_graph_task_id()) != self.backward:
+            # whatever is left was of one that was interrupted
+            self.backward, self.errors = backward, {}
+        held = self.errors.get(number)
+        self.errors[number] = delta if held is None else held + delta
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Tape:
     wanted: list[bool]
     # the lowest layer's input
     start: Tensor
+    # ids of the layers' trainable weights, all of which the ground takes
+    trainable: set[int] = field(default_factory=set)
     runs: list[LayerRun] = field(default_factory=list)
     # whether layers hand each other more than the residual stream, or have it changed between them
     linked: bool = False
@@ -46,6 +56,8 @@ class Tape:
     before: dict[str, Any] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=lambda: Recorded({}))
     current: LayerRun | None = None
+    # and the numbers of what hooks of the user's saw in it
+    tapped: list[int] = field(default_factory=list)
 
     @property
     def bottom(self) -> Tensor | None:
@@ -53,11 +65,29 @@ class Tape:
         return self.start if self.start.grad_fn is not None else None
 
     def mark(self, held: Tensor) -> Tensor:
-        self.marks += 1
-        marked: Any = Mark.apply(held, self.ground, self.arrived, self.marks)
+        marked = self._marked(held)
         if self.current is not None:
             self.current.handed[self.marks] = marked
         return marked
+
+    def tap(self, held: Tensor) -> Tensor:
+        """Mark what a module within the layer at hand returns."""
+        self.tapped.append(self.marks + 1)
+        return self._marked(held)
+
+    def close_layer(self) -> None:
+        """Called after all else that it hands on is marked."""
+        if self.current is not None:
+            self.current.handed |= dict.fromkeys(self.tapped)
+        self.tapped = []
+
+    def _marked(self, held: Tensor) -> Tensor:
+        self.marks += 1
+        return Mark.apply(held, self.ground, self.arrived, self.marks)  # type: ignore[return-value]
+
+    def let_go(self) -> None:
+        """Of the hidden states: the graph is freed, and whoever keeps the loss should not keep them."""
+        self.runs, self.before, self.current, self.start = [], {}, None, self.ground
 
 
 class Ground(torch.autograd.Function):
@@ -93,9 +123,10 @@ class Ground(torch.autograd.Function):
         if below is not None and bottom is not None:
             # an error that was carried as it is comes from the top layer's device
             below = below.to(bottom.device, bottom.dtype)
-        # a parameter that no row reached has a zero gradient, as under autograd; DDP's reducer waits for it
-        gradients = [found.get(id(p), torch.zeros_like(p)) if id(p) in trainable else None for p in ctx.parameters]
-        return None, None, below, *gradients
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            tape.let_go()
+        # a parameter that no layer used has none, as under autograd; a bank that no row reached was given zeros
+        return None, None, below, *(found.get(id(p)) for p in ctx.parameters)
 
 
 class Mark(torch.autograd.Function):
@@ -111,8 +142,7 @@ class Mark(torch.autograd.Function):
     def backward(ctx, delta: Tensor):
         if ctx.arrived.settling:
             return None, None, None, None
-        held = ctx.arrived.errors.get(ctx.number)
-        ctx.arrived.errors[ctx.number] = delta if held is None else held + delta
+        ctx.arrived.add(ctx.number, delta)
         return None, torch.zeros((), device=ctx.device), None, None
 
 
@@ -131,5 +161,6 @@ class Top(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, delta: Tensor):
-        ctx.tape.stored, ctx.tape.arrived.errors[TOP] = ctx.saved_tensors, delta
+        ctx.tape.stored = ctx.saved_tensors
+        ctx.tape.arrived.add(TOP, delta)
         return None, torch.zeros((), device=ctx.tape.ground.device), None
