@@ -33,7 +33,7 @@ from peft_pcgrow.plain_weight import check_whole
 from peft_pcgrow.resolve import birth, check_resolved, check_tokens, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
-from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts
+from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
 
 
 class PCGrowModel(BaseTuner):
@@ -195,6 +195,7 @@ class PCGrowModel(BaseTuner):
             self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
             lowest = self._tree.layers[0]
             self._handles += (lowest.register_forward_pre_hook(check_samples, with_kwargs=True),)
+            self._handles += refuse_mixed_rows(model, self.tuner_layers)
         assert self._guard is not None
         self._guard.rearm()
 

@@ -57,7 +57,7 @@ class Sequence:
             TypeError: a mask or a KV cache of an unknown kind.
         """
         if self.cache is not None and not isinstance(getattr(self.cache, "layers", None), list):
-            raise TypeError(_UNKNOWN_CACHE.format(type(self.cache).__name__))
+            raise TypeError(UNKNOWN_CACHE.format(type(self.cache).__name__))
         seen = _memory(self.cache, self.index)
         past = None if self.held == 0 else seen.get(name)
         count = 0 if past is None else past.shape[1]
@@ -96,7 +96,7 @@ class Sequence:
         entry._pcgrow_seen[name] = running
 
 
-_UNKNOWN_CACHE = (
+UNKNOWN_CACHE = (
     "newborns' gates remember the text so far on the layers of the KV cache, and a {} has none. Continuous batching "
     "(generate_batch, use_transformers_continuous_batching) also mixes requests in one row: call generate(), disable "
     "the adapter, or pass use_cache=False"
@@ -123,7 +123,8 @@ def _held(cache: Any, place: int, tokens: int) -> int | None:
         return 0 if cache is None else None
     filled = [i for i, e in enumerate(entries) if hasattr(e, "get_seq_length") and getattr(e, "is_initialized", True)]
     if not filled:
-        states = [state for entry in entries for state in getattr(entry, "has_previous_state", {}).values()]
+        # layers below have counted these tokens
+        states = [state for entry in entries[place:] for state in getattr(entry, "has_previous_state", {}).values()]
         return SOME if any(states) and not _memory(cache, place) else None
     # a layer without keys of its own asks another, which has counted these tokens if it comes before
     asked = place if place in filled else filled[0]

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.recompute import by_name
-from peft_pcgrow.sequence import Sequence, attention_chunk
+from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk
+
+# the method of transformers that every way of continuous batching begins with
+ASKED = "init_continuous_batching"
 
 
 def follow_whole_texts(
@@ -25,6 +29,22 @@ def follow_whole_texts(
     holders = [m for m in holders if "logits_to_keep" in inspect.signature(m.forward).parameters]
     hook = partial(_keep_all_tokens, layers)
     return tuple(holder.register_forward_pre_hook(hook, with_kwargs=True) for holder in holders)
+
+
+def refuse_mixed_rows(model: Any, layers: Callable[[], list[PCGrowExperts]]) -> tuple[Any, ...]:
+    """Let a model with newborns refuse continuous batching when it is asked for: an error in a forward would only end
+    up in the log of transformers' thread, and answers come back empty."""
+    if not hasattr(model, ASKED):
+        return ()
+    setattr(model, ASKED, partial(_batch_continuously, model, layers))
+    return (SimpleNamespace(remove=partial(delattr, model, ASKED)),)
+
+
+def _batch_continuously(model: Any, layers: Callable[[], list[PCGrowExperts]], *args: Any, **kwargs: Any) -> Any:
+    for layer in layers():
+        if not layer.disable_adapters and any(layer.spawned(name) for name in layer.active_banks()):
+            raise TypeError(UNKNOWN_CACHE.format("PagedAttentionCache"))
+    return getattr(type(model), ASKED)(model, *args, **kwargs)
 
 
 def _keep_all_tokens(
