@@ -55,10 +55,10 @@ def gradients(base, loss, **config) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in trainable(model).items()}
 
 
-def assert_settles(base, loss, **config) -> None:
+def assert_settles(base, loss, kind="fp64 gradient", **config) -> None:
     want = gradients(base, loss, settle="backprop", **config)
     assert all(bool(gradient.any()) for gradient in want.values())
-    assert_all_close(gradients(base, loss, **config), want, "fp64 gradient")
+    assert_all_close(gradients(base, loss, **config), want, kind)
 
 
 # routers of these take part in no loss of the model's own
@@ -88,7 +88,9 @@ def test_losses_of_the_users_own(name, loss):
 @pytest.mark.parametrize("name", ["zaya", "jetmoe", "gemma4_text"])
 def test_routers_that_record_in_other_ways(name):
     """Beside a state that layers hand each other, twice in a layer, with a router of their own."""
-    assert_settles(architectures.build(name, torch.float64), z_loss)
+    # transformers 5.23's JetMoe sums what comes back to its routers in fp32
+    kind = "fp64 across batches" if name == "jetmoe" else "fp64 gradient"
+    assert_settles(architectures.build(name, torch.float64), z_loss, kind)
 
 
 @pytest.mark.parametrize(
