@@ -6,7 +6,7 @@ import operator
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.measure import measure_errors, whole_numbers
+from peft_pcgrow.processes import processes
 from peft_pcgrow.say import say
 
 PREFIX = "pcgrow/"
@@ -41,8 +42,8 @@ class ErrorMapCallback(TrainerCallback):
     supported; under DDP every process measures the batches that it was given.
 
     Args:
-        batches: what `measure_errors` takes, in a form that can be read again at every refresh: a list, a DataLoader,
-            or a function that returns an iterator anew.
+        batches: what `measure_errors` takes, in a form that can be read again at every refresh: a list, a data set, a
+            DataLoader, or a function that returns an iterator anew.
         every: steps between two maps, from 1; or a share of all steps, between 0 and 1, as in TrainingArguments.
         at_start: also measure before the first step (not when training resumes).
         at_end: also measure after the last step, with `load_best_model_at_end` the model that was put back.
@@ -50,7 +51,8 @@ class ErrorMapCallback(TrainerCallback):
         save_to: a folder; each map is saved to its `step-N`, and found there again when training resumes.
         max_share: a refresh that is due is skipped while measuring has taken more than this share of the time since
             training began; 1 never skips. `at_start` and `at_end` are not skipped.
-        measure: keyword arguments of `measure_errors`; without them no coherent error and no progress bar.
+        measure: keyword arguments of `measure_errors`; without them no coherent error and no progress bar. With
+            `heldout`, the verdict of each map tells whether the model learns the domain or memorises the text.
 
     Attributes:
         maps: (step, map), newest last. seconds: spent in measuring. skipped: refreshes that `max_share` skipped.
@@ -63,7 +65,7 @@ class ErrorMapCallback(TrainerCallback):
 
     def __init__(
         self,
-        batches: Iterable[Any] | Callable[[], Iterable[Any]],
+        batches: Any,
         every: int | float,
         *,
         at_start: bool = True,
@@ -85,8 +87,11 @@ class ErrorMapCallback(TrainerCallback):
         if unknown := sorted(measure.keys() - set(known)):
             raise TypeError(f"measure_errors has no argument {', '.join(unknown)}; it has {', '.join(known)}")
         whole_numbers(**measure)
-        if isinstance(measure.get("retain"), Iterator):
-            raise TypeError("retain can be read only once, but is read at every refresh: give a list or a DataLoader")
+        for name in ("retain", "heldout"):
+            if isinstance(measure.get(name), Iterator):
+                raise TypeError(
+                    f"{name} can be read only once, but is read at every refresh: give a list or a DataLoader"
+                )
         self.folder = None if save_to is None else Path(save_to)
         if self.folder is not None and self.folder.is_file():
             raise FileExistsError(f"save_to={str(save_to)!r} is a file; maps are saved in a folder, give another name")
@@ -161,7 +166,7 @@ class ErrorMapCallback(TrainerCallback):
         _synchronize(args.device)
         began = time.perf_counter()
         with _undisturbed(model):
-            emap = measure_errors(model, self._anew(step), **{"nodes": _grown_kind(model), **self.measure})
+            emap = measure_errors(model, self._anew(), **{"nodes": _grown_kind(model), **self.measure})
         taken = time.perf_counter() - began
         self.seconds, self._count = self.seconds + taken, self._count + 1
         if self._count == 1:
@@ -180,20 +185,14 @@ class ErrorMapCallback(TrainerCallback):
         costs = {MARK: self.seconds, PREFIX + "time_share": self._time_share()}
         return _report(args, state, control, emap.scalars(PREFIX) | costs)
 
-    def _anew(self, step: int) -> Iterator[Any]:
-        batches = self.batches
-        if not isinstance(batches, Iterable):
-            batches = batches()
-            once = isinstance(batches, Iterator) and batches is self._read
-            self._read = batches
-            if once:
-                raise ValueError("the function given as batches returned the same iterator twice: make a new one in it")
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError(f"batches gave none at step {step}: they must be the same at every refresh")
+    def _anew(self) -> Any:
+        if not _is_function(self.batches):
+            return self.batches
+        batches = self.batches()
+        if isinstance(batches, Iterator) and batches is self._read:
+            raise ValueError("the function given as batches returned the same iterator twice: make a new one in it")
+        self._read = batches
+        return batches
 
     def _too_slow(self, device: torch.device) -> bool:
         slow = self._time_share() > self.max_share
@@ -218,11 +217,14 @@ def _check_renewable(batches: Any) -> None:
             f"batches can be read only once ({type(batches).__name__}), but is read at every refresh: give a list, a "
             "DataLoader, or a function that makes the iterator anew"
         )
-    if not isinstance(batches, Iterable):
-        if not callable(batches):
-            raise TypeError(f"batches must be a list, a DataLoader or a function; got {type(batches).__name__}")
-    elif operator.length_hint(batches, 1) == 0:
+    if not _is_function(batches) and not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches must be a list, a DataLoader or a function; got {type(batches).__name__}")
+    if processes() == 1 and operator.length_hint(batches, 1) == 0:
         raise ValueError("batches is empty: give at least one batch of text to measure the error on")
+
+
+def _is_function(batches: Any) -> bool:
+    return callable(batches) and not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__")
 
 
 def _report(

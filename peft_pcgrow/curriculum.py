@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from peft_pcgrow.batches import IGNORED, check_causal, known_words, predict, read_batch
 from peft_pcgrow.corpus import pad, read_text, whole_number
 from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.processes import check_same, process, processes, summed, together
+from peft_pcgrow.resume import weights_in_use
 
 Needs = Mapping[int, set[int]]
 
@@ -42,7 +44,7 @@ def order_by_surprisal(
 
     Surprisal is an example's mean loss in nats per label token under `model` as it is now, its active adapters included
     (of a growing branch: under the grown model). Batches and padding change it by rounding only. Equal surprisals keep
-    the dataset's order.
+    the dataset's order. Under torch.distributed all processes must call; each measures a share, all get one order.
 
     Nothing in this package calls it: a controlled study of orders, this one among them, found none that is best over
     models and tasks (arXiv:2510.19099). Compare with the shuffled dataset (`examples/curriculum.py` does). A Trainer
@@ -79,36 +81,47 @@ def order_by_surprisal(
     Raises:
         TypeError: no model, a dataset without length or index, or prerequisites that are no indices.
         ValueError: an example without label tokens, prerequisites in a cycle or in a later window, options that do not
-            fit together.
+            fit together, or other models on other processes.
         FloatingPointError: a loss that is NaN or infinite.
+        RuntimeError: another process failed.
     """
-    if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        hint = f"one of its splits ({', '.join(map(str, dataset))})" if isinstance(dataset, Mapping) else "a list of it"
-        raise TypeError(f"examples are ordered by index, and a {type(dataset).__name__} has none: give {hint}")
-    check_causal(model)
-    batch_size = whole_number("batch_size", batch_size, "examples")
-    window = None if window is None else whole_number("window", window, "examples")
-    if live and return_surprisal:
-        raise ValueError("live=True measures while it is iterated over: there is no surprisal to return yet")
-    count = len(dataset)
-    size = window or max(count, 1)
-    spans = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    needs = _read_prerequisites(dataset, prerequisites)
-    _check_windows(needs, size)
-    for span in spans:
-        _arrange(span, [0.0] * len(span), needs)  # a cycle is found before anything is measured
-    hidden = prerequisites if isinstance(prerequisites, str) else None
-    meter = _Meter(dataset, model, relative, batch_size, collator, tokenizer, hidden)
+    with together("order_by_surprisal"):
+        if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            hint = (
+                f"one of its splits ({', '.join(map(str, dataset))})"
+                if isinstance(dataset, Mapping)
+                else "a list of it"
+            )
+            raise TypeError(f"examples are ordered by index, and a {type(dataset).__name__} has none: give {hint}")
+        check_causal(model)
+        batch_size = whole_number("batch_size", batch_size, "examples")
+        window = None if window is None else whole_number("window", window, "examples")
+        if live and return_surprisal:
+            raise ValueError("live=True measures while it is iterated over: there is no surprisal to return yet")
+        count = len(dataset)
+        size = window or max(count, 1)
+        spans = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        needs = _read_prerequisites(dataset, prerequisites)
+        _check_windows(needs, size)
+        for span in spans:
+            _arrange(span, [0.0] * len(span), needs)  # a cycle is found before anything is measured
+        hidden = prerequisites if isinstance(prerequisites, str) else None
+        meter = _Meter(dataset, model, relative, batch_size, collator, tokenizer, hidden)
+    if processes() > 1:
+        check_same("order_by_surprisal", {"examples": count, "live": live, "weights": weights_in_use(model)})
     sign = -1.0 if descending else 1.0
     if live:
         return _LiveOrder(meter, spans, needs, sign, progress)
     order: list[int] = []
     surprisal = torch.zeros(count, dtype=torch.float64, device="cpu")
-    with tqdm(total=count, unit="example", desc="measuring surprisal", disable=not progress) as bar:
+    bar = tqdm(total=count, unit="example", desc="measuring surprisal", disable=not progress)
+    with together("order_by_surprisal"), bar:
         for span in spans:
-            values = meter.measure(span, bar)
-            surprisal[span.start : span.stop] = values
-            order += _arrange(span, (sign * values).tolist(), needs)
+            surprisal[span.start : span.stop] = meter.measure(span, bar, process(), processes())
+    # each process measured some batches
+    surprisal = summed({"surprisal": surprisal}, next(model.parameters()).device)["surprisal"]
+    for span in spans:
+        order += _arrange(span, (sign * surprisal[span.start : span.stop]).tolist(), needs)
     chosen = _select(dataset, order)
     return (chosen, surprisal[order]) if return_surprisal else chosen
 
@@ -161,8 +174,11 @@ class _Meter:
         self.collator, self.tokenizer, self.hidden = collator, tokenizer, hidden
 
     @torch.no_grad()
-    def measure(self, span: range, bar: tqdm) -> Tensor:
-        """Surprisals of the examples in `span`, fp64 `[len(span)]` on the CPU. The model is left as it was."""
+    def measure(self, span: range, bar: tqdm, turn: int = 0, turns: int = 1) -> Tensor:
+        """Surprisals of the examples in `span`, fp64 `[len(span)]` on the CPU. The model is left as it was.
+
+        Of `turns` processes, this one measures the batches whose `turn` it is; the others' are 0.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         relative = self.relative and _has_branch(self.model)
         found = [torch.zeros(0, dtype=torch.float64, device="cpu")]
@@ -170,13 +186,16 @@ class _Meter:
         try:
             for start in range(span.start, span.stop, self.batch_size):
                 indices = range(start, min(start + self.batch_size, span.stop))
+                bar.update(len(indices))
+                if start // self.batch_size % turns != turn:
+                    found.append(torch.zeros(len(indices), dtype=torch.float64, device="cpu"))
+                    continue
                 inputs, target = self._read(indices)
                 values = _mean_losses(self.model, inputs, target, indices)
                 if relative:
                     with _adapters_off(self.model):
                         values = values - _mean_losses(self.model, inputs, target, indices)
                 found.append(values)
-                bar.update(len(indices))
         finally:
             for module, mode in modes:
                 module.training = mode

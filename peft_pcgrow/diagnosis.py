@@ -1,7 +1,17 @@
-"""The verdict on a corpus: covered (nothing to do), concentrated (deepen) or distributed (spawn)."""
+"""The verdict on a domain, in one word.
+
+    covered       nothing to do: no step would help
+    concentrated  few nodes hold what could be recovered: deepen those
+    distributed   it is spread over many nodes: spawn, or grow a larger share
+    memorised     no step on the corpus would help, and held-out text is predicted worse: more text, not more training
+    unlearned     the text is predicted no better than by how often its words occur: an untrained model, or one that
+                  knows nothing of the domain; the errors do not say where to grow
+
+Only text that nothing was trained on tells these apart for sure: text that was memorised looks covered.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +26,9 @@ COVERED_SHARE = 0.1
 CONCENTRATED_RECOVERABLE = 0.05
 # without weight gradients, of the error mass; a flat map needs half of the nodes
 CONCENTRATED_SHARE = 0.2
+# what was memorised: held-out text has at least this much more loss, as a share of the corpus's
+MEMORISED = 0.1
+CORPUS, HELD_OUT = "the corpus itself, which may have been trained on", "held-out text"
 
 
 @dataclass(frozen=True)
@@ -23,13 +36,16 @@ class Diagnosis:
     """A verdict and the numbers that it was decided on.
 
     Attributes:
-        verdict: "covered" (nothing to do), "concentrated" (deepen) or "distributed" (spawn).
-        loss: mean loss of the corpus, nats per label token.
+        verdict: "covered", "concentrated", "distributed", "memorised" or "unlearned" (see the module).
+        loss: mean loss of the text that the verdict is about, nats per label token.
         statistic: what was compared with `covered_below`, in words, and `value`, what it is.
         concentration: smallest share of all nodes that holds half of what could be recovered (without gradients: half
             of the error mass).
         concentrated_below: share up to which it counts as concentrated.
         nodes: the (layer, expert) pairs of that share, most first.
+        text: what the verdict is about, `HELD_OUT` or `CORPUS`.
+        context_free: loss of predicting that text by how often its words occur; None: not known.
+        corpus_loss: mean loss of the corpus, if the verdict is about held-out text.
     """
 
     verdict: str
@@ -40,12 +56,19 @@ class Diagnosis:
     concentration: float
     concentrated_below: float
     nodes: tuple[tuple[int, int], ...] = ()
+    text: str = CORPUS
+    context_free: float | None = None
+    corpus_loss: float | None = None
 
     def __str__(self) -> str:
+        beside = [f"of the corpus {self.corpus_loss:.3f}"] if self.corpus_loss is not None else []
+        if self.context_free is not None:
+            beside.append(f"by word frequencies {self.context_free:.3f}")
+        others = f" ({', '.join(beside)})" if beside else ""
         return (
-            f"{self.verdict}: loss {self.loss:.3f} nats/token, {self.statistic} {self.value:.3g} (covered up to "
-            f"{self.covered_below:.3g}); half of it sits in {self.concentration:.1%} of the nodes (concentrated up to "
-            f"{self.concentrated_below:.0%})"
+            f"{self.verdict}, of {self.text}: loss {self.loss:.3f} nats/token{others}, {self.statistic} "
+            f"{self.value:.3g} (covered up to {self.covered_below:.3g}); half of it sits in "
+            f"{self.concentration:.1%} of the nodes (concentrated up to {self.concentrated_below:.0%})"
         )
 
 
@@ -58,11 +81,13 @@ def judge(
     removed: float | None = None,
     mastered: float | None = None,
     concentrated_below: float | None = None,
+    frequencies: float | None = None,
 ) -> Diagnosis:
-    """Decide on a corpus.
+    """Decide on a text.
 
-    With weight gradients: covered if a Muon step of `COVERED_STEP` at every node removes at most `COVERED_REMOVABLE` of
-    the loss, to first order. Otherwise concentrated if half of what the nodes could recover sits in at most
+    Unlearned if the loss is no less than word frequencies give, or, where they are not known, a uniform guess. Else,
+    with weight gradients: covered if a Muon step of `COVERED_STEP` at every node removes at most `COVERED_REMOVABLE` of
+    the loss, to first order; concentrated if half of what the nodes could recover sits in at most
     `CONCENTRATED_RECOVERABLE` of them. Without: covered if the loss is at most `COVERED_SHARE` of a uniform guess's,
     concentrated if half of the error mass sits in at most `CONCENTRATED_SHARE` of the nodes.
 
@@ -72,7 +97,7 @@ def judge(
             curvature grows with the node's rows.
         removed: nats per label token that a step of unit spectral norm at every node removes.
         mastered: loss of text that counts as covered, instead of the rules above.
-        concentrated_below: instead of the shares above.
+        concentrated_below: instead of the shares above. frequencies: loss of a prediction without context.
     """
     if recoverable is not None and removed is not None:
         statistic = f"share of it that a step of {COVERED_STEP} removes"
@@ -88,6 +113,36 @@ def judge(
     half = int((ordered.cumsum(0) < total / 2).sum()) + 1 if total > 0 else ordered.numel()
     held, experts = half / ordered.numel(), mass.shape[1]
     threshold = share if concentrated_below is None else concentrated_below
+    chance = math.log(vocabulary) if frequencies is None else frequencies
     verdict = "covered" if value <= limit else "concentrated" if held <= threshold else "distributed"
+    if loss >= chance > 0 and mastered is None:
+        verdict = "unlearned"
     nodes = tuple((layers[i // experts], i % experts) for i in order[:half].tolist()) if total > 0 else ()
-    return Diagnosis(verdict, loss, statistic, value, limit, held, threshold, nodes)
+    return Diagnosis(verdict, loss, statistic, value, limit, held, threshold, nodes, context_free=frequencies)
+
+
+def on_heldout(held: Diagnosis, corpus: Diagnosis) -> Diagnosis:
+    """The verdict on a domain from those on held-out text and on the corpus itself."""
+    memorised = corpus.value <= corpus.covered_below and held.loss > (1 + MEMORISED) * corpus.loss
+    open_still = held.verdict in ("concentrated", "distributed", "unlearned")
+    verdict = "memorised" if memorised and open_still else held.verdict
+    return replace(held, verdict=verdict, text=HELD_OUT, corpus_loss=corpus.loss)
+
+
+def context_free(words: Tensor) -> float:
+    """Loss of predicting each label by how often its word is among the other labels, nats per label token.
+
+    A word that occurs once is new among the others: it has its share of the labels that do (Good & Turing), spread over
+    the vocabulary. Without leaving the label out, a short text would be predicted by itself.
+
+    Args:
+        words: how often each word is a label, `[V]`.
+    """
+    total = float(words.sum())
+    if total < 2:
+        return math.log(max(len(words), 1))
+    again = words[words > 1].double()
+    new = float((words == 1).sum()) / total
+    known = again * ((again - 1) / (total - 1) * (1 - new)).clamp_min(torch.finfo(torch.float64).tiny).log()
+    loss = -float(known.sum()) / total - (new * math.log(new / len(words)) if new else 0.0)
+    return min(loss, math.log(len(words)))

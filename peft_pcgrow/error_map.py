@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow import heatmap, lifecycle, map_file, node_table, page, page_html, same_base
-from peft_pcgrow.diagnosis import Diagnosis, judge
+from peft_pcgrow.diagnosis import Diagnosis, context_free, judge, on_heldout
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.newborns import SUMS, Newborns
 from peft_pcgrow.node_table import NodeError
@@ -24,7 +24,7 @@ from peft_pcgrow.separation import Separation
 
 # gradients are summed in so many folds, batches in turn: see `removable`
 FOLDS = 4
-OPTIONAL = ("hops", "shared")
+OPTIONAL = ("hops", "shared", "words")
 COUNTERS = ("loss", "labels", "tokens", "batches")
 # what `score` and PCGrowConfig(select=...) can rank nodes by
 STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
@@ -48,6 +48,9 @@ class ErrorMap:
         shared: sum over tokens of the product of the error norms at two nodes, experts first, then newborns,
             `[L * E + N, L * E + N]`, up to 2048 nodes.
         newborns: the same sums of the newborns that were active.
+        words: how often each word of the vocabulary is a label, `[V]`.
+        heldout: map of held-out text of the same domain; the verdict is then about that.
+        run: what a measurement goes on by (see `resume`).
         base: what the map was measured on (model type, shapes, fingerprint of the routers, sketch, way of settling).
         separation: what tells the corpus from the retain text, if one was given.
     """
@@ -68,6 +71,9 @@ class ErrorMap:
     hops: Tensor | None = None
     shared: Tensor | None = None
     newborns: Newborns = field(default_factory=Newborns)
+    words: Tensor | None = None
+    heldout: "ErrorMap | None" = None
+    run: dict[str, Any] = field(default_factory=dict)
     _removable: dict[tuple[str, int], Removable] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -139,6 +145,7 @@ class ErrorMap:
             **dict.fromkeys(OPTIONAL),
             separation=None,
             newborns=Newborns(),
+            heldout=None,
         )
 
     def scores(self, statistic: str = "error") -> Tensor:
@@ -163,12 +170,22 @@ class ErrorMap:
         return self.diagnose()
 
     def diagnose(self, reference: "ErrorMap | None" = None, *, concentrated_below: float | None = None) -> Diagnosis:
-        """Covered, concentrated or distributed: see `diagnosis.judge` for the thresholds.
+        """What the model needs for this domain, and where: see `diagnosis.judge` for the thresholds.
+
+        With held-out text the verdict is about that, and says whether the corpus itself was memorised.
 
         Args:
             reference: map of text that the model has mastered: covered is what has at most its loss; what its nodes
                 could recover does not count. The same corpus before damage, for example.
         """
+        if self.heldout is not None:
+            mastered = (reference.heldout or reference) if reference is not None else None
+            held = self.heldout.diagnose(mastered, concentrated_below=concentrated_below)
+            return on_heldout(held, self._judge())
+        return self._judge(reference, concentrated_below)
+
+    def _judge(self, reference: "ErrorMap | None" = None, concentrated_below: float | None = None) -> Diagnosis:
+        """On the corpus itself."""
         recoverable = removed = None
         if self.has_parts:
             removable = self.with_newborns("removable").clamp_min(0)
@@ -185,6 +202,7 @@ class ErrorMap:
             removed,
             reference.loss / max(reference.labels, 1) if reference is not None else None,
             concentrated_below,
+            context_free(self.words) if self.words is not None else None,
         )
 
     def __add__(self, other: "ErrorMap") -> "ErrorMap":
@@ -194,6 +212,10 @@ class ErrorMap:
             raise ValueError(
                 "these maps cannot be added: they were measured on different models or with different sketches "
                 f"({_difference(self.base, other.base) or 'other layers'})"
+            )
+        if (self.heldout is None) != (other.heldout is None):
+            raise ValueError(
+                "these maps cannot be added: only one of them has held-out text; measure both with heldout="
             )
         if self.gradient.keys() != other.gradient.keys():
             raise ValueError("these maps cannot be added: only one of them holds coherent errors")
@@ -212,6 +234,7 @@ class ErrorMap:
             **{name: getattr(self, name) + getattr(other, name) for name in COUNTERS},
             base=dict(self.base),
             newborns=newborns,
+            heldout=self.heldout + other.heldout if self.heldout is not None and other.heldout is not None else None,
         )
 
     def restrict(self, layers: tuple[int, ...]) -> "ErrorMap":
@@ -228,6 +251,7 @@ class ErrorMap:
             shared=self.shared[nodes][:, nodes] if self.shared is not None else None,
             separation=self.separation.restrict(rows, born) if self.separation else None,
             newborns=self.newborns.restrict(born),
+            heldout=self.heldout.restrict(layers) if self.heldout is not None else None,
         )
 
     def check_base(self, base: dict[str, Any]) -> None:
@@ -240,6 +264,10 @@ class ErrorMap:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `error_map.safetensors` and `error_map.json` into the folder `path`, all or nothing."""
+        map_file.write(Path(path), *self._parts())
+
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and all else."""
         tensors = {name: getattr(self, name) for name in (*SUMS, "fold_labels")}
         tensors |= {name: held for name in OPTIONAL if (held := getattr(self, name)) is not None}
         tensors |= {f"gradient.{name}": gradient for name, gradient in self.gradient.items()}
@@ -253,8 +281,12 @@ class ErrorMap:
             "base": self.base,
             "newborns": [list(node) for node in self.newborns.nodes],
             "separation": self.separation.facts if self.separation else None,
+            "run": self.run,
         }
-        map_file.write(Path(path), tensors, facts)
+        if self.heldout is not None:
+            held, facts["heldout"] = self.heldout._parts()
+            tensors |= {f"heldout.{name}": tensor for name, tensor in held.items()}
+        return tensors, facts
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ErrorMap":
@@ -265,21 +297,33 @@ class ErrorMap:
         """
         tensors, facts = map_file.read(Path(path))
         try:
-            separated = facts.get("separation")
-            separation = Separation.from_tensors(tensors, separated) if separated else None
-            theirs = {name: tensors.pop(name) for name in list(tensors) if name.startswith("newborns.")}
-            born = {name.removeprefix("newborns."): tensor for name, tensor in theirs.items()}
-            return cls(
-                layers=tuple(facts["layers"]),
-                **{name: tensors.pop(name) for name in (*SUMS, "fold_labels")},
-                **{name: tensors.pop(name, None) for name in OPTIONAL},
-                gradient={name.removeprefix("gradient."): tensor for name, tensor in tensors.items()},
-                **{name: facts[name] for name in (*COUNTERS, "base")},
-                separation=separation,
-                newborns=Newborns().changed(born, facts["newborns"]) if facts.get("newborns") else Newborns(),
-            )
+            return cls._from_parts(tensors, facts)
         except (KeyError, TypeError) as error:
             raise ValueError(map_file.damaged(Path(path), f"missing or unreadable entry: {error}")) from error
+
+    @classmethod
+    def _from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "ErrorMap":
+        """What `_parts` gave, taken out of `tensors`."""
+        held = {name: tensors.pop(name) for name in list(tensors) if name.startswith("heldout.")}
+        heldout = None
+        if "heldout" in facts:
+            named = {name.removeprefix("heldout."): tensor for name, tensor in held.items()}
+            heldout = cls._from_parts(named, facts["heldout"])
+        separated = facts.get("separation")
+        separation = Separation.from_tensors(tensors, separated) if separated else None
+        theirs = {name: tensors.pop(name) for name in list(tensors) if name.startswith("newborns.")}
+        born = {name.removeprefix("newborns."): tensor for name, tensor in theirs.items()}
+        return cls(
+            layers=tuple(facts["layers"]),
+            **{name: tensors.pop(name) for name in (*SUMS, "fold_labels")},
+            **{name: tensors.pop(name, None) for name in OPTIONAL},
+            gradient={name.removeprefix("gradient."): tensor for name, tensor in tensors.items()},
+            **{name: facts[name] for name in (*COUNTERS, "base")},
+            separation=separation,
+            newborns=Newborns().changed(born, facts["newborns"]) if facts.get("newborns") else Newborns(),
+            heldout=heldout,
+            run=facts.get("run", {}),
+        )
 
     def plot(self, path: str | os.PathLike | None = None, by: str = "error", locus: Locus | None = None):
         """Draw layer x expert as a heat map, newborns with their donors; with `path`, save it there. Returns the

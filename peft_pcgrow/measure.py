@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity
-from peft_pcgrow.batches import Batch, check_causal, held_still, read_batches, settle_batch
+from peft_pcgrow.batches import Batch, check_causal, held_still, known_words, read_batches, settle_batch
 from peft_pcgrow.borders import spread, texts_apart
 from peft_pcgrow.carry import Way
 from peft_pcgrow.contrast import compare
@@ -21,7 +22,8 @@ from peft_pcgrow.energy import GradientSketch
 from peft_pcgrow.error_map import FOLDS, ErrorMap
 from peft_pcgrow.gate import Rows
 from peft_pcgrow.probe import ErrorProbe
-from peft_pcgrow.processes import everywhere, over_processes, process, processes
+from peft_pcgrow.processes import check_same, everywhere, over_processes, process, processes, together
+from peft_pcgrow.resume import Checkpoint, TextDigest, weights_in_use
 from peft_pcgrow.sample import sample_text
 from peft_pcgrow.separation import Separation
 from peft_pcgrow.settle import LayerStack
@@ -31,6 +33,7 @@ EXACT_PARAMETERS = 2**26
 SKETCH_DIM = 64
 # inputs with a row for each row of a batch; others, of images for example, only look so when numbers happen to agree
 BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+OTHER_TEXT = "of other text, of more of it, or of the same in other batches"
 
 
 def measure_errors(
@@ -45,6 +48,7 @@ def measure_errors(
     settle_tol: float = 0.01,
     coherent: bool | None = None,
     sketch_dim: int | None = None,
+    heldout: Any = None,
     retain: Any = None,
     window: int = 64,
     nodes: str | None = None,
@@ -58,8 +62,8 @@ def measure_errors(
     corpus is cut into batches or padded. Batches go to the folds of `ErrorMap.gradient` in turn; fewer batches than
     folds are cut between their texts.
 
-    Under torch.distributed (accelerate, torchrun) every process measures the batches it is given and gets the map of
-    all of them together; all processes must call.
+    Under torch.distributed (accelerate, torchrun) every process measures the batches it is given, if any, and gets the
+    map of all of them together; all processes must call, with the same model.
 
     Args:
         model: a transformers causal LM with experts, in any floating dtype and on any device; with or without adapters.
@@ -78,76 +82,142 @@ def measure_errors(
             memory to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless settle="direct".
         sketch_dim: longest hidden side of a gradient that is kept whole (see `GradientSketch`); None decides by size.
             Second moments of the retain text are kept alike.
+        heldout: text of the same domain that nothing was, or will be, trained on, as a corpus like `batches`, at most
+            `max_tokens` of it: the verdict is then about this text (see `diagnosis`). It is measured like the corpus,
+            at the same cost a token, and kept apart (`ErrorMap.heldout`).
         retain: text whose behaviour must not change, as batches like the corpus's, at most `max_tokens` of it; or
             "self": the model writes as many texts itself (see `sample_text`). Then the map also holds branch gates and
             what retain text looks like at every node (`ErrorMap.separation`), for two more forward passes over all.
         window: tokens of context that a gate looks at, the token itself included; 0: all of the text so far.
         nodes: what is measured, "routed", "shared" or "dense" (see `find_experts`).
-        checkpoint: folder that the map so far is saved in every `checkpoint_every` batches. If it holds a map of this
-            model already, the batches in it are skipped: an interrupted measurement goes on, to the same map.
+        checkpoint: folder that the map so far is saved in every `checkpoint_every` batches. What it holds already is
+            not measured again: an interrupted measurement goes on, a finished one is returned. That takes the same
+            weights, the same way of measuring and the same text up to there, which digests tell: one pass over the
+            weights, and over the text.
         progress: show a progress bar on standard error.
 
     Raises:
         TypeError: no model, or no corpus.
         ValueError: no experts in the model, or offloaded ones (unless coherent=False), no causal LM, a corpus without
             token ids or without one label token, words that the model does not know, too few texts to fit gates on, a
-            number out of its range, an unknown way to settle, or a checkpoint of another model.
+            number out of its range, an unknown way to settle, a checkpoint of other weights, text or options, or other
+            models on other processes.
         FloatingPointError: a loss that is NaN or infinite.
+        RuntimeError: another process failed.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    check_causal(model)
-    tree = experts.find_experts(model, nodes)
-    way = Way(settle, settle_depth, settle_tol)
-    given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
-    given |= whole_numbers(checkpoint_every=checkpoint_every)
-    batch_size, window, checkpoint_every = (given[name] for name in ("batch_size", "window", "checkpoint_every"))
-    max_tokens = -(-given["max_tokens"] // processes()) if "max_tokens" in given else None
-    sketch_dim = given.get("sketch_dim", _sketch_dim(tree))
-    if coherent is None:
-        coherent = settle != "direct"
-    if coherent:
-        experts.check_in_memory(tree)
-    base = identity.describe_base(model, tree) | {
-        "sketch": sketch_dim if coherent else None,
-        "settle": [settle, settle_depth] if settle == "direct" else settle,
-    }
-    resumed = _resume(checkpoint, base)
-    probe = ErrorProbe(tree, GradientSketch(sketch_dim) if coherent else None, resumed)
-    probe.again = coherent or settle != "direct"
+    with together("measure_errors"):
+        check_causal(model)
+        tree = experts.find_experts(model, nodes)
+        way = Way(settle, settle_depth, settle_tol)
+        given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
+        given |= whole_numbers(checkpoint_every=checkpoint_every)
+        window, limit = given["window"], given.get("max_tokens")
+        if heldout is batches:
+            raise ValueError("heldout is the corpus itself: give text of the same domain that nothing was trained on")
+        if coherent is None:
+            coherent = settle != "direct"
+        if coherent:
+            experts.check_in_memory(tree)
+        sketch_dim = given.get("sketch_dim", _sketch_dim(tree))
+        base = identity.describe_base(model, tree) | {
+            "sketch": sketch_dim if coherent else None,
+            "settle": [settle, settle_depth] if settle == "direct" else settle,
+        }
+        run = {name: base[name] for name in ("sketch", "settle")} | {"nodes": tree.nodes}
+        run["settle_tol"] = settle_tol if settle == "relax" else None
+        if checkpoint is not None or processes() > 1:
+            run["weights"] = weights_in_use(model)
+    asked = {"max_tokens": limit, "heldout": heldout is not None, "retain": retain is not None}
+    check_same("measure_errors", {**run, **asked, "base": base})
     device = next(model.parameters()).device
-    read = partial(read_batches, model, batch_size=batch_size, tokenizer=tokenizer)
-    seen: list[Batch] = []
-    bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="measuring errors", disable=not progress)
-    done = 0
-    try:
-        with held_still(model), probe.routing(), LayerStack(tree.layers, probe=probe, way=way):
-            for number, pieces in enumerate(_batches(read(batches), max_tokens)):
-                for piece in pieces:
-                    if retain is not None:
-                        seen.append(piece)
-                    done += piece.tokens
-                    if done > probe.tokens:
-                        probe.begin(piece.real, piece.target)
-                        probe.loss += settle_batch(model, piece.inputs, piece.target)
-                bar.update(done - bar.n)
-                bar.set_postfix(loss=f"{probe.loss / max(probe.labels, 1):.3f}")
-                if checkpoint is not None and (number + 1) % checkpoint_every == 0:
-                    probe.result(base, None).save(_own_folder(checkpoint))
-                if max_tokens is not None and done >= max_tokens:
-                    break
-        emap = over_processes(probe.result(base, None), device)
-        if checkpoint is not None:
-            probe.result(base, None).save(_own_folder(checkpoint))
+    read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
+    limit = None if limit is None else -(-limit // processes())
+    saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
+    how = _How(model, tree, way, GradientSketch(sketch_dim) if coherent else None, base, limit, progress)
+    seen: list[Batch] | None = None if retain is None else []
+    with together("measure_errors"):
+        resumed = saving.load()
+        before = resumed.heldout if resumed is not None else None
+        mine = _sweep(how, read(batches), resumed, saving, lambda emap: replace(emap, heldout=before), seen)
+        if heldout is not None:
+            held = _sweep(how, read(heldout), before, saving, lambda emap: replace(mine, heldout=emap))
+            mine.heldout = held
+        saving.save(mine)
+    emap = over_processes(mine, device)
+    for what, found in (("corpus", emap), ("held-out text", emap.heldout)):
+        if found is not None and not found.labels:
+            raise ValueError(
+                f"the {what} has no label token ({found.tokens} tokens read): give batches with at least two tokens "
+                "each, and labels that are not all -100"
+            )
+    if seen is not None:
         with held_still(model):
-            emap.separation = _separate(model, tree, read, seen, retain, max_tokens, window, sketch_dim, progress)
-    finally:
-        bar.close()
-    if not emap.labels:
-        raise ValueError(
-            f"the corpus has no label token ({emap.tokens} tokens read): give batches with at least two tokens each, "
-            "and labels that are not all -100"
-        )
+            emap.separation = _separate(how, read, seen, retain, window, sketch_dim)
     return emap
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a corpus is measured: arguments of `measure_errors`, read."""
+
+    model: nn.Module
+    tree: experts.Tree
+    way: Way
+    sketch: GradientSketch | None
+    base: dict[str, Any]
+    max_tokens: int | None
+    progress: bool
+
+
+def _sweep(
+    how: _How,
+    source: Iterator[Batch],
+    resumed: ErrorMap | None,
+    saving: Checkpoint,
+    whole: Callable[[ErrorMap], ErrorMap],
+    seen: list[Batch] | None = None,
+) -> ErrorMap:
+    """This process's map of a corpus.
+
+    Args:
+        resumed: what to go on from. whole: what to save for the map so far. seen: where to note the batches.
+    """
+    probe = ErrorProbe(how.tree, how.sketch, resumed, known_words(how.model))
+    probe.again = how.sketch is not None or how.way.settle != "direct"
+    known, text, done = resumed.batches if resumed is not None else 0, TextDigest(), 0
+
+    def sofar() -> ErrorMap:
+        return replace(probe.result(how.base, None), run={**saving.run, "read": text.hexdigest})
+
+    options = {"desc": "measuring errors", "disable": not how.progress, "unit_scale": True}
+    with (
+        tqdm(total=how.max_tokens, unit="tok", **options) as bar,
+        held_still(how.model),
+        probe.routing(),
+        LayerStack(how.tree.layers, probe=probe, way=how.way),
+    ):
+        for number, pieces in enumerate(_batches(source, how.max_tokens), start=1):
+            for piece in pieces:
+                if seen is not None:
+                    seen.append(piece)
+                done += piece.tokens
+                if saving.folder is not None:
+                    text.add(piece.inputs, piece.target)
+                if resumed is not None and text.batches == known and text.hexdigest != resumed.run.get("read"):
+                    raise saving.stale(OTHER_TEXT)
+                if text.batches > known or saving.folder is None:
+                    probe.begin(piece.real, piece.target)
+                    probe.loss += settle_batch(how.model, piece.inputs, piece.target)
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{probe.loss / max(probe.labels, 1):.3f}")
+            if number % saving.every == 0 and text.batches > known:
+                saving.save(whole(sofar()))
+            if how.max_tokens is not None and done >= how.max_tokens:
+                break
+    if text.batches < known:
+        raise saving.stale(OTHER_TEXT)
+    return sofar()
 
 
 def whole_numbers(**given: Any) -> dict[str, int]:
@@ -168,21 +238,11 @@ def _sketch_dim(tree: experts.Tree) -> int:
     return longest if total <= EXACT_PARAMETERS else SKETCH_DIM
 
 
-def _own_folder(checkpoint: str | os.PathLike) -> Path:
+def _own_folder(checkpoint: str | os.PathLike | None) -> Path | None:
     """Where this process keeps its part."""
-    return Path(checkpoint) / f"process-{process()}" if processes() > 1 else Path(checkpoint)
-
-
-def _resume(checkpoint: str | os.PathLike | None, base: dict[str, Any]) -> ErrorMap | None:
-    if checkpoint is None or not (_own_folder(checkpoint) / "error_map.json").is_file():
+    if checkpoint is None:
         return None
-    found = ErrorMap.load(_own_folder(checkpoint))
-    if found.base != base:
-        raise ValueError(
-            f"{_own_folder(checkpoint)} holds a map of another model, or one measured in another way: give another "
-            "folder as checkpoint=, or remove it"
-        )
-    return found
+    return Path(checkpoint) / f"process-{process()}" if processes() > 1 else Path(checkpoint)
 
 
 def _batches(source: Iterator[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:
@@ -217,26 +277,23 @@ def _cut(batch: Batch, pieces: int) -> list[Batch]:
 
 
 def _separate(
-    model: nn.Module,
-    tree: experts.Tree,
+    how: _How,
     read: Callable[..., Iterator[Batch]],
     domain: list[Batch],
     retain: Any,
-    max_tokens: int | None,
     window: int,
     sketch_dim: int,
-    progress: bool,
-) -> Separation | None:
-    if retain is None:
-        return None
-    if isinstance(retain, str):
-        if retain != "self":
-            raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
-        shapes = [spread(batch.real, texts_apart(batch.rows)).shape for batch in domain]
-        texts, longest = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
-        retain = sample_text(model, texts, longest, progress=progress)
-    device = next(model.parameters()).device
-    batches = list(read(retain, max_tokens))
+) -> Separation:
+    device = next(how.model.parameters()).device
+    with together("measure_errors"):
+        if isinstance(retain, str):
+            if retain != "self":
+                raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
+            shapes = [spread(batch.real, texts_apart(batch.rows)).shape for batch in domain]
+            texts, longest = sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
+            # other processes write other texts
+            retain = sample_text(how.model, texts, longest, seed=process(), progress=how.progress) if texts else []
+        batches = list(read(retain, max_tokens=how.max_tokens))
     # a gate is fitted to all of the text, so every process fits the same ones
     domain, batches = everywhere(domain, device), everywhere(batches, device)
-    return compare(model, tree, domain, batches, window, sketch_dim, progress)
+    return compare(how.model, how.tree, domain, batches, window, sketch_dim, how.progress)

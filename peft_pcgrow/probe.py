@@ -23,7 +23,13 @@ SHARED_NODES = 2048
 class ErrorProbe(Probe):
     """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
 
-    def __init__(self, tree: experts.Tree, sketch: GradientSketch | None, resumed: ErrorMap | None = None):
+    def __init__(
+        self,
+        tree: experts.Tree,
+        sketch: GradientSketch | None,
+        resumed: ErrorMap | None = None,
+        vocabulary: int | None = None,
+    ):
         self.sites = {site.layer: site for site in tree.sites}
         self.sketch = sketch
         self.layouts = experts.stack_layouts(tree.sites[0].base)
@@ -42,6 +48,7 @@ class ErrorProbe(Probe):
         # of the batch at hand: error norm of every token at every node, by layer
         self._norms: dict[int, Tensor] = {}
         self.hops: Tensor | None = None
+        self.words = None if vocabulary is None else torch.zeros(vocabulary, dtype=torch.float64, device="cpu")
         self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
         self._routed: tuple[Tensor, Tensor] | None = None
         self._forward: dict[int, tuple[Tensor, Tensor]] = {}
@@ -61,6 +68,7 @@ class ErrorProbe(Probe):
                     for name, g in resumed.gradient.items()
                 }
             self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
+            self.words = resumed.words
             self.loss, self.labels = resumed.loss, resumed.labels
             self.tokens, self.batches = resumed.tokens, resumed.batches
 
@@ -72,7 +80,11 @@ class ErrorProbe(Probe):
     def begin(self, real: Tensor, target: Tensor) -> None:
         """Called before each batch, with what is text of it and the labels, `[B, S]`."""
         self.keep = real.reshape(-1)
-        labels = int((target[:, 1:] != IGNORED).sum())
+        wanted = target[:, 1:]
+        wanted = wanted[wanted != IGNORED]
+        labels = len(wanted)
+        if self.words is not None:
+            self.words += torch.bincount(wanted.cpu(), minlength=len(self.words))
         self.labels += labels
         self.tokens += int(self.keep.sum())
         self.batches += 1
@@ -204,6 +216,7 @@ class ErrorProbe(Probe):
             fold_labels=self.fold_labels.clone(),
             hops=self.hops.clone() if self.hops is not None else None,
             shared=self.shared.clone() if self.shared is not None else None,
+            words=self.words.clone() if self.words is not None else None,
         )
 
 

@@ -69,7 +69,7 @@ def decide(emap: ErrorMap, locus: Locus, grow: str, gate_fpr: float) -> list[Dec
     if separation is None:
         raise ValueError(NO_RETAIN.format(f"grow={grow!r}"))
     diagnosis = emap.diagnosis
-    if grow == "auto" and diagnosis.verdict == "covered":
+    if grow == "auto" and diagnosis.verdict in ("covered", "memorised"):
         raise ValueError(f"there is nothing to grow: {diagnosis}. Say grow='deepen' or 'spawn' to grow all the same")
     recalls, rates = (at_rate(table, gate_fpr) for table in (separation.recall, separation.false_positive))
     domain, retain = (

@@ -1,6 +1,7 @@
 """Run by test_distributed.py under torchrun, with accelerate, and imported by it for the same steps in one process."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, measure_errors
-from peft_pcgrow.error_map import SUMS
+from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, measure_errors, order_by_surprisal
+from peft_pcgrow.error_map import COUNTERS, SUMS
 from tiny import build, domain, mixed, retain, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
@@ -135,6 +136,63 @@ def tensors(emap: ErrorMap) -> dict[str, Tensor]:
     return named | {"labels": torch.tensor([emap.labels, emap.tokens, emap.batches])}
 
 
+def parts(emap: ErrorMap) -> dict[str, Tensor]:
+    """All tensors of a map and of its held-out text, and its counters."""
+    found, facts = emap._parts()
+    counters = [facts[name] for name in COUNTERS] + [facts["heldout"][name] for name in COUNTERS]
+    return found | {"counters": torch.tensor(counters)}
+
+
+def without_text(rank: int = 0, **options) -> ErrorMap:
+    """A map of text that only process 0 has; of held-out text, that only process 1 has."""
+    shares = [tokens(6, 9).split(2), ()]
+    heldout = shares[1 - rank] if dist.is_initialized() else list(shares[0])
+    return measure_errors(build(), shares[rank], heldout=heldout, progress=False, **options)
+
+
+def examples() -> list[Tensor]:
+    return [tokens(1, 4 + i % 5, seed=i)[0] for i in range(21)]
+
+
+def ordered() -> Tensor:
+    """Places of the examples in their order, and their surprisals in it."""
+    data = [{"input_ids": text, "place": i} for i, text in enumerate(examples())]
+    found, surprisal = order_by_surprisal(data, build(), window=10, batch_size=2, return_surprisal=True, progress=False)
+    return torch.stack([torch.tensor([float(each["place"]) for each in found]).double(), surprisal])
+
+
+def refused(rank: int) -> dict[str, str]:
+    """What is raised here where the processes do not fit together, or one of them fails."""
+
+    def broken() -> Iterator[Tensor]:
+        yield tokens()
+        if rank == 1:
+            raise OSError("the disk is gone")
+
+    trained = grow().eval()
+    with torch.no_grad():
+        next(iter(p for p in trained.parameters() if p.requires_grad)).add_(float(rank))
+    ids = tokens(8).split(2)
+    calls = {
+        "other base": lambda: measure_errors(build(seed=rank), ids, progress=False),
+        "other weights": lambda: measure_errors(trained, ids, progress=False),
+        "other options": lambda: measure_errors(build(), ids, coherent=bool(rank), progress=False),
+        "no text": lambda: measure_errors(build(), [], progress=False),
+        "broken": lambda: measure_errors(build(), broken(), progress=False),
+        "no number": lambda: measure_errors(build(), ids, max_tokens=-rank, progress=False),
+        "retain": lambda: measure_errors(build(), ids, retain=broken(), progress=False),
+        "order": lambda: order_by_surprisal(examples(), build(seed=rank), progress=False),
+        "example": lambda: order_by_surprisal([*examples(), [3]], build(), batch_size=1, progress=False),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, RuntimeError, OSError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     found = {
@@ -144,6 +202,10 @@ def main(folder: Path) -> None:
         "trainer": train(folder, ROWS // 2),
         "mapped": mapped(folder, accelerator.process_index),
         "whole": tensors(mapped_whole(accelerator.process_index, 2)),
+        "without text": parts(without_text(accelerator.process_index)),
+        "without text, relaxed": parts(without_text(accelerator.process_index, settle="relax", settle_tol=1e-9)),
+        "ordered": ordered(),
+        "refused": refused(accelerator.process_index),
     }
     torch.save(found, folder / f"rank{accelerator.process_index}.pt")
 

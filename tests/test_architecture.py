@@ -44,7 +44,7 @@ FLOORS = [
     ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
     ["rows", "flat", "parts", "bank", "identity", "compress.forms", "compress.packed_seal"],
     ["deepen", "spawn", "sample", "contrast", "compress.packed"],
-    ["probe", "compress.persist"],
+    ["probe", "resume", "compress.persist"],
     ["measure", "compress.quantize"],
     ["compress.calibrate"],
     ["compress.candidates", "compress.skip", "compress.compression_plan"],

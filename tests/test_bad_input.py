@@ -204,7 +204,7 @@ def test_loss_that_is_not_finite(value):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("batch", [tokens()[0, 0], tokens().float(), {"input_ids": tokens()[None]}])
+@pytest.mark.parametrize("batch", [{"input_ids": tokens()[0, 0]}, tokens().float(), {"input_ids": tokens()[None]}])
 def test_batch_of_another_shape(batch):
     model = build()
     with refused(model, ValueError, r"item 0 of the corpus needs input_ids of shape \[B, S\] or \[S\], integers"):

@@ -100,6 +100,50 @@ def test_map_of_all_processes(ranks):
             assert torch.equal(found["whole"][name], ranks[0]["whole"][name]), name
 
 
+@pytest.mark.parametrize("settle", ["sweep", "relax"])
+def test_process_without_text(ranks, settle):
+    """It takes part: the map, and that of the held-out text, are those of the process that has the text."""
+    options = {} if settle == "sweep" else {"settle": "relax", "settle_tol": 1e-9}
+    want = ddp_script.parts(ddp_script.without_text(**options))
+    for found in ranks:
+        got = found["without text" if settle == "sweep" else "without text, relaxed"]
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=0, msg=lambda text, n=name: n + text)
+
+
+def test_order_of_all_processes(ranks):
+    """Each measured a share of the examples; the order is one process's."""
+    want = ddp_script.ordered()
+    for found in ranks:
+        assert torch.equal(found["ordered"], want)
+
+
+REFUSED = {
+    "other base": "ValueError: measure_errors on 2 processes needs the same on each, and weights differs",
+    "other weights": "ValueError: measure_errors on 2 processes needs the same on each, and weights differs",
+    "other options": "ValueError: measure_errors on 2 processes needs the same on each, and sketch differs",
+    "no text": "ValueError: the corpus has no label token",
+    "broken": ("RuntimeError: measure_errors failed on process 1 of 2: OSError: the disk is gone", "OSError: the disk"),
+    "no number": ("ValueError: max_tokens must be", "ValueError: max_tokens must be"),
+    "retain": ("RuntimeError: measure_errors failed on process 1 of 2: OSError: the disk is gone", "OSError: the disk"),
+    "order": "ValueError: order_by_surprisal on 2 processes needs the same on each, and weights differs",
+    "example": (
+        "RuntimeError: order_by_surprisal failed on process 1 of 2: ValueError: example 21",
+        "ValueError: exam",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_processes_that_do_not_fit_together(ranks, case):
+    """All of them say so, and none waits for another."""
+    wanted = REFUSED[case]
+    for rank, found in enumerate(ranks):
+        text = wanted if isinstance(wanted, str) else wanted[rank]
+        assert found["refused"][case].startswith(text)
+
+
 def test_poison_on_one_process(ranks):
     """A NaN loss on one process refuses the step on both."""
     for found in ranks:

@@ -126,7 +126,7 @@ def test_an_interrupted_map_goes_on(settle, tmp_path):
     assert_same(measured(model, batches, settle=settle, checkpoint=tmp_path / "map"), whole)
     handle.remove()
     assert len(runs) == first  # a finished one runs nothing
-    with pytest.raises(ValueError, match="holds a map of another model, or one measured in another way"):
+    with pytest.raises(ValueError, match="holds a measurement of other weights"):
         measured(build(seed=1), batches, settle=settle, checkpoint=tmp_path / "map")
 
 
