@@ -6,6 +6,8 @@ from typing import Any
 
 # how fine an adapter may choose: whole experts, single matrices, or blocks of intermediate neurons
 RESOLUTIONS = ("expert", "matrix", "neurons")
+# nodes up to which a line names each
+NAMED = 48
 
 
 class Locus(Mapping[int, tuple[int, ...]]):
@@ -69,8 +71,13 @@ class Locus(Mapping[int, tuple[int, ...]]):
         return {str(layer): list(experts) for layer, experts in self._nodes.items()}
 
     def describe(self) -> str:
-        """One short line: `layer 3: 0 5 | layer 4: 1`."""
-        return " | ".join(f"layer {layer}: {' '.join(map(str, experts))}" for layer, experts in self._nodes.items())
+        """One line: `layer 3: 0 5 | layer 4: 1`; of many nodes, how many there are in each layer or in all."""
+        if len(self.nodes) <= NAMED:
+            return " | ".join(f"layer {layer}: {' '.join(map(str, experts))}" for layer, experts in self._nodes.items())
+        counts = {layer: len(experts) for layer, experts in self._nodes.items()}
+        least, most = min(counts.values()), max(counts.values())
+        each = f"{most}" if least == most else f"{least} to {most}"
+        return f"{len(self.nodes)} nodes, {each} in each of layers {_ranges(list(counts))}"
 
 
 def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:

@@ -2,10 +2,20 @@
 
 import logging
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
 logger = logging.getLogger("peft_pcgrow")
+
+
+def ends(things: Sequence[Any], most: int = 10) -> list[str]:
+    """Things in words, the first and the last of them if there are more than `most`, and how many lie between."""
+    if len(things) <= most:
+        return [str(thing) for thing in things]
+    first, last = things[: most - most // 2], things[len(things) - most // 2 :]
+    return [*map(str, first), f"... {len(things) - most} more ...", *map(str, last)]
 
 
 def say(text: str) -> None:

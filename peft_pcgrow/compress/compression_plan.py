@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_pcgrow.compress.calibrate import Calibration
 from peft_pcgrow.compress.forms import Form
+from peft_pcgrow.say import ends
 
 FORMAT = 1
 
@@ -84,6 +85,8 @@ class CompressionPlan:
         return found
 
     def __str__(self) -> str:
+        """Bytes, losses and forms, and the experts with the most and the least predicted harm; `nodes` has all."""
+        ranked = sorted(self.nodes, key=lambda node: node.predicted, reverse=True)
         counts: dict[str, int] = {}
         for node in self.nodes:
             counts[str(node.form)] = counts.get(str(node.form), 0) + 1
@@ -96,7 +99,7 @@ class CompressionPlan:
                 f"  losses before: {texts or 'not measured'}; predicted change of their mean {self.predicted:+.4f} "
                 f"nats/token by {self.select!r}",
                 "  " + ", ".join(f"{count} x {form}" for form, count in sorted(counts.items())),
-                *(f"  {node}" for node in self.nodes),
+                *(f"  {line}" for line in ends(ranked)),
             ]
         )
 
