@@ -24,9 +24,9 @@ class Birth:
         directions: per stack, what updates are kept off, `[G, I, K]`, or by `parts.protected_inputs`.
         pieces: what the bank holds of the experts, by stack; None: all of them, whole.
         shrunk: how the bank is stored, by stack; None: in full width.
-        identity: of the adapter, "" if it has no newborns. elders: of the adapters whose newborns were active when it
-            was grown, and which are asked for rows before it. parents: by donor, of the adapter whose newborn, rather
-            than the donor, the newborn takes its rows from.
+        identity: the adapter's fingerprint, "" if it has no newborns. elders: of the adapters whose newborns were
+            active when it was grown, and which are asked for rows before it. parents: by donor, of the adapter whose
+            newborn, rather than the donor, the newborn takes its rows from.
     """
 
     grown: tuple[int, ...]
@@ -125,6 +125,17 @@ def check_disjoint(births: Mapping[str, Birth], layer: int) -> None:
                 f"adapter {name!r} has newborns of newborns (layer {layer}: {missing[:8]}), whose rows come from the "
                 "adapter that it was grown on, which is not active here: load that one first, and activate both, as in "
                 f"model.base_model.set_adapter([first, {name!r}])"
+            )
+
+
+def check_deletable(name: str, births: Mapping[str, Birth], layer: int) -> None:
+    """Raise ValueError if newborns of another adapter take their rows from those of this one."""
+    identity = births[name].identity if name in births else ""
+    for other, birth in births.items():
+        if identity and identity in birth.parents.values():
+            raise ValueError(
+                f"adapter {other!r} has newborns of newborns of {name!r} (layer {layer}) and cannot be without them: "
+                f"delete {other!r} first"
             )
 
 

@@ -17,7 +17,7 @@ from peft_pcgrow.lora_beside import read_lora, settings_of
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
 from peft_pcgrow.setting import dictionary, flag, names, number, plain, text, whole, wholes
-from peft_pcgrow.spawn import GROWTHS
+from peft_pcgrow.spawn import GROWTHS, Decision
 
 SETTLING = (*WAYS, "backprop")
 ROUTERS = ("branch", "flat")
@@ -62,7 +62,7 @@ class PCGrowConfig(PeftConfig):
         grow (`str`, defaults to `"deepen"`):
             `"deepen"`: located experts are refined for all of their rows. `"spawn"`: each gets a newborn, a clone that
             takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
-            `"auto"`: decides for each node, and says what and why.
+            `"auto"`: decides for each node, and says what and why (`decisions` holds all of it).
         gate_fpr (`float`, defaults to `0.01`):
             Share of retain tokens that a newborn may take, in (0, 1): the threshold of the branch gates, set on text
             that they were not fitted on.
@@ -168,6 +168,9 @@ class PCGrowConfig(PeftConfig):
     spawned: Optional[dict] = field(
         default=None, metadata={"help": "Nodes of the locus that are newborns, layer -> donors. Set on creation."}
     )
+    lineage: Optional[dict] = field(
+        default=None, metadata={"help": "Which adapters' newborns these grew from, and beside. Set on creation."}
+    )
     gate_window: int = field(default=0, metadata={"help": "Tokens of context the gates look at. Set on creation."})
     protected: Optional[dict] = field(
         default=None, metadata={"help": "Directions kept off, layer -> stack -> number. Set on creation."}
@@ -190,6 +193,8 @@ class PCGrowConfig(PeftConfig):
         self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
         # the map that was used, for adapters made of this config later; not part of what is saved
         self._measured: Optional[ErrorMap] = None
+        # what became of each located node, and why; not part of what is saved either
+        self.decisions: list[Decision] = []
         self.check()
 
     def check(self) -> None:

@@ -122,6 +122,11 @@ def _newborns(layer: PCGrowExperts | None) -> list[tuple[str, int, int]]:
     if layer is None or layer.disable_adapters:
         return []
     births = [(name, layer.births[name]) for name in layer.active_banks()]
+    if younger := [name for name, birth in births if birth.parents]:
+        raise ValueError(
+            f"adapter {younger[0]!r} has newborns of newborns (layer {layer.layer_index}), and no router of a plain "
+            "checkpoint asks one expert after another: keep the adapters, or export without it"
+        )
     return [(name, donor, birth.grown.index(donor)) for name, birth in births for donor in birth.spawned]
 
 

@@ -20,7 +20,8 @@ from peft_pcgrow import experts
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.plain_weight import check_whole
 from peft_pcgrow.protect import keep_off
-from peft_pcgrow.say import say
+from peft_pcgrow.say import ends, say
+from peft_pcgrow.without_rows import RowsMet
 
 _guards: "weakref.WeakSet[TrainingGuard]" = weakref.WeakSet()
 _hooked = False
@@ -56,6 +57,7 @@ class TrainingGuard:
     def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
         self.model, self.layers, self.summary = model, layers, summary
         self._ids = {id(p) for p in model.parameters()}
+        self.rows_met = RowsMet()
         self._watch()
 
     def _watch(self) -> None:
@@ -70,6 +72,7 @@ class TrainingGuard:
 
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
+        self.rows_met.forget()
         self.announced = False
         # by id of a bank's weight, until it is seen to move
         self.starts: dict[int, _Start] = {}
@@ -127,6 +130,7 @@ class TrainingGuard:
         graded = [(*bank, bank[2].grad) for bank in banks if bank[2].grad is not None]
         mine = [entry for entry in graded if id(entry[2]) in groups]
         self._refuse_nonfinite(optimizer, mine)
+        self.rows_met.before_step(mine)
         self.held |= {id(weight) for *_, weight in banks if id(weight) in groups}
         for layer, adapter, weight, gradient in mine:
             self._protect(layer, adapter, weight, gradient)
@@ -157,7 +161,11 @@ class TrainingGuard:
                 places = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()
                 nodes = [layer.node(adapter, weight, place) for place in places]
                 whole = layer.births[adapter].pieces is None
-                named = f"layer {layer.layer_index}, experts {[node[1] for node in nodes]}" if whole else _names(nodes)
+                named = (
+                    f"layer {layer.layer_index}, experts {', '.join(ends([node[1] for node in nodes]))}"
+                    if whole
+                    else _names(nodes)
+                )
                 raise FloatingPointError(NOT_FINITE.format(f"{named} (adapter {adapter!r})"))
         for name, parameter in self.model.named_parameters():
             if id(parameter) in broken:
@@ -267,7 +275,7 @@ def _reached(gradient: Tensor) -> Tensor:
 
 
 def _names(nodes: list[Node]) -> str:
-    return ", ".join(name for *_, name in sorted(set(nodes)))
+    return ", ".join(ends([name for *_, name in sorted(set(nodes))]))
 
 
 def _raise_unmoved(nodes: list[Node], why: str, when: str = "the first optimizer step") -> None:

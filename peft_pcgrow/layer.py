@@ -19,6 +19,7 @@ from peft_pcgrow.given import Given
 from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
+from peft_pcgrow.say import ends
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
@@ -356,12 +357,12 @@ class PCGrowExperts(Given, BaseTunerLayer):
         return stack.device, stack.dtype
 
     def extra_repr(self) -> str:
-        nodes = {
-            name: [f"{expert} (newborn)" if expert in birth.spawned else expert for expert in birth.grown]
+        nodes = ", ".join(
+            f"{name!r}: [{', '.join(ends([f'{e} (newborn)' if e in birth.spawned else e for e in birth.grown]))}]"
             for name, birth in self.births.items()
-        }
+        )
         held = {name: parts.count(birth.pieces) for name, birth in self.births.items() if birth.pieces is not None}
-        return f"layer={self.layer_index}, grown={nodes}" + (f", parts={held}" if held else "")
+        return f"layer={self.layer_index}, grown={{{nodes}}}" + (f", parts={held}" if held else "")
 
     def __repr__(self) -> str:
         return "pcgrow." + super().__repr__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow import experts, identity, parts, same_base
 from peft_pcgrow.bank import SHRUNK
-from peft_pcgrow.birth import check_donors
+from peft_pcgrow.birth import check_deletable, check_donors
 from peft_pcgrow.carry import Way
 from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
@@ -215,6 +215,8 @@ class PCGrowModel(BaseTuner):
             yield lora
 
     def delete_adapter(self, adapter_name: str) -> None:
+        for layer in self.tuner_layers():
+            check_deletable(adapter_name, layer.births, layer.layer_index)
         left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
         if left := left or list(self.peft_config)[:1]:

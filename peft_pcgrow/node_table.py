@@ -213,12 +213,10 @@ def frame(emap: Any) -> Any:
         for i, name in enumerate(("removable_low", "removable_high")):
             columns[name] = torch.cat([part.interval[i].flatten() for part in found])
     if (separation := emap.separation) is not None:
-        gates = {"domain_rows": separation.domain_rows, "retain_rows": separation.retain_rows}
-        gates |= {name: at_rate(getattr(separation, name), RATE) for name in ("recall", "false_positive")}
-        gates["contested"] = separation.contested
-        theirs = {n: at_rate(t, RATE) if t.dim() > 1 else t for n, t in separation.newborns.items()}
+        columns |= {name: separation.every(name) for name in ("domain_rows", "retain_rows")}
+        columns |= {name: at_rate(separation.every(name), RATE) for name in ("recall", "false_positive")}
         unknown = torch.full((len(born),), float("nan"), device="cpu")
-        columns |= {n: torch.cat([t.flatten(), theirs.get(n, unknown)]) for n, t in gates.items()}
+        columns["contested"] = torch.cat([separation.contested.flatten(), unknown])
     names = dict(zip(("layer", "expert", "adapter"), zip(*nodes, strict=True), strict=True))
     numbers = {name: values.flatten().numpy() for name, values in columns.items()}
     return pandas.DataFrame(

@@ -72,6 +72,7 @@ def choose(
     block: int = 16,
     max_per_layer: int | None = None,
     cost_weight: float = 0.0,
+    lead: Tensor | None = None,
 ) -> Choice:
     """The nodes to grow, or parts of them: the best by `select` that fit into `budget`, at least one.
 
@@ -92,6 +93,7 @@ def choose(
         max_per_layer: candidates chosen in one layer at most.
         cost_weight: in [0, 1], how much the cost of a step counts: errors are carried down to the lowest chosen layer
             only, so layers above some bound are chosen from, the bound with the most score / cost^cost_weight.
+        lead: the node that stands for each expert, of it and its newborns (see `leading`); None: the expert itself.
 
     Raises:
         ValueError: budget outside (0, 1], unknown `select` or `resolution`, no map, a map without any error or without
@@ -109,7 +111,7 @@ def choose(
         )
     if error_map is None and (select != "random" or resolution != "expert"):
         raise ValueError(f"select={select!r} ranks nodes by an error map: give error_map=, or locus= by hand")
-    found = _candidates(len(layers), experts, select, error_map, seed, gate_fpr, resolution, block)
+    found = _candidates(len(layers), experts, select, error_map, seed, gate_fpr, resolution, block, lead)
     if select != "random" and not float(found.score.clamp_min(0).sum()) > 0:
         raise ValueError(f"the error map has no {select} anywhere: there is nothing to grow on this corpus")
     if uniform:
@@ -118,6 +120,20 @@ def choose(
     else:
         chosen = _within(found, budget, len(layers), max_per_layer, cost_weight)
     return _choice(found, chosen, layers)
+
+
+def leading(emap: ErrorMap, gate_fpr: float) -> Tensor:
+    """Of each expert and its newborns, the node that a new newborn would take its rows from, `[L, E]`: that of which a
+    gate at this rate would take the most error. Places among `emap.scores`."""
+    experts, total = emap.count.shape[1], emap.count.numel()
+    taken, lead = emap.scores("error"), torch.arange(total, device="cpu")
+    if emap.separation is not None:
+        taken = taken * at_rate(emap.separation.every("recall"), gate_fpr)
+    for place, (layer, donor, _) in enumerate(emap.newborns.nodes, start=total):
+        expert = emap.layers.index(layer) * experts + donor
+        if taken[place] > taken[lead[expert]]:
+            lead[expert] = place
+    return lead.view_as(emap.count)
 
 
 def _candidates(
@@ -129,6 +145,7 @@ def _candidates(
     gate_fpr: float,
     resolution: str,
     block: int,
+    lead: Tensor | None,
 ) -> Candidates:
     """Score and size of every expert, or of every part."""
     names: tuple[str, ...] = ()
@@ -143,12 +160,15 @@ def _candidates(
         score = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     else:
         assert emap is not None
-        score = _score(emap, select, gate_fpr, resolution, block).reshape(shape)
+        score = _score(emap, select, gate_fpr, resolution, block, lead).reshape(shape)
     layer, expert, part = torch.meshgrid(*(torch.arange(n, device="cpu") for n in shape), indexing="ij")
     size = sizes.expand(shape)
     if resolution != "expert" and select != "random":
         score = score / size
     overlap = emap.overlap if emap is not None and select == "joint" else None
+    if overlap is not None:
+        nodes = torch.arange(rows * experts, device="cpu") if lead is None else lead.flatten()
+        overlap = overlap[nodes][:, nodes]
     return Candidates(
         score.flatten(),
         size.flatten(),
@@ -161,9 +181,11 @@ def _candidates(
     )
 
 
-def _score(emap: ErrorMap, select: str, gate_fpr: float, resolution: str, block: int) -> Tensor:
+def _score(emap: ErrorMap, select: str, gate_fpr: float, resolution: str, block: int, lead: Tensor | None) -> Tensor:
     if select in DONORS:
-        return _donors(emap, select, gate_fpr)
+        return _donors(emap, select, gate_fpr, lead)
+    if lead is not None:
+        return emap.scores("removable" if select == "joint" else select)[lead]
     if select == "joint" or resolution != "expert":
         if select == "coherent":
             return emap.pull(resolution, block)
@@ -268,17 +290,19 @@ def _choice(found: Candidates, chosen: Sequence[int], layers: tuple[int, ...]) -
     return Choice(Locus(nodes), parts or None)
 
 
-def _donors(error_map: ErrorMap, rule: str, gate_fpr: float) -> Tensor:
+def _donors(error_map: ErrorMap, rule: str, gate_fpr: float, lead: Tensor | None) -> Tensor:
     """Score `[L, E]` of every node as a donor, 0 where no domain token comes."""
+    if lead is None:
+        lead = torch.arange(error_map.count.numel(), device="cpu").view_as(error_map.count)
+    mass, count = error_map.scores("error")[lead], error_map.scores("frequency")[lead]
     if rule == "lowest":
-        least = error_map.mass.clone()
-        least[error_map.count == 0] = float("inf")
+        least = mass.masked_fill(count == 0, float("inf"))
         # the ranks, upside down: a score that is highest for the least error
         rank = torch.argsort(torch.argsort(least.flatten(), stable=True), stable=True).view_as(least)
-        return torch.where(error_map.count > 0, float(rank.numel()) - rank, 0.0)
+        return torch.where(count > 0, float(rank.numel()) - rank, 0.0)
     separation = error_map.separation
     if separation is None:
         raise ValueError(f"select={rule!r} compares with retain text: measure_errors(model, batches, retain=...)")
     if rule == "contested":
         return separation.contested
-    return error_map.mass * at_rate(separation.recall, gate_fpr)
+    return mass * at_rate(separation.every("recall"), gate_fpr)[lead]

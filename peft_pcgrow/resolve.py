@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, parts, plan, spawn
+from peft_pcgrow import experts, lineage, parts, plan, spawn
 from peft_pcgrow.bank import codings
 from peft_pcgrow.birth import Birth
 from peft_pcgrow.checksum import checksum
@@ -36,6 +36,7 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
         )
     else:
         here = emap.restrict(layers) if emap is not None else None
+        follows = here is not None and lineage.follows_newborns(config)
         choice = plan.choose(
             layers,
             experts_at[layers[0]],
@@ -49,14 +50,24 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
             block=config.block,
             max_per_layer=config.max_per_layer,
             cost_weight=config.cost_weight,
+            lead=plan.leading(here, config.gate_fpr) if here is not None and follows else None,
         )
         locus, selected = choice.locus, choice.parts
     separation = emap.separation if emap is not None else None
     given: dict[str, Tensor] = {}
+    older = lineage.older(sites, emap) if emap is not None else {}
+    if config.grow == "deepen" and emap is not None and emap.newborns.nodes:
+        share = float(emap.newborns.mass.sum() / emap.scores("error").sum().clamp_min(1e-300))
+        say(
+            f"pcgrow: newborns ({emap.newborns}) hold {share:.0%} of the error; a new adapter deepens experts only: "
+            "to deepen newborns, train their adapter further; grow='spawn' spawns from them"
+        )
     if config.grow != "deepen":
         if emap is None or separation is None:
             raise ValueError(spawn.NO_RETAIN.format(f"grow={config.grow!r}"))
-        decisions = spawn.decide(emap, locus, config.grow, config.gate_fpr)
+        lead = plan.leading(emap, config.gate_fpr) if lineage.follows_newborns(config) else None
+        decisions = spawn.decide(emap, locus, config.grow, config.gate_fpr, lead)
+        config.decisions = decisions
         say(spawn.report(decisions, f"pcgrow: grow={config.grow!r} at gate_fpr={config.gate_fpr}"))
         locus = Locus(spawn.kept(decisions, "spawn", "deepen"))
         config.spawned = {str(layer): donors for layer, donors in spawn.kept(decisions, "spawn").items()}
@@ -64,6 +75,7 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
         for layer in map(int, config.spawned):
             row = emap.layers.index(layer)
             given |= {f"{layer}.{name}": getattr(separation, name)[row] for name in ("direction", "law", "threshold")}
+        config.lineage = lineage.noted(decisions, older)
     config.locus = locus.to_json()
     # the parts of what is left of the locus: those selected, or all
     if selected is not None:
@@ -99,6 +111,7 @@ def check_resolved(config: PCGrowConfig, sites: Sequence[experts.ExpertsSite]) -
     for layer, donors in (config.spawned or {}).items():
         if not set(donors) <= set(grown.get(layer, ())):
             raise ValueError(ALTERED.format("spawned", f"{donors} in layer {layer}, where the locus has no such nodes"))
+    lineage.check(config)
     if (config.parts is None) != (config.resolution == "expert"):
         raise ValueError(ALTERED.format("parts", f"{'none' if config.parts is None else 'some'} at this resolution"))
     if config.parts is not None:
@@ -163,7 +176,12 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
         directions = parts.no_directions(site.base, pieces, ranks)
     held = pieces if config.parts is not None else None
     shrunk = codings(config.shrunk, site.layer)
-    return Birth(grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk)
+    noted = config.lineage or {}
+    parents = {int(donor): parent for donor, parent in noted.get("parents", {}).get(str(site.layer), {}).items()}
+    return Birth(
+        grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk,
+        (config.fingerprint or "") if spawned else "", tuple(noted.get("elders", ())), parents,
+    )  # fmt: skip
 
 
 def _pieces(config: PCGrowConfig, layer: int, base: experts.ExpertsModule) -> Mapping[str, Pieces]:

@@ -55,6 +55,12 @@ class Separation:
         shares = [rows / rows.sum(1, keepdim=True).clamp_min(1) for rows in (self.domain_rows, self.retain_rows)]
         return torch.minimum(*shares)
 
+    def every(self, table: str) -> Tensor:
+        """A table of all nodes, experts and then newborns: recall and false_positive `[L * E + N, F]`, or
+        domain_rows and retain_rows `[L * E + N]`."""
+        own = getattr(self, table).flatten(0, 1)
+        return torch.cat([own, self.newborns[table]]) if self.newborns else own
+
     def directions(
         self, row: int, stack: str, experts: list[int], share: float, inputs: Sequence[Tensor] | None = None
     ) -> Tensor:
