@@ -29,14 +29,14 @@ class Sequence:
         shape: (B, S).
         told: what says how its tokens stand in their texts.
         cache: the KV cache, if there is one; index: the layer's place in it.
-        held: tokens of each row that the cache held before; None: it does not say.
+        held: tokens of each row that the cache held before.
     """
 
     shape: tuple[int, int]
     told: Told
     cache: Any
     index: int
-    held: int | None
+    held: int
 
     @classmethod
     def of(cls, index: int, args: tuple, kwargs: dict[str, Any], chunk: int = 0) -> "Sequence":
@@ -61,14 +61,12 @@ class Sequence:
         seen = _memory(self.cache, self.index)
         past = None if self.held == 0 else seen.get(name)
         count = 0 if past is None else past.shape[1]
-        # gates that were asked at every call remember equally much
-        held = max((other.shape[1] for other in seen.values()), default=0) if self.held is None else self.held
-        if count != held or (past is not None and count and len(past) != self.shape[0]):
+        if count != self.held or (past is not None and count and len(past) != self.shape[0]):
             rows = f" of {self.shape[0]} rows" if past is None else f" of {self.shape[0]} rows (it: of {len(past)})"
             raise RuntimeError(
                 f"the gate of adapter {name!r} at layer {self.index} remembers {count} tokens, and the KV cache holds "
-                f"{'others' if held == SOME else held}{rows}: it was filled without this adapter, or made of another "
-                "cache's tensors. Give the whole text with an empty cache, or use_cache=False"
+                f"{'others' if self.held == SOME else self.held}{rows}: it was filled without this adapter, or made of "
+                "another cache's tensors. Give the whole text with an empty cache, or use_cache=False"
             )
         past = past if count else None
         rows = self.told.rows(self.shape, count, past)
@@ -116,22 +114,24 @@ def _memory(cache: Any, place: int) -> dict[str, Tensor]:
     return getattr(entries[place], "_pcgrow_seen", {}) if place < len(entries) else {}
 
 
-def _held(cache: Any, place: int, tokens: int) -> int | None:
-    """Tokens that a cache holds before a call of `tokens`; None: it does not say."""
+def _held(cache: Any, place: int, tokens: int) -> int:
+    """Tokens that a cache holds before a call of `tokens`."""
     entries = getattr(cache, "layers", None)
     if not isinstance(entries, list):
-        return 0 if cache is None else None
+        return 0
+    # where a cache does not say: gates that were asked at every call remember equally much
+    remembered = max((seen.shape[1] for seen in _memory(cache, place).values()), default=0)
     filled = [i for i, e in enumerate(entries) if hasattr(e, "get_seq_length") and getattr(e, "is_initialized", True)]
     if not filled:
         # layers below have counted these tokens
         states = [state for entry in entries[place:] for state in getattr(entry, "has_previous_state", {}).values()]
-        return SOME if any(states) and not _memory(cache, place) else None
+        return SOME if any(states) and not remembered else remembered
     # a layer without keys of its own asks another, which has counted these tokens if it comes before
     asked = place if place in filled else filled[0]
     length = entries[asked].get_seq_length()
     if isinstance(length, Tensor):
-        if length.device.type != "cpu" and tokens == 1 and _memory(cache, place):
-            return None  # asking a GPU would hold up every token that is decoded
+        if length.device.type != "cpu" and tokens == 1 and remembered:
+            return remembered  # asking a GPU would hold up every token that is decoded
         length = int(length)
     return length - (tokens if asked < place else 0)
 

@@ -77,9 +77,9 @@ def _count(adapter: str, counted: Counter[str], layer: PCGrowExperts, args: tupl
     counted["forwards"] += 1
     counted["routed"] += int(routed.sum())
     counted["passed"] += int(passed.sum())
-    born = torch.tensor([experts + n for n, (owner, _) in enumerate(layer.newborns) if owner == adapter])
-    deepened = torch.tensor([expert for expert in birth.grown if expert not in birth.spawned])
-    counted["computed"] += int(torch.isin(nodes, torch.cat([born, deepened]).to(nodes)).sum())
+    mine = [experts + n for n, (owner, _) in enumerate(layer.newborns) if owner == adapter]
+    mine += [expert for expert in birth.grown if expert not in birth.spawned]
+    counted["computed"] += int(torch.isin(nodes, torch.tensor(mine, device=nodes.device)).sum())
     for n, (owner, _) in enumerate(layer.newborns):
         if owner != adapter:
             counted[f"by {owner}"] += int((passed & (nodes == experts + n)).sum())
