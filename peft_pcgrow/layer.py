@@ -81,8 +81,8 @@ class PCGrowExperts(Given, BaseTunerLayer):
         for name in stacks:
             setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
         self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
-        # tokens of the chunks that the layer attends in; 0: it does not
-        self.chunk = 0
+        # of its decoder layer: see `sequence.cache_place` and `sequence.attention_chunk`
+        self.place, self.chunk = layer_index, 0
         self.call = Call()
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]

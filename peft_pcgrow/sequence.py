@@ -40,7 +40,8 @@ class Sequence:
 
     @classmethod
     def of(cls, index: int, args: tuple, kwargs: dict[str, Any], chunk: int = 0) -> "Sequence":
-        """From what decoder layer `index`, which attends in chunks of `chunk` tokens if it does, is called with."""
+        """From what a decoder layer is called with, whose place in a cache is `index`, and which attends in chunks of
+        `chunk` tokens, if it does."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         shape = hidden.shape[0], hidden.shape[1]
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
@@ -107,6 +108,14 @@ def attention_chunk(layer: nn.Module, index: int) -> int:
     types = getattr(config, "layer_types", None) or ()
     chunked = index < len(types) and types[index] == "chunked_attention"
     return getattr(config, "attention_chunk_size", 0) if chunked else 0
+
+
+def cache_place(layer: nn.Module, index: int) -> int:
+    """Of the entries that decoder layer `index` has in a KV cache, the first: LongCat's layers attend twice."""
+    named = (module for name, module in layer.named_modules() if "att" in name)
+    return min(
+        (module.layer_idx for module in named if isinstance(getattr(module, "layer_idx", None), int)), default=index
+    )
 
 
 def _memory(cache: Any, place: int) -> dict[str, Tensor]:

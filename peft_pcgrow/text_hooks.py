@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.recompute import by_name
-from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk
+from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk, cache_place
 
 # the method of transformers that every way of continuous batching begins with
 ASKED = "init_continuous_batching"
@@ -62,13 +62,13 @@ def enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: d
     gated = any(layer.spawned(name) for name in layer.active_banks())
     layer.call.entered, layer.call.called = True, False
     called = by_name(decoder_layer, args, kwargs)
-    layer.call.sequence = Sequence.of(layer.layer_index, *called, layer.chunk) if gated else None
+    layer.call.sequence = Sequence.of(layer.place, *called, layer.chunk) if gated else None
 
 
 def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     """Let `layer` know that also where only the inside of its decoder layer runs: transformers' gradient checkpointing
     recomputes it so, on whichever thread autograd uses."""
-    layer.chunk = attention_chunk(decoder_layer, layer.layer_index)
+    layer.place, layer.chunk = (of(decoder_layer, layer.layer_index) for of in (cache_place, attention_chunk))
     inside = partial(_note_inside, layer)
     return tuple(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children())
 
@@ -77,4 +77,4 @@ def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch
 def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The attention is handed all that the decoder layer is."""
     if not layer.call.entered and "attention_mask" in kwargs:
-        layer.call.sequence = Sequence.of(layer.layer_index, args, kwargs, layer.chunk)
+        layer.call.sequence = Sequence.of(layer.place, args, kwargs, layer.chunk)

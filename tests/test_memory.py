@@ -4,20 +4,30 @@ says alike what is text and where texts begin. The oracle is the whole text at o
 import copy
 import io
 import pickle
+from functools import cache
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    StaticCache,
+)
 from transformers.masking_utils import flex_attention_mask, sliding_window_causal_mask_function
 
 from close import assert_close
+from peft_pcgrow import PCGrowConfig, measure_errors
 from peft_pcgrow.borders import Told
 from peft_pcgrow.sequence import Sequence
 from test_generation import CACHES, TOLERANCE, grown, stepwise
 from test_packing import additive, block, numbers, places
-from tiny import PAD, logits, mixed, taken
+from tiny import PAD, build, domain, logits, mixed, retain, taken, train
 
 LENGTHS = (24, 7, 1, 16, 9)
 
@@ -96,6 +106,52 @@ def test_the_cache_of_a_decoder():
     inner.update(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4), 0)
     call = Sequence.of(0, (torch.zeros(2, 3, 4),), {"past_key_values": held})
     assert (call.cache, call.held) == (inner, 5)
+
+
+@cache
+def hybrid() -> PeftModel:
+    """A layer with a running state below one with keys."""
+
+    def build_it() -> PreTrainedModel:
+        settings = {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "initializer_range": 0.15,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        }
+        return Qwen3NextForCausalLM(Qwen3NextConfig(**settings))
+
+    base, texts = build(build_it, torch.float64), ([domain(32, seed=1)], [retain(32, seed=1)])
+    emap = measure_errors(base, texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    locus = {0: [1, 4], 1: [0, 3], 2: [2, 5]}
+    model = get_peft_model(base, PCGrowConfig(error_map=emap, locus=locus, grow="spawn", gate_fpr=0.15))
+    train(model, lr=3e-2, texts=domain)
+    return model
+
+
+def test_layers_without_keys_ask_others():
+    """How much a cache holds is known from those that have them."""
+    model, ids = hybrid(), mixed()
+    held = DynamicCache(config=model.config)
+    assert_close("logits", stepwise(model, ids, [10, 1, 13], held), logits(model, ids), TOLERANCE)
+    held = DynamicCache(config=model.config)
+    stepwise(model, ids[:, :10], [10], held)
+    with model.disable_adapter():
+        stepwise(model, ids[:, 10:11], [1], held)
+    with pytest.raises(RuntimeError, match="at layer 0 remembers 10 tokens, and the KV cache holds 11"):
+        stepwise(model, ids[:, 11:], [1], held)
 
 
 def test_unknown_caches_are_refused():
