@@ -99,7 +99,9 @@ def forward(
 
     Returns:
         `[T, H]` in `hidden`'s dtype; if `exact`, equal bit for bit to `base(...)` for tokens that no branch takes a row
-        of, and for all if the banks hold the base's own weights and the implementation can be taken apart.
+        of, and for all if the banks hold the base's own weights and the implementation can be taken apart. So it is on
+        CPUs, and on an H100 with "eager" and "grouped_mm". "batched_mm", which `generate` decodes by on a GPU, is the
+        base's one product of all rows here too, but untried there: count on the rounding of the dtype.
     """
     tokens, choices = index.shape
     apart = rows.implementation(base) is not None

@@ -60,7 +60,7 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
         parts: a row may be in several.
         source: of each row, which of the parts' rows, one part after the other, is its own, `[R]`; -1: none, its output
             is zeros.
-        joint: apply activations to all rows at once, as the fast paths do.
+        joint: apply activations (and the products of batched_mm) to all rows at once, as the fast paths do.
 
     Returns:
         `[R, H]`.
@@ -72,6 +72,9 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
 
     if joint and implementation(base) == "spread":
         return together([m.spread(x, part.rows, part.chosen) for m, part in zip(modules, parts, strict=True)])
+    if joint and implementation(base) == "batched_mm":
+        # one product of all rows, as the base's own call: kernels are chosen by the number of rows
+        return _chain(base, x, lambda inputs, name: _batched(base, inputs, modules, parts, source, name))
     if not joint or implementation(base) in ("eager", None):
         return together([_run(m, x[part.rows], part) for m, part in zip(modules, parts, strict=True)])
 
@@ -151,3 +154,28 @@ def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) ->
         ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
         return _grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)
     return _batched_linear(inputs, stack[chosen], bias=bias, is_transposed=module.is_transposed)
+
+
+def _batched(
+    base: ExpertsModule,
+    inputs: Tensor,
+    modules: Sequence[ExpertsModule],
+    parts: Sequence[Part],
+    source: Tensor,
+    name: str,
+) -> Tensor:
+    """transformers' batched product of all rows `[R, I]`, each with the matrix of the part that it is taken from."""
+
+    def gathered(stack: str) -> Tensor:
+        first = getattr(base, stack)
+        # rows that a part computes for others only go to the end, which is cut off
+        held, computed = first.new_zeros(len(source) + 1, *first.shape[1:]), 0
+        for module, part in zip(modules, parts, strict=True):
+            places = torch.arange(computed, computed + len(part.rows), device=source.device)
+            own = torch.where(source[part.rows] == places, part.rows, len(source))
+            held.index_put_((own,), getattr(module, stack)[part.chosen])
+            computed += len(part.rows)
+        return held[:-1]
+
+    bias = gathered(f"{name}_bias") if base.has_bias else None
+    return _batched_linear(inputs, gathered(name), bias=bias, is_transposed=base.is_transposed)

@@ -1,4 +1,9 @@
-"""Every test starts from the same random state, offline, on one thread: models this small gain nothing from more."""
+"""Every test starts from the same random state, offline, on one thread: models this small gain nothing from more.
+
+`pytest --device cuda` makes models and texts on a GPU: as torch's default device, which the package never relies on.
+Random numbers are drawn on the CPU all the same, so models and texts are those of the CPU's run. Tests marked `cpu` say
+why they run there only; those marked `gpu` run wherever there is one.
+"""
 
 import os
 
@@ -6,11 +11,50 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import set_seed
 
 torch.set_num_threads(1)
+RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
+
+
+class DrawnOnCpu(TorchFunctionMode):
+    """Random numbers of no stated device, the same on every one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in RANDOM and (kwargs or {}).get("device") is None:
+            return func(*args, **(kwargs or {}), device="cpu").to(torch.get_default_device())
+        return func(*args, **(kwargs or {}))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="what models and texts of the tests are on: cpu (default) or cuda")
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device {device}: tests compute with numbers, choose cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch sees no CUDA device here")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if config.getoption("--device") != "cpu" else ():
+        if (mark := item.get_closest_marker("cpu")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {mark.args[0]}"))
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(request):
     set_seed(0)
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        yield
+        return
+    torch.set_default_device(device)
+    try:
+        with DrawnOnCpu():
+            yield
+    finally:
+        torch.set_default_device(None)

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, measure_errors
 from tiny import LOCUS, build, contrast, domain, grown, logits, retain, spawned, spawning, tokens
 
+pytestmark = pytest.mark.cpu("its models are where the default device is not")
 GROWTHS = {
     "deepen": lambda: PCGrowConfig(locus=LOCUS),
     "by map": lambda: PCGrowConfig(error_map=contrast(), budget=0.1, select="frequency", max_per_layer=2),

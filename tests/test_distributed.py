@@ -12,6 +12,8 @@ from torch import Tensor
 import ddp_script
 from peft_pcgrow import measure_errors
 
+pytestmark = pytest.mark.cpu("processes meet over gloo")
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:

@@ -27,6 +27,8 @@ WAYS_IN = {
     "plan": lambda model: compress.plan(model, target=0.5, retain=[retain()]),
 }
 
+pytestmark = pytest.mark.cpu("processes meet over gloo, and quantized layers are put together on the CPU")
+
 
 def grown_on(model: nn.Module, **settings) -> nn.Module:
     return get_peft_model(model, PCGrowConfig(locus={0: [1, 4], 2: [3]}, **settings))

@@ -151,7 +151,8 @@ def build(
 ) -> PreTrainedModel:
     """A model in evaluation mode; the weights follow from `name` (of an architecture above, or what makes a model) and
     `seed` alone, `changes` go to its config."""
-    with torch.random.fork_rng(devices=[]):
+    here = torch.get_default_device()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         model = (name if callable(name) else ARCHITECTURES[name])(**changes)
         with torch.no_grad():
@@ -161,14 +162,15 @@ def build(
     for parameter in model.parameters():  # buffers keep fp32, as after from_pretrained
         parameter.data = parameter.data.to(dtype)
     model.set_experts_implementation(implementation)
-    return model.eval()
+    return model.to(here).eval()
 
 
 def dense(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny Llama: no experts."""
-    with torch.random.fork_rng(devices=[]):
+    here = torch.get_default_device()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=64)).to(dtype).eval()
+        return LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=64)).to(here, dtype).eval()
 
 
 def tokens(batch: int = 4, length: int = 16, seed: int = 0) -> Tensor:
