@@ -14,6 +14,7 @@ from peft_pcgrow.export import export_flat
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.measure import measure_errors
 from peft_pcgrow.model import PCGrowModel
+from peft_pcgrow.model_card import SPELLED_OUT
 from peft_pcgrow.optimizer import Muon, create_pcgrow_optimizer
 from peft_pcgrow.register import register
 from peft_pcgrow.sample import sample_text
@@ -35,5 +36,5 @@ __all__ = [
     "sample_text",
 ]
 
-register(PCGrowConfig, PCGrowModel)
+register(PCGrowConfig, PCGrowModel, SPELLED_OUT)
 register_packed()

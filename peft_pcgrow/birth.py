@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Birth:
         identity: the adapter's fingerprint, "" if it has no newborns. elders: of the adapters whose newborns were
             active when it was grown, and which are asked for rows before it. parents: by donor, of the adapter whose
             newborn, rather than the donor, the newborn takes its rows from.
+        facts: all that gives the bank's tensors their meaning, beside that (see `seal`).
     """
 
     grown: tuple[int, ...]
@@ -40,6 +42,7 @@ class Birth:
     identity: str = ""
     elders: tuple[str, ...] = ()
     parents: Mapping[int, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def by_age(births: Mapping[str, Birth]) -> list[str]:

@@ -1,9 +1,11 @@
 """PCGrowConfig: the only home of the method's settings."""
 
+import copy
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
@@ -14,6 +16,7 @@ from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import NODES
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.lora_beside import read_lora, settings_of
+from peft_pcgrow.model_card import SPELLED_OUT, add_usage
 from peft_pcgrow.plan import SELECTIONS, check_budget
 from peft_pcgrow.register import extend_peft_type
 from peft_pcgrow.setting import dictionary, flag, names, number, plain, text, whole, wholes
@@ -114,6 +117,9 @@ class PCGrowConfig(PeftConfig):
         lora (`peft.LoraConfig`, *optional*):
             LoRA beside the grown experts, on the attention for example, as part of this adapter: it is created, saved,
             loaded, switched, disabled and merged with it. A dict of its settings will do.
+        verify (`bool`, `True`; to be set on a config, not given):
+            Whether tensors loaded into the adapter must be sealed, unaltered, and for this locus and base. `False` is
+            for files from before there were seals, and for bases with other weights; it is not saved.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, as in LoRA.
         init_weights (`bool`, defaults to `True`):
@@ -147,6 +153,8 @@ class PCGrowConfig(PeftConfig):
         default=None, metadata={"help": f"Pack the base's experts: {', '.join(BASE_QUANTIZATIONS)}."}
     )
     lora: Optional[Any] = field(default=None, metadata={"help": "LoraConfig of LoRA beside the grown experts."})
+    # set on a config, never read from a file, which could switch its own checks off
+    verify: bool = field(default=True, init=False, metadata={"help": "Whether what is loaded must be sealed for this."})
     modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Further modules to train and save."})
     init_weights: bool = field(default=True, metadata={"help": "Whether grown experts start as exact copies."})
     target_modules: Optional[Union[list[str], set[str], str]] = field(
@@ -280,9 +288,17 @@ class PCGrowConfig(PeftConfig):
         # a map held in memory does not belong in a config file; what it led to is in `locus`
         held, self.error_map = self.error_map, self.error_map if isinstance(self.error_map, str) else None
         try:
-            return {**super().to_dict(), "lora": None if self.lora is None else settings_of(self.lora)}
+            found = {name: value for name, value in super().to_dict().items() if name != "verify"}
+            return {**found, "lora": None if self.lora is None else settings_of(self.lora)}
         finally:
             self.error_map = held
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; the file and a model card beside it say what must be imported to load the adapter."""
+        spelled = copy.copy(self)
+        spelled.peft_type = SPELLED_OUT
+        super(PCGrowConfig, spelled).save_pretrained(save_directory, **kwargs)
+        add_usage(Path(save_directory))
 
 
 def _token_indices(value: Any) -> Any:

@@ -263,7 +263,7 @@ class ErrorMap:
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `error_map.safetensors` and `error_map.json` into the folder `path`, all or nothing."""
+        """Write `error_map.safetensors` into the folder `path`: whole, or not at all."""
         map_file.write(Path(path), *self._parts())
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

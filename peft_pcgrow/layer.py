@@ -20,6 +20,7 @@ from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.say import ends
+from peft_pcgrow.sealed_layer import SealedLayer, SealHolder
 from peft_pcgrow.sequence import Sequence as TokenSequence
 
 # relative size of the perturbation that init_weights=False asks for
@@ -46,7 +47,7 @@ class Call(PerThread):
         self.entered, self.sequence = False, None
 
 
-class PCGrowExperts(Given, BaseTunerLayer):
+class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -54,7 +55,7 @@ class PCGrowExperts(Given, BaseTunerLayer):
         layer_index: index of its decoder layer.
     """
 
-    other_param_names = ("pcgrow_checksum", "pcgrow_gate_direction", "pcgrow_gate_law", "pcgrow_gate_threshold")
+    other_param_names = ("pcgrow_seal", "pcgrow_gate_direction", "pcgrow_gate_law", "pcgrow_gate_threshold")
 
     def __init__(self, base_layer: experts.ExpertsModule, layer_index: int):
         super().__init__()
@@ -66,14 +67,11 @@ class PCGrowExperts(Given, BaseTunerLayer):
         self.adapter_layer_names = tuple(f"pcgrow_{name}" for name in stacks)
         self.merged_adapters = []
         self._disable_adapters = False
-        self.births: dict[str, Birth] = {}
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._slots: dict[tuple[str, torch.device], dict[str | None, Tensor]] = {}
         self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
         # weights composed once for all forwards, while `composed_once` says so
         self._composed: dict[str, dict[str, Tensor]] = {}
-        # sha256 of an adapter's bank here, filled in when it is saved and compared when it is loaded
-        self.pcgrow_checksum = BufferDict({}, persistent=True)
         # of each adapter that spawned here: see `gate.Gate`
         for name in ("direction", "law", "threshold"):
             setattr(self, f"pcgrow_gate_{name}", BufferDict({}, persistent=True))
@@ -87,9 +85,11 @@ class PCGrowExperts(Given, BaseTunerLayer):
         hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
         self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
 
-    def update_layer(self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool) -> None:
+    def update_layer(
+        self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool, verify: bool = True
+    ) -> None:
         """Give `adapter_name` a bank with copies of what it grows of the experts in use (perturbed unless
-        `init_weights`)."""
+        `init_weights`); `verify` what is loaded into it."""
         if birth.shrunk is not None and not inference_mode:
             raise ValueError(SHRUNK.format(adapter_name))
         self.births[adapter_name] = birth
@@ -98,7 +98,7 @@ class PCGrowExperts(Given, BaseTunerLayer):
                 weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
             coding = None if birth.shrunk is None else birth.shrunk[name]
             self._banks(name)[adapter_name] = make_bank(weights, self.base_layer.is_transposed, coding)
-        self.pcgrow_checksum[adapter_name] = torch.zeros(32, dtype=torch.uint8, device="cpu")
+        self.pcgrow_seal[adapter_name] = SealHolder(partial(self.facts, adapter_name), adapter_name, verify)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
         if birth.spawned:

@@ -82,6 +82,12 @@ def settings_of(lora: LoraConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
+def scales_of(lora: LoraConfig) -> dict[str, Any]:
+    """Those settings that say what LoRA's tensors do, whichever layers have some."""
+    named = ("lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+    return {name: getattr(lora, name) for name in named}
+
+
 @contextmanager
 def injected(model: nn.Module, lora: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool) -> Iterator[LoraConfig]:
     """Give `adapter_name` LoRA layers for what is done inside; where that fails they are gone again, and what was

@@ -14,11 +14,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, identity, parts, same_base
+from peft_pcgrow import adapter_file, experts, identity
 from peft_pcgrow.bank import SHRUNK
 from peft_pcgrow.birth import check_deletable, check_donors
 from peft_pcgrow.carry import Way
-from peft_pcgrow.checksum import MARK, seal, verify
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.config import PCGrowConfig, check_share
 from peft_pcgrow.error_map import ErrorMap
@@ -30,10 +29,11 @@ from peft_pcgrow.lora_beside import check_alone, injected, key_in_file, without_
 from peft_pcgrow.mixed_batch import adapters_named, check_samples
 from peft_pcgrow.model_parts import UNPATCHED
 from peft_pcgrow.plain_weight import check_whole
-from peft_pcgrow.resolve import birth, check_resolved, check_tokens, resolve
+from peft_pcgrow.resolve import birth, check_base, check_resolved, check_tokens, resolve
 from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
 from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
+from peft_pcgrow.what_trains import what_trains
 
 
 class PCGrowModel(BaseTuner):
@@ -60,6 +60,8 @@ class PCGrowModel(BaseTuner):
     _grown: tuple[PCGrowExperts, ...] = ()
     _created: Mapping[int, tuple[PCGrowExperts, ...]] = MappingProxyType({})
     _handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
+    # ids of the base's parameters by name, until the first forward after an adapter was added
+    _unchecked: dict[str, int] | None = None
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
         return peft_config  # targets follow from the locus, in _prepare_model
@@ -96,8 +98,6 @@ class PCGrowModel(BaseTuner):
                 newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
                 check_flat(model, tree, newborns, uniform=True)
             peft_config.__dict__.update(resolved.__dict__, base=base, nodes=tree.nodes)
-        elif same_base.other_weights(base, peft_config.base):
-            warnings.warn("this adapter was grown on a base with other weights; it may not fit here", stacklevel=2)
         if experts.was_cast_up(tree.sites[0].base) and peft_config.base_quantization is None:
             warnings.warn(
                 "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "
@@ -107,6 +107,7 @@ class PCGrowModel(BaseTuner):
         check_resolved(peft_config, allowed)
         check_tokens(peft_config, model)
         locus = Locus(peft_config.locus or {})
+        check_base(peft_config, base, merged=any(layer.merged for layer in self.tuner_layers()))
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
@@ -168,7 +169,9 @@ class PCGrowModel(BaseTuner):
             for name, other in self.peft_config.items():
                 if name != adapter_name and getattr(other, "fingerprint", None) == peft_config.fingerprint:
                     birth = layer.given_by(name, birth)
-        layer.update_layer(adapter_name, birth, peft_config.init_weights, peft_config.inference_mode)
+        layer.update_layer(
+            adapter_name, birth, peft_config.init_weights, peft_config.inference_mode, peft_config.verify
+        )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -196,8 +199,10 @@ class PCGrowModel(BaseTuner):
             lowest = self._tree.layers[0]
             self._handles += (lowest.register_forward_pre_hook(check_samples, with_kwargs=True),)
             self._handles += refuse_mixed_rows(model, self.tuner_layers)
+            self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
         assert self._guard is not None
         self._guard.rearm()
+        self._unchecked = {name: id(p) for name, p in adapter_file.base_parameters(model)}
 
     @contextmanager
     def _lora_beside(
@@ -241,6 +246,9 @@ class PCGrowModel(BaseTuner):
                 f"the grown experts of layer {patched.layer_index} had their forward replaced after get_peft_model, by "
                 f"Liger's kernels for example: {UNPATCHED}"
             )
+        if self._unchecked is not None:
+            self._check_loaded()
+            self._unchecked = None
         if not (torch.is_grad_enabled() and self.model.training):
             return False
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
@@ -266,6 +274,10 @@ class PCGrowModel(BaseTuner):
         if self._stack is not None:
             self._stack.way = next((way for way in ways.values() if way is not None), Way())
         return True
+
+    def _check_loaded(self) -> None:
+        """What transformers' own loader has brought is compared before it is used: it asks no tuner."""
+        adapter_file.check_loaded(self.model, self._unchecked or {}, self._remove_adapter_name_from_key)
 
     def _check_trains(self) -> None:
         """A training forward of a shrunk adapter, with nothing else on the model that trains, ends in no gradient."""
@@ -303,23 +315,7 @@ class PCGrowModel(BaseTuner):
                 )
 
     def _summary(self) -> str:
-        lines = []
-        for name in self.active_adapters:
-            layers = [layer for layer in self.tuner_layers() if name in layer.grown]
-            if not layers:
-                continue
-            config, locus = self.peft_config[name], Locus({layer.layer_index: layer.grown[name] for layer in layers})
-            newborns = sum(len(layer.births[name].spawned) for layer in layers)
-            parameters = sum(p.numel() for layer in layers for p in layer.bank(name).values())
-            what = f"{len(locus.nodes)} experts ({newborns} of them newborns)"
-            if config.parts is not None:
-                pieces = sum(parts.count(layer.births[name].pieces or {}) for layer in layers)
-                what = f"{pieces} parts (resolution={config.resolution!r}) of {what}"
-            lines.append(
-                f"pcgrow: adapter {name!r} grows {what} in {len(locus)} layers, {parameters:,} parameters, "
-                f"settle={config.settle!r}: {locus.describe()}"
-            )
-        return "\n".join(lines)
+        return what_trains(self.tuner_layers(), self.peft_config, self.active_adapters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -374,14 +370,17 @@ class PCGrowModel(BaseTuner):
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Refuse before any layer has been written."""
+        self._check_loaded()
         for layer in self.tuner_layers():
             layer.check_merge(safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
+        adapter_file.check_loaded(model, {}, cls._remove_adapter_name_from_key)  # before it is sealed anew
         ours = PCGrowExperts if config.lora is None else (PCGrowExperts, LoraLayer)
         held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return seal(without_others(model, held, adapter_name, ours))
+        held = without_others(model, held, adapter_name, ours)
+        return adapter_file.Closing(held, model, adapter_name, cls._remove_adapter_name_from_key)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -389,6 +388,5 @@ class PCGrowModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
-        verify(state_dict)
-        state_dict = {key: torch.zeros_like(t) if key.endswith(f".{MARK}") else t for key, t in state_dict.items()}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return adapter_file.check_file(model, adapter_name, config.verify, found, cls._remove_adapter_name_from_key)

@@ -29,10 +29,11 @@ def extend_peft_type() -> None:
         hashable.append(NAME) if isinstance(hashable, list) else hashable.add(NAME)
 
 
-def register(config_cls: type, model_cls: type) -> None:
-    """Register the method with PEFT; a second call does nothing."""
+def register(config_cls: type, model_cls: type, spelled_out: str = NAME) -> None:
+    """Register the method with PEFT, also by the name that files call it; a second call does nothing."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     extend_peft_type()
     if PeftType[NAME] not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="pcgrow_")
+    PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(spelled_out, config_cls)  # type: ignore[arg-type]

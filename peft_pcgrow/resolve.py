@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from peft_pcgrow import experts, lineage, parts, plan, spawn
 from peft_pcgrow.bank import codings
 from peft_pcgrow.birth import Birth
-from peft_pcgrow.checksum import checksum
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
 from peft_pcgrow.locus import Locus
+from peft_pcgrow.lora_beside import scales_of
 from peft_pcgrow.pieces import Pieces
+from peft_pcgrow.same_base import WEIGHTS, difference
 from peft_pcgrow.say import say
+from peft_pcgrow.seal import digest_all, other_base
 from peft_pcgrow.setting import whole
 
 ALTERED = "{}: {}: no adapter of this base has that; its adapter_config.json was altered, or is of another base"
@@ -96,7 +98,7 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
                 config.protected[str(site.layer)] = {stack: held.shape[2] for stack, held in found.items()}
                 given |= {f"{site.layer}.{stack}": held for stack, held in found.items()}
     if given:
-        config.fingerprint = bytes(checksum(given).tolist()).hex()
+        config.fingerprint = digest_all(given)
 
 
 def check_resolved(config: PCGrowConfig, sites: Sequence[experts.ExpertsSite]) -> None:
@@ -159,6 +161,22 @@ def check_tokens(config: PCGrowConfig, model: nn.Module) -> None:
             )
 
 
+def check_base(config: PCGrowConfig, base: dict[str, Any], merged: bool) -> None:
+    """The base at hand must be the one that a resolved config was made on; with `verify=False` it becomes that.
+
+    Args:
+        base: see `identity.describe_base`. merged: whether adapters are merged into it for now.
+
+    Raises:
+        ValueError: it is known to be another one.
+    """
+    noted = config.base if config.verify and config.base is not None else base
+    if unlike := difference(noted, {**base, "stacks": None} if merged else base):
+        raise ValueError(other_base(unlike))
+    # what was unknown where the config was made, the file's seals may know
+    config.base = noted | {key: base.get(key) for key in WEIGHTS if noted.get(key) is None and not merged}
+
+
 def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:
     """What the adapter's nodes at `site` are; gates and directions are zeros where the map is not at hand."""
     grown = Locus(config.locus or {})[site.layer]
@@ -178,9 +196,22 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
     shrunk = codings(config.shrunk, site.layer)
     noted = config.lineage or {}
     parents = {int(donor): parent for donor, parent in noted.get("parents", {}).get(str(site.layer), {}).items()}
+    facts = {
+        "base": config.base,
+        "nodes": config.nodes,
+        "locus": config.locus,
+        "spawned": config.spawned or {},
+        "gate_window": config.gate_window,
+        "resolution": config.resolution,
+        "block": config.block if config.resolution == "neurons" else None,
+        "parts": (config.parts or {}).get(str(site.layer)),
+        "protected": ranks,
+        "lineage": config.lineage or {},
+        "lora": None if config.lora is None else scales_of(config.lora),
+    }
     return Birth(
         grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk,
-        (config.fingerprint or "") if spawned else "", tuple(noted.get("elders", ())), parents,
+        (config.fingerprint or "") if spawned else "", tuple(noted.get("elders", ())), parents, facts,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class Checkpoint:
 
     def load(self) -> ErrorMap | None:
         """The map so far; ValueError if it is of other weights, or was measured in another way."""
-        if self.folder is None or not (self.folder / map_file.FACTS).is_file():
+        if self.folder is None or not map_file.exists(self.folder):
             return None
         found = ErrorMap.load(self.folder)
         unlike = [name for name, value in self.run.items() if found.run.get(name) != value]

@@ -22,7 +22,6 @@ FLOORS = [
         "newborns",
         "conditions",
         "same_base",
-        "checksum",
         "gate",
         "protect",
         "handover",
@@ -35,8 +34,8 @@ FLOORS = [
         "plain_weight",
         "setting",
     ],
-    ["map_file", "diagnosis", "recompute", "staging", "say", "borders"],
-    ["separation", "relax", "removable", "page_html", "node_table", "batches"],
+    ["map_check", "seal", "diagnosis", "recompute", "staging", "say", "borders"],
+    ["map_file", "separation", "relax", "removable", "page_html", "node_table", "batches"],
     ["error_map", "carry", "inner_outputs"],
     ["tape"],
     ["settle", "plan", "processes", "adopted"],
@@ -52,11 +51,15 @@ FLOORS = [
     [
         "register",
         "lora_beside",
+        "model_card",
         "config",
         "birth",
         "given",
         "mixed_batch",
+        "sealed_layer",
         "layer",
+        "adapter_file",
+        "what_trains",
         "text_hooks",
         "curriculum",
         "without_rows",
@@ -71,7 +74,7 @@ FLOORS = [
 OUTSIDE = {"transformers": 4, "peft": 11, "accelerate": 12, "bitsandbytes": 8}
 ORDERED = 11
 LINES = 400
-TOTAL = 15500
+TOTAL = 16000
 
 
 def floor_of(name: str) -> int:

@@ -313,7 +313,7 @@ def test_resume(tmp_path, caplog):
         assert step == again
         assert_equal(one, two)
 
-    (maps / "step-2" / "error_map.json").write_text("{")
+    (maps / "step-2" / "error_map.safetensors").write_text("{")
     found, callback = Found(), watch(save_to=maps)
     with caplog.at_level(logging.INFO, logger="peft_pcgrow"):
         fit(grow(), tmp_path, callbacks=[callback, found], resume=str(tmp_path / "checkpoint-3"))

@@ -112,7 +112,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'<!-
 
 
 def test_text_of_a_map_is_escaped(tmp_path):
-    # a map's json has no checksum: its layers may be anything
+    # whoever made it
     emap = replace(made(base={"model_type": HOSTILE, "vocabulary": 10, **PARTS}), layers=(HOSTILE, 1, 2, 3))
     emap.page(tmp_path / "map.html")
     emap.page(tmp_path / "map.png")

@@ -81,10 +81,10 @@ def test_other_weights(change, finished, tmp_path):
     else:
         with pytest.raises(KeyboardInterrupt):
             measured(model, interrupted(TEXT, 4), checkpoint=tmp_path, checkpoint_every=1)
-    before = (tmp_path / "error_map.json").read_text()
+    before = (tmp_path / "error_map.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"holds a measurement of other weights .*: remove it, or give another folder"):
         measured(CHANGED[change](model), checkpoint=tmp_path)
-    assert (tmp_path / "error_map.json").read_text() == before
+    assert (tmp_path / "error_map.safetensors").read_bytes() == before
 
 
 def test_another_rate_of_the_gates(tmp_path):

@@ -92,12 +92,12 @@ def test_modules_to_save(further, tmp_path):
 
 
 def test_saved_keys(tmp_path):
-    """The file holds the banks and their checksums and nothing of the base; loading changes no key."""
+    """The file holds the banks and their seals and nothing of the base; loading changes no key."""
     build().save_pretrained(tmp_path / "base")
     model = trained(tmp_path / "base", tmp_path)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.{}.mlp.experts.pcgrow_"
-    names = ("gate_up_proj.weight", "down_proj.weight", "checksum")
+    names = ("gate_up_proj.weight", "down_proj.weight", "seal._extra_state")
     assert set(saved) == {prefix.format(layer) + name for layer in LOCUS for name in names}
     assert saved[prefix.format(2) + "gate_up_proj.weight"].shape == (3, 32, 32)
     assert_same(saved, get_peft_model_state_dict(model))

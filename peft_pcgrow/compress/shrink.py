@@ -54,7 +54,7 @@ class ShrinkReport:
     Attributes:
         form: how the deltas are stored.
         before, after: bytes of the banks, in bf16 and as they are stored now.
-        kept: bytes of the adapter's other tensors, which stay as they are: gates, directions, checksums.
+        kept: bytes of the adapter's other tensors, which stay as they are: gates, directions.
         error: norm of what was lost of all deltas, as a share of their norm.
         loss_base, loss_before, loss_after: of the text given, nats per token: without adapters, with the adapter as it
             was, and as it is now; None without text.
@@ -334,5 +334,5 @@ def _without(model: nn.Module) -> Iterator[None]:
 
 def _kept_bytes(layer: PCGrowExperts, name: str) -> int:
     """Bytes of an adapter's tensors beside its bank."""
-    held = (dict(getattr(layer, buffers).items()).get(name) for buffers in layer.other_param_names)
-    return sum(t.numel() * t.element_size() for t in held if t is not None)
+    banks = {f"{stack}.packed" for stack in layer.adapter_layer_names}
+    return sum(t.numel() * t.element_size() for key, t in layer.own_tensors(name).items() if key not in banks)
