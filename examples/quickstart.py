@@ -43,9 +43,11 @@ def main() -> None:
     retain = None
     if args.grow != "deepen" or args.protect:
         # in turns, so that the texts that gates are fitted on and those they are measured on are alike
-        texts = [train[: MAP_WINDOWS // len(task.retain)] for train, _ in task.retain.values()]
-        retain = torch.stack([window for turn in zip(*texts, strict=False) for window in turn]).split(args.batch)
-    emap = measure_errors(model, task.domain_train[:MAP_WINDOWS].split(args.batch), retain=retain)
+        shares = [train[: MAP_WINDOWS // len(task.retain)] for train, _ in task.retain.values()]
+        retain = torch.stack([window for turn in zip(*shares, strict=False) for window in turn])
+    # the verdict is about text that is not trained on
+    texts = {"heldout": task.domain_eval, "retain": retain, "batch_size": args.batch}
+    emap = measure_errors(model, task.domain_train[:MAP_WINDOWS], **texts)
     corpora.note(f"\n{emap}\n")
     emap.save(args.out / "map")
     before = losses(model, task)
@@ -64,7 +66,8 @@ def main() -> None:
     emap.page(map_png.with_suffix(".html"), locus=Locus(config.locus))
     train(model, task, args)
     after = losses(model, task)
-    grown_map = measure_errors(model, task.domain_train[:MAP_WINDOWS].split(args.batch), retain=retain)
+    grown_map = measure_errors(model, task.domain_train[:MAP_WINDOWS], **texts)
+    corpora.note(f"\nafter training: {grown_map.diagnosis}\n")
     for suffix in (".png", ".html"):
         grown_map.page(args.out / f"after{suffix}", before=emap, locus=Locus(config.locus))
     model.save_pretrained(args.out / "adapter")

@@ -376,17 +376,17 @@ class ErrorMap:
     def to_pandas(self) -> Any:
         """A DataFrame with one row per node: layer, expert, count, weight, error, share, square, coherent.
 
-        With a separation also domain_rows, retain_rows, contested, and recall and false_positive of a gate that takes
-        1 % of the retain rows. Newborns come last: `expert` is their donor, and `adapter`, "" for experts, whose they
-        are. Raises ImportError without pandas.
+        With held-out text also heldout_error, its error there. With a separation also domain_rows, retain_rows,
+        contested, and recall and false_positive of a gate that takes 1 % of the retain rows. Newborns come last:
+        `expert` is their donor, and `adapter`, "" for experts, whose they are. Raises ImportError without pandas.
         """
         return node_table.frame(self)
 
     def scalars(self, prefix: str = "pcgrow/") -> dict[str, float]:
         """A few plain numbers for `Trainer.log`: finite floats only, others are left out.
 
-        Loss and error per label token, share of the error in the top 5 % of the nodes and in each layer, the diagnosis'
-        concentration, number of nodes that no row was routed to.
+        Loss and error per label token, the loss of held-out text where there is some, share of the error in the top 5 %
+        of the nodes and in each layer, the diagnosis' concentration, number of nodes that no row was routed to.
         """
         return node_table.scalars(self, prefix)
 

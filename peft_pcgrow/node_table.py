@@ -212,6 +212,8 @@ def frame(emap: Any) -> Any:
         columns["removable"] = torch.cat([part.estimate.flatten() for part in found])
         for i, name in enumerate(("removable_low", "removable_high")):
             columns[name] = torch.cat([part.interval[i].flatten() for part in found])
+    if emap.heldout is not None:
+        columns["heldout_error"] = emap.heldout.scores("error")
     if (separation := emap.separation) is not None:
         columns |= {name: separation.every(name) for name in ("domain_rows", "retain_rows")}
         columns |= {name: at_rate(separation.every(name), RATE) for name in ("recall", "false_positive")}
@@ -236,5 +238,7 @@ def scalars(emap: Any, prefix: str) -> dict[str, float]:
         "concentration": emap.diagnosis.concentration,
         "unrouted_nodes": int((emap.with_newborns("frequency") == 0).sum()),
     }
+    if emap.heldout is not None:
+        found["heldout_loss"] = emap.heldout.loss / max(emap.heldout.labels, 1)
     found |= {f"layer_{layer}_share": part for layer, part in zip(emap.layers, share.sum(1).tolist(), strict=True)}
     return {f"{prefix}{name}": float(value) for name, value in found.items() if math.isfinite(value)}
