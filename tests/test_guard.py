@@ -58,7 +58,7 @@ def test_poisoned_step_is_refused(optimizer, poison, settle):
     POISONS[poison](loss_of(model, 1)).backward()
     before = snapshot(model)
     state = {key: value.clone() for p in trainable(model) for key, value in named_state(optimizer, p).items()}
-    with pytest.raises(FloatingPointError, match=r"layer [12], experts \[.*\(adapter 'default'\) is NaN or infinite"):
+    with pytest.raises(FloatingPointError, match=r"layer [12], experts .*\(adapter 'default'\) is NaN or infinite"):
         optimizer.step()
     assert_same(before, snapshot(model))
     assert_same(state, {key: value for p in trainable(model) for key, value in named_state(optimizer, p).items()})
@@ -92,7 +92,7 @@ def test_the_broken_expert_is_named(value):
     optimizer = torch.optim.AdamW(trainable(model))
     loss_of(model).backward()
     model.base_model.tuner_layers()[1].bank("default")["down_proj"].grad[2, 0, 0] = value
-    with pytest.raises(FloatingPointError, match=r"the gradient of layer 2, experts \[7\] \(adapter 'default'\)"):
+    with pytest.raises(FloatingPointError, match=r"the gradient of layer 2, experts 7 \(adapter 'default'\)"):
         optimizer.step()
 
 
