@@ -161,11 +161,8 @@ class TrainingGuard:
                 places = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()
                 nodes = [layer.node(adapter, weight, place) for place in places]
                 whole = layer.births[adapter].pieces is None
-                named = (
-                    f"layer {layer.layer_index}, experts {', '.join(ends([node[1] for node in nodes]))}"
-                    if whole
-                    else _names(nodes)
-                )
+                listed = ", ".join(ends([node[1] for node in nodes]))
+                named = f"layer {layer.layer_index}, experts [{listed}]" if whole else _names(nodes)
                 raise FloatingPointError(NOT_FINITE.format(f"{named} (adapter {adapter!r})"))
         for name, parameter in self.model.named_parameters():
             if id(parameter) in broken:

@@ -30,8 +30,8 @@ class Separation:
         domain_rows, retain_rows: rows routed to each node, `[L, E]`.
         moment: per expert stack, sketch of the retain rows' second moment where they enter it, `[L, E, I, D]`.
         trace: per expert stack, their summed squared norm, `[L, E]`.
-        newborns: recall, false_positive `[N, F]`, domain_rows and retain_rows `[N]` of newborns that were active.
         facts: window, sketch (longest side kept whole), domain_tokens, retain_tokens.
+        newborns: recall, false_positive `[N, F]`, domain_rows and retain_rows `[N]` of newborns that were active.
     """
 
     direction: Tensor
@@ -43,8 +43,8 @@ class Separation:
     retain_rows: Tensor
     moment: dict[str, Tensor] = field(default_factory=dict)
     trace: dict[str, Tensor] = field(default_factory=dict)
-    newborns: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    newborns: dict[str, Tensor] = field(default_factory=dict)
 
     def gate(self, row: int) -> Gate:
         return Gate(self.direction[row], self.law[row], int(self.facts["window"]))

@@ -20,6 +20,7 @@ from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.compress.skip import skip_damage
 from peft_pcgrow.experts import expert_stacks, first_matrix, matrices, neuron_places
 from peft_pcgrow.identity import describe_base
+from peft_pcgrow.say import ends
 from tiny import ARCHITECTURES, EXPERTS, HIDDEN, assert_same, build, domain, grown, retain, snapshot, tokens
 
 METHODS = [
@@ -232,7 +233,9 @@ def test_plan_is_printed_saved_and_read(name, tmp_path):
     )
     shown = str(plan)
     assert f"{plan.total:,} -> {plan.bytes:,} bytes" in shown
-    for node in plan.nodes:
+    ranked = sorted(plan.nodes, key=lambda node: node.predicted, reverse=True)
+    assert shown.splitlines()[3:] == [f"  {line}" for line in ends(ranked)]
+    for node in ranked[:5] + ranked[-5:]:
         assert f"{node.layer}.{node.expert}" in shown
         assert str(node.form) in shown
     plan.save(tmp_path / "new" / "plan.json")
