@@ -235,9 +235,7 @@ def test_plan_is_printed_saved_and_read(name, tmp_path):
     assert f"{plan.total:,} -> {plan.bytes:,} bytes" in shown
     ranked = sorted(plan.nodes, key=lambda node: node.predicted, reverse=True)
     assert shown.splitlines()[3:] == [f"  {line}" for line in ends(ranked)]
-    for node in ranked[:5] + ranked[-5:]:
-        assert f"{node.layer}.{node.expert}" in shown
-        assert str(node.form) in shown
+    assert f"{ranked[0].layer}.{ranked[0].expert}" in shown
     plan.save(tmp_path / "new" / "plan.json")
     plan.save(tmp_path / "new" / "plan.json")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["plan.json"]
