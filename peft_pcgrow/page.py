@@ -27,7 +27,7 @@ HUES = {
     "change": ("#1b5fa5", "#8fbfe0", "#f5f5f5", "#e9b16e", "#9a4d05"),
 }
 # of the stages of lifecycle.STAGES, after Okabe and Ito
-STAGE_COLOURS = ("#dfe2e6", "#c5d9e6", "#e69f00", "#56b4e9", "#00795a")
+STAGE_COLOURS = ("#dfe2e6", "#b9a7d3", "#e69f00", "#56b4e9", "#00795a")
 NOWHERE = "#cfd2d6"
 INK = "#444444"
 # above this quantile of its values a panel's colours do not tell apart: a few nodes must not bleach thousands

@@ -54,11 +54,6 @@ class ErrorProbe(Probe):
         self._forward: dict[int, tuple[Tensor, Tensor]] = {}
         self._stacks: list[tuple[str, Tensor, Sequence[int] | None]] = []
         if resumed is not None:
-            if resumed.newborns.nodes != (nodes_here := self._newborn_nodes()):
-                raise ValueError(
-                    f"the measurement to go on from had other newborns active ({len(resumed.newborns)} against "
-                    f"{len(nodes_here)}), which took their rows from the experts: give another folder as checkpoint="
-                )
             for row, layer in enumerate(resumed.layers):
                 born = resumed.newborns.restrict(resumed.newborns.of_layers([layer]))
                 parts = [torch.stack([getattr(held, name) for name in SUMS]) for held in (resumed, born)]

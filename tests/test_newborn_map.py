@@ -108,7 +108,7 @@ def test_maps_with_newborns_are_kept_added_and_cut(tmp_path):
     assert torch.equal(upper.shared, emap.restrict((1, 2)).restrict((2,)).shared)
     with pytest.raises(ValueError, match="other newborns"):
         emap + measured(build(dtype=torch.float64))
-    with model.disable_adapter(), pytest.raises(ValueError, match="other newborns active"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="other weights"):
         measured(model, checkpoint=tmp_path / "so far")
 
 
