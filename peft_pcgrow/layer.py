@@ -1,6 +1,6 @@
 """PCGrowExperts: a PEFT tuner layer around an experts module, owner of the grown banks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,10 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow import deepen, experts, parts
+from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.gate import RATES, Gate
 from peft_pcgrow.given import Given
+from peft_pcgrow.merged import MERGING, write_merged
 from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
@@ -156,10 +158,20 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
 
     def shrink(self, adapter_name: str, banks: Mapping[str, ShrunkBank]) -> None:
         """Put shrunk banks, by stack, in the place of an adapter's."""
+        shrunk = {name: bank.coding for name, bank in banks.items()}
+        self.put(adapter_name, replace(self.births[adapter_name], shrunk=shrunk), banks)
+
+    def put(self, adapter_name: str, birth: Birth, banks: Mapping[str, nn.Module]) -> None:
+        """Make these an adapter's banks, by stack."""
         for name, bank in banks.items():
             self._banks(name)[adapter_name] = bank
-        shrunk = {name: bank.coding for name, bank in banks.items()}
-        self.births[adapter_name] = replace(self.births[adapter_name], shrunk=shrunk)
+        self.births[adapter_name] = birth
+
+    def holding(self, adapter_name: str) -> Callable[[], None]:
+        """What puts back the banks that an adapter has now."""
+        names = [name.removeprefix("pcgrow_") for name in self.adapter_layer_names]
+        banks = {name: self._banks(name)[adapter_name] for name in names if adapter_name in self._banks(name)}
+        return partial(self.put, adapter_name, self.births[adapter_name], banks)
 
     def is_shrunk(self, adapter_name: str) -> bool:
         return self.births.get(adapter_name, Birth(())).shrunk is not None
@@ -313,19 +325,22 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         """Write what has grown over the base's; where several adapters grow the same expert, their changes add up."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.births]
         self.check_merge(safe_merge, names)
-        names = [*self.merged_adapters, *names]
-        self.unmerge()  # each adapter changed the base, not what others made of it
-        pieces = {name: self.pieces(self.births[name]) for name in names}
-        self._originals = {name: experts.read_pieces(self.base_layer, held) for name, held in pieces.items()}
-        for name, held in pieces.items():
-            parts.write_grown(self.base_layer, held, self._originals[name], self.bank(name))
-            self.merged_adapters.append(name)
+        self._merge_only([*self.merged_adapters, *names])
 
     def unmerge(self) -> None:
         """Put back, bit for bit, what the merges replaced."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            experts.write_pieces(self.base_layer, self.pieces(self.births[name]), self._originals.pop(name))
+        with MERGING:
+            if self.merged:
+                self._merge_only([])
+
+    def _merge_only(self, names: Sequence[str]) -> None:
+        with MERGING, all_or_nothing() as undo:
+            undo.append(self.merging())
+            write_merged(self, names)
+
+    def merging(self) -> Callable[[], None]:
+        """What merges again, from any state, exactly what is merged now."""
+        return partial(write_merged, self, tuple(self.merged_adapters))
 
     def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if merging these adapters here would fail; writes nothing."""

@@ -2,16 +2,14 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_pcgrow import adapter_file, experts, identity
@@ -34,9 +32,10 @@ from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
 from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
 from peft_pcgrow.what_trains import what_trains
+from peft_pcgrow.whole_steps import WholeSteps
 
 
-class PCGrowModel(BaseTuner):
+class PCGrowModel(WholeSteps):
     """Grows the experts of a mixture-of-experts model.
 
     Args:
@@ -58,8 +57,6 @@ class PCGrowModel(BaseTuner):
     _stack: LayerStack | None = None
     _guard: TrainingGuard | None = None
     _grown: tuple[PCGrowExperts, ...] = ()
-    _created: Mapping[int, tuple[PCGrowExperts, ...]] = MappingProxyType({})
-    _handles: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     # ids of the base's parameters by name, until the first forward after an adapter was added
     _unchecked: dict[str, int] | None = None
 
@@ -184,16 +181,22 @@ class PCGrowModel(BaseTuner):
     def inject_adapter(  # type: ignore[override]
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
     ) -> None:
+        """In all layers, or in none."""
         config = self.peft_config[adapter_name]
-        with self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
-            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
-        config.lora = lora
-        if (quantization := self.peft_config[adapter_name].base_quantization) is not None:
-            # not before: the banks are copies of the experts as they were
-            quantize_sites(model, experts.find_experts(model).sites, quantization)
+        with self.or_not_at_all(model, adapter_name):
+            with self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
+                super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+            config.lora = lora
+            if (quantization := config.base_quantization) is not None:
+                # not before: the banks are copies of the experts as they were
+                quantize_sites(model, experts.find_experts(model).sites, quantization)
+            self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
         if self._stack is None:
-            self._stack = LayerStack(self._tree.layers, self._begin, entered=self._enter, left=self._leave).attach()
+            self._stack = LayerStack(self._tree.layers, self._begin, entered=self._enter, left=self._leave)
+            self._stack.attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
             self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
             lowest = self._tree.layers[0]
@@ -348,25 +351,10 @@ class PCGrowModel(BaseTuner):
                 if name in layer.births:
                     layer.births[name] = replace(layer.births[name], gate_fpr=rate)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(  # type: ignore[override]
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ):
-        if merge:
-            self._check_merge(safe_merge, adapter_names)
-        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+    def _let_go(self) -> None:
         if self._stack is not None:
             self._stack.detach()
-        for handle in self._handles:
-            handle.remove()
-        return unloaded
+        self._remove_hooks()
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Refuse before any layer has been written."""

@@ -15,6 +15,7 @@ PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 FLOORS = [
     ["pcgrow_kernels"],
     [
+        "atomic",
         "locus",
         "energy",
         "heatmap",
@@ -57,7 +58,9 @@ FLOORS = [
         "given",
         "mixed_batch",
         "sealed_layer",
+        "merged",
         "layer",
+        "whole_steps",
         "adapter_file",
         "what_trains",
         "text_hooks",

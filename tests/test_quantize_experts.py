@@ -210,7 +210,7 @@ def test_one_layer_is_decoded_at_a_time(monkeypatch):
 
 
 def test_peak_of_packing():
-    """Above the model, packing takes less than one of its layers."""
+    """Above a model on the CPU, packing takes what it makes of all layers, and less than one of its layers more."""
     model = build(dtype=torch.bfloat16, num_experts=64)
     site = find_experts(model).sites[0]
     layer = sum(stack.numel() * stack.element_size() for stack in expert_stacks(site.base).values())
@@ -220,7 +220,7 @@ def test_peak_of_packing():
         report = quantize_experts(model)
     found = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = torch.tensor([e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]).cumsum(0)
-    assert 0 < int(now.max()) - report.model_before < layer
+    assert 0 < int(now.max()) - report.model_before - report.experts_after < layer // 2
     assert int(now[-1]) == report.model_after < report.model_before - 2 * layer
 
 

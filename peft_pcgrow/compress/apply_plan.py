@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity, same_base
+from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.batches import losses
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons
-from peft_pcgrow.compress.packed import pack
-from peft_pcgrow.compress.persist import note_packing
+from peft_pcgrow.compress.packed import as_it_is, pack
+from peft_pcgrow.compress.persist import note_packing, noted
 from peft_pcgrow.compress.quantize import storage_bytes
-from peft_pcgrow.compress.skip import drop_layers
+from peft_pcgrow.compress.skip import drop_layers, layers_in_use
 
 STAGES = 8
-# what packing changes within a module's attributes
-CHANGED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,8 @@ def apply(
     limit = [loss + max_loss_rise for loss in before] if max_loss_rise is not None else None
     after, stopped, done, predicted, skipped = before, None, [], 0.0, ()
     stages = _stages(plan, 1 if limit is None else STAGES)
-    try:
+    with all_or_nothing() as undoing:
+        undoing.append(partial(writer.take_back, 0))
         for number, (gone, nodes) in enumerate(tqdm(stages, desc="compressing", unit="stage", disable=not progress)):
             undo = writer.write(gone, nodes)
             found = losses(model, calibration.batches) if calibration is not None else []
@@ -134,9 +134,6 @@ def apply(
         sites = experts.find_experts(model).sites
         if any(experts.is_packed(site.base) for site in sites):
             note_packing(model)
-    except BaseException:
-        writer.take_back(0)
-        raise
     report = CompressionReport(
         plan.total,
         sum(_stored(site.base) for site in sites),
@@ -209,7 +206,7 @@ class _Writer:
         self.data: dict[int, dict[int, dict[str, Tensor]]] = {}
         self.biases: dict[int, dict[str, Tensor]] = {}
         self.whole: dict[int, Callable[[], None]] = {}
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], None]] = [noted(model)]
 
     def take_back(self, steps: int) -> None:
         """All but the first so many steps."""
@@ -222,13 +219,14 @@ class _Writer:
         """Take out layers, or give some experts their forms; what is returned takes it back."""
         undo = partial(self.take_back, len(self.undo))
         if skipped:
-            self.undo.append(drop_layers(self.model, skipped))
+            self.undo.append(layers_in_use(self.model))
+            drop_layers(self.model, skipped)
             return undo
         for layer, base in self.bases.items():
             chosen = {node.expert: node.form for node in nodes if node.layer == layer}
             wide = not experts.is_packed(base) and experts.expert_stacks(base)["down_proj"].element_size() > 2
             if chosen or wide:
-                before = partial(self._restore, layer, self.forms[layer], *_contents(base))
+                before = partial(self._restore, layer, self.forms[layer], as_it_is(base))
                 self.undo.append(before)
                 # made once, of the weights as they were
                 self.whole.setdefault(layer, before)
@@ -240,15 +238,8 @@ class _Writer:
                 self._pack(layer, tuple(forms))
         return undo
 
-    def _restore(
-        self, layer: int, forms: tuple[Form, ...], kind: type, held: dict[str, Any], weights: list[Any]
-    ) -> None:
-        base = self.bases[layer]
-        for (owner, name), weight in zip(experts.weight_places(base), weights, strict=True):
-            owner[name] = weight
-        base.__class__ = kind
-        base.__dict__.clear()
-        base.__dict__.update(_copied(held))
+    def _restore(self, layer: int, forms: tuple[Form, ...], before: Callable[[], None]) -> None:
+        before()
         self.forms[layer] = forms
 
     def _make(self, layer: int) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
@@ -292,22 +283,12 @@ class _Writer:
         self.forms[layer] = forms
 
 
-def _contents(base: experts.ExpertsModule) -> tuple[type, dict[str, Any], list[Any]]:
-    """An experts module as it is: its class and attributes, with the same tensors, and weights that lie elsewhere."""
-    return type(base), _copied(base.__dict__), [owner[name] for owner, name in experts.weight_places(base)]
-
-
 def _biases(base: experts.ExpertsModule) -> dict[str, Tensor]:
     """Copies of the biases, `[E, O]` by stack."""
     every = torch.arange(base.num_experts, device="cpu")
     return {
         name: stack.detach()[every] for name, stack in experts.expert_stacks(base).items() if name.endswith("_bias")
     }
-
-
-def _copied(held: dict[str, Any]) -> dict[str, Any]:
-    """With the containers that packing changes of its own; hooks stay where their handles look for them."""
-    return {name: value.copy() if name in CHANGED else value for name, value in held.items()}
 
 
 def _move_biases(base: experts.ExpertsModule, biases: dict[str, Tensor], expert: int, kept: Tensor) -> None:

@@ -5,7 +5,7 @@ it held stacks `[E, ...]` of full width (see `StackView`), so that it can be mea
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import accumulate
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from peft_pcgrow import experts
 from peft_pcgrow.adopted import change_class
+from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons, full_matrix, matrix_shape
 from peft_pcgrow.compress.grouped import grouped_product, joined
@@ -25,6 +26,8 @@ from peft_pcgrow.stack_view import StackView
 
 # not the adapters' prefix, by which loaders tell their tensors from the base's
 PREFIX = "packed_"
+# what packing changes within a module's attributes
+CHANGED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 # bytes of matrices that are decoded at a time, if it is more than one: on CPUs, what stays in the caches
 DECODED, DECODED_ON_CPU = 64 * 2**20, 4 * 2**20
 
@@ -239,7 +242,7 @@ def pack(
     data: Mapping[str, Sequence[Tensor]] | None = None,
     half: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Turn an experts module into a packed one, in place.
+    """Turn an experts module into a packed one, in place; it is as it was after an error or an interruption.
 
     Args:
         base: an experts module, not packed yet.
@@ -265,19 +268,40 @@ def pack(
         else:
             assert [len(piece) for piece in data[name]] == sizes
             buffers[name] = torch.cat(list(data[name])).to(like.device)
-    if experts.is_adopted(base):
-        base.let_go()
-    gone = [expert for expert, form in enumerate(forms) if form.neurons == 0]
-    for name in expert_stacks.keys() - stacks.keys():
-        if not (bias := getattr(base, name)).is_meta:
-            bias.data[gone] = 0
-    base.pcgrow_names = tuple(expert_stacks)
-    base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
-    base.pcgrow_offsets, base.pcgrow_half = offsets, half
-    base.forms, base.dense = tuple(forms), None
-    for name, buffer in buffers.items():
-        base._parameters.pop(name, None)
-        base.register_buffer(PREFIX + name, buffer)
-    # tells the dtype and device that the stacks would have
-    base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
-    change_class(base, packed_class(type(base)))
+    with all_or_nothing() as undo:
+        undo.append(as_it_is(base))
+        if experts.is_adopted(base):
+            base.let_go()
+        gone = [expert for expert, form in enumerate(forms) if form.neurons == 0]
+        for name in expert_stacks.keys() - stacks.keys():
+            if not (bias := getattr(base, name)).is_meta:
+                bias.data[gone] = 0
+        base.pcgrow_names = tuple(expert_stacks)
+        base.pcgrow_shapes = {name: stack.shape for name, stack in stacks.items()}
+        base.pcgrow_offsets, base.pcgrow_half = offsets, half
+        base.forms, base.dense = tuple(forms), None
+        for name, buffer in buffers.items():
+            base._parameters.pop(name, None)
+            base.register_buffer(PREFIX + name, buffer)
+        # tells the dtype and device that the stacks would have
+        base.register_buffer("pcgrow_like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
+        change_class(base, packed_class(type(base)))
+
+
+def as_it_is(base: ExpertsModule) -> Callable[[], None]:
+    """What makes an experts module what it is now, with the same tensors, after it was packed."""
+    weights = [owner[name] for owner, name in experts.weight_places(base)]
+    return partial(_restore, base, type(base), _copied(base.__dict__), weights)
+
+
+def _restore(base: ExpertsModule, kind: type, held: dict[str, Any], weights: list[Any]) -> None:
+    for (owner, name), weight in zip(experts.weight_places(base), weights, strict=True):
+        owner[name] = weight
+    base.__class__ = kind
+    base.__dict__.clear()
+    base.__dict__.update(_copied(held))
+
+
+def _copied(held: dict[str, Any]) -> dict[str, Any]:
+    """With the containers that packing changes of its own; hooks stay where their handles look for them."""
+    return {name: value.copy() if name in CHANGED else value for name, value in held.items()}

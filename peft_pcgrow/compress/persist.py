@@ -10,7 +10,7 @@ tensors that cannot fit, so that loading fails.
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -212,14 +212,14 @@ def note_packing(model: nn.Module) -> None:
     packed = {site.layer: site.base for site in experts.find_experts(model).sites if experts.is_packed(site.base)}
     if not packed:
         raise ValueError(f"{type(model).__name__} has no packed experts: compress it first")
-    # it may sit in PEFT's wrapper, which saves adapters only
-    held: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+    held = _transformers_model(model)
     quantizer: Any = getattr(held, "hf_quantizer", None)
     if experts.loaded_quantized(held.config):
         if not isinstance(quantizer, _Unwritable):
             known = held.config.quantization_config
-            quantizer = held.hf_quantizer = copy.copy(quantizer or PackedQuantizer(known))
+            quantizer = copy.copy(quantizer or PackedQuantizer(known))
             quantizer.__class__ = type(type(quantizer).__name__, (_Unwritable, type(quantizer)), {})
+            held.hf_quantizer = quantizer
         return
     forms = {str(layer): write_forms(base.forms) for layer, base in packed.items()}
     half = str(next(iter(packed.values())).pcgrow_half).removeprefix("torch.")
@@ -227,6 +227,32 @@ def note_packing(model: nn.Module) -> None:
     held.config.quantization_config = config
     held.hf_quantizer = PackedQuantizer(config)
     held.is_quantized, held.quantization_method = True, PACKED_METHOD
+
+
+def noted(model: nn.Module) -> Callable[[], None]:
+    """What takes back `note_packing`."""
+    held = _transformers_model(model)
+    places = (
+        (held.__dict__, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (
+            getattr(held, "config", held).__dict__,
+            ("quantization_config",),
+        ),
+    )
+    before = [({name: owner[name] for name in names if name in owner}, names, owner) for owner, names in places]
+
+    def undo() -> None:
+        for values, names, owner in before:
+            for name in names:
+                owner.pop(name, None)
+            owner.update(values)
+
+    return undo
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    """The model itself, or what sits in PEFT's wrapper, which saves adapters only."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
 def _sealed(model: Any) -> dict[str, Tensor]:

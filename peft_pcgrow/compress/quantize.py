@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_pcgrow import experts
+from peft_pcgrow.atomic import completed
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.forms import Form, form_bytes
 from peft_pcgrow.compress.packed import PREFIX, pack
@@ -49,11 +50,12 @@ class QuantizeReport:
 
 
 def quantize_experts(model: nn.Module, to: str = "nf4") -> QuantizeReport:
-    """Pack all experts of a model, in place.
+    """Pack all experts of a model, in place, or none of them, if that is interrupted.
 
-    One expert is encoded at a time and a layer's own weights are freed before the next one's turn, so the peak above
-    the model is a layer's packed weights and some copies of one expert. Biases stay as they are. Experts that are
-    packed so already are left alone.
+    One expert is encoded at a time, and what is made of it waits on the CPU until all of them are; then each layer is
+    packed, and its own weights are freed before the next one's turn. So the peak above a model is a layer's packed
+    weights and some copies of one expert; on the CPU it is those of all layers. Biases stay as they are. Experts that
+    are packed so already are left alone.
 
     Args:
         model: a transformers model with experts, in any floating dtype and on any device, with or without adapters.
@@ -75,12 +77,20 @@ def quantize_experts(model: nn.Module, to: str = "nf4") -> QuantizeReport:
 
 
 def quantize_sites(model: nn.Module, sites: Sequence[ExpertsSite], to: str) -> None:
-    """Pack the experts of a model's layers that `check_quantizable` let pass."""
-    for site in sites:
-        if not experts.is_packed(site.base):
-            _quantize(site.base, Form(BITS[to]))
-    if any(isinstance(module, PreTrainedModel) for module in model.modules()):
-        note_packing(model)
+    """Pack the experts of a model's layers that `check_quantizable` let pass: all of them, or none."""
+    form = Form(BITS[to])
+    # the long part, which changes nothing; not where the weights are, which may fill that memory
+    made = [(site.base, _encoded(site.base, form)) for site in sites if not experts.is_packed(site.base)]
+
+    def pack_all() -> None:
+        for base, data in made:
+            if not experts.is_packed(base):
+                pack(base, [form] * base.num_experts, data)
+            data.clear()
+        if any(isinstance(module, PreTrainedModel) for module in model.modules()):
+            note_packing(model)
+
+    completed(pack_all)
 
 
 def check_quantizable(sites: Sequence[ExpertsSite], to: str) -> None:
@@ -144,11 +154,13 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @torch.no_grad()
-def _quantize(base: ExpertsModule, form: Form) -> None:
-    data = {name: [_encoded(base, name, e, form) for e in range(base.num_experts)] for name in experts.matrices(base)}
-    pack(base, [form] * base.num_experts, data)
-
-
-def _encoded(base: ExpertsModule, stack: str, expert: int, form: Form) -> Tensor:
-    matrix = experts.expert_stacks(base)[stack][expert]
-    return codec.encode((matrix.mT if base.is_transposed else matrix)[None], form.width)[0]
+def _encoded(base: ExpertsModule, form: Form) -> dict[str, list[Tensor]]:
+    """By stack, what is to be stored of each expert, on the CPU."""
+    made: dict[str, list[Tensor]] = {}
+    for name in experts.matrices(base):
+        made[name] = []
+        for expert in range(base.num_experts):
+            matrix = experts.expert_stacks(base)[name][expert]
+            matrix = (matrix.mT if base.is_transposed else matrix)[None]
+            made[name].append(codec.encode(matrix, form.width)[0].cpu())
+    return made

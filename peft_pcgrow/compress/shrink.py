@@ -8,11 +8,13 @@ meet. Shapes: N slices of a bank, O outputs, I inputs, H hidden, T tokens, R row
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
 from peft_pcgrow.batches import IGNORED, Batch, losses, read_batches
 from peft_pcgrow.compress import codec
@@ -160,15 +162,18 @@ def shrink_adapter(
         lost += float((bank.matrices() - delta.matrices).double().square().sum())
         total += float(delta.matrices.double().square().sum())
     before = _bytes_before(deltas)
-    for layer in layers:
-        layer.shrink(adapter_name, found[layer.layer_index])
-    config.shrunk = noted({layer: {n: b.coding for n, b in banks.items()} for layer, banks in found.items()})
-    config.inference_mode = True
-    for module in (model, getattr(model, "base_model", None)):
-        if isinstance(module, PCGrowModel) and module._guard is not None:
-            module._guard.rearm()
-    if read is not None:
-        (measured["loss_after"],) = losses(model, [read])
+    with all_or_nothing() as undo:
+        undo += [layer.holding(adapter_name) for layer in layers]
+        undo.append(partial(vars(config).update, shrunk=config.shrunk, inference_mode=config.inference_mode))
+        for layer in layers:
+            layer.shrink(adapter_name, found[layer.layer_index])
+        config.shrunk = noted({layer: {n: b.coding for n, b in banks.items()} for layer, banks in found.items()})
+        config.inference_mode = True
+        for module in (model, getattr(model, "base_model", None)):
+            if isinstance(module, PCGrowModel) and module._guard is not None:
+                module._guard.rearm()
+        if read is not None:
+            (measured["loss_after"],) = losses(model, [read])
     after = sum(bank.get_buffer("packed").numel() for banks in found.values() for bank in banks.values())
     kept = sum(_kept_bytes(layer, adapter_name) for layer in layers)
     return ShrinkReport(form, before, after, kept, (lost / total) ** 0.5 if total else 0.0, **measured)
@@ -323,9 +328,9 @@ def _without(model: nn.Module) -> Iterator[None]:
     """Inside, the base alone computes."""
     layers = [m for m in model.modules() if isinstance(m, PCGrowExperts)]
     before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
     try:
+        for layer in layers:
+            layer._disable_adapters = True
         yield
     finally:
         for layer, disabled in zip(layers, before, strict=True):
