@@ -37,7 +37,12 @@ def refuse_mixed_rows(model: Any, layers: Callable[[], list[PCGrowExperts]]) -> 
     if not hasattr(model, ASKED):
         return ()
     setattr(model, ASKED, partial(_batch_continuously, model, layers))
-    return (SimpleNamespace(remove=partial(delattr, model, ASKED)),)
+    return (SimpleNamespace(remove=partial(_forget, model)),)
+
+
+def _forget(model: Any) -> None:
+    # as often as it is asked, like torch's own handles
+    model.__dict__.pop(ASKED, None)
 
 
 def _batch_continuously(model: Any, layers: Callable[[], list[PCGrowExperts]], *args: Any, **kwargs: Any) -> Any:
