@@ -17,7 +17,7 @@ from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.gate import RATES, Gate
 from peft_pcgrow.given import Given
-from peft_pcgrow.merged import MERGING, write_merged
+from peft_pcgrow.merged import write_merged
 from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.pieces import Pieces
@@ -328,13 +328,15 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         self._merge_only([*self.merged_adapters, *names])
 
     def unmerge(self) -> None:
-        """Put back, bit for bit, what the merges replaced."""
-        with MERGING:
-            if self.merged:
-                self._merge_only([])
+        """Put back, bit for bit, what the merges replaced.
+
+        Several threads may: all write the same values, and none finds the layer unmerged before one has written all.
+        """
+        if self.merged:
+            self._merge_only([])
 
     def _merge_only(self, names: Sequence[str]) -> None:
-        with MERGING, all_or_nothing() as undo:
+        with all_or_nothing() as undo:
             undo.append(self.merging())
             write_merged(self, names)
 

@@ -1,14 +1,9 @@
 """What is merged into an experts module: written over the base's weights, whose own values are kept aside."""
 
 from collections.abc import Sequence
-from threading import RLock
 from typing import Any
 
 from peft_pcgrow import experts, parts
-
-# held while what is merged changes: forwards with the adapter off unmerge, in whichever thread comes first. One for all
-# layers, since a layer's own could not be copied with it
-MERGING = RLock()
 
 
 def write_merged(layer: Any, names: Sequence[str]) -> None:
@@ -23,6 +18,6 @@ def write_merged(layer: Any, names: Sequence[str]) -> None:
     layer._originals = {**layer._originals, **read}
     for name, held in pieces.items():
         parts.write_grown(base, held, read[name], layer.bank(name))
-    # not before: other threads wait for it
+    # not before: see `PCGrowExperts.unmerge`
     layer.merged_adapters[:] = names
     layer._originals = read

@@ -23,7 +23,7 @@ from peft_pcgrow.layer import PCGrowExperts
 from tiny import LOCUS, build, dense, grown, logits, tokens, train
 
 OURS = str(Path(peft_pcgrow.__file__).parent)
-MOMENTS = 12
+MOMENTS = 8
 
 
 class Interrupting:
@@ -104,7 +104,7 @@ def merged() -> nn.Module:
 
 
 def with_forms(model: nn.Module) -> Any:
-    plan = compress.plan(model, target=0.3, methods=("quantize", "thin", "skip"), domain=[tokens()], progress=False)
+    plan = compress.plan(model, target=0.3, methods=("thin", "skip"), domain=[tokens(2, 6)], progress=False)
     return plan
 
 
@@ -216,8 +216,8 @@ def test_goes_on_after_an_interruption():
     assert logits(grown_model).allclose(want, atol=1e-4)
 
 
-def test_threads_with_the_adapter_off_wait_for_each_other(monkeypatch):
-    """The first forward puts the base's weights back; no other one reads them meanwhile."""
+def test_threads_with_the_adapter_off(monkeypatch):
+    """The first forward puts the base's weights back; none reads them before they are."""
     model: Any = grown(init_weights=False)
     model.merge_adapter()
     write = experts.write_pieces
