@@ -18,7 +18,7 @@ from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.lora_beside import read_lora, settings_of
 from peft_pcgrow.model_card import SPELLED_OUT, add_usage
 from peft_pcgrow.plan import SELECTIONS, check_budget
-from peft_pcgrow.register import extend_peft_type
+from peft_pcgrow.register import NAME, extend_peft_type
 from peft_pcgrow.setting import dictionary, flag, names, number, plain, text, whole, wholes
 from peft_pcgrow.spawn import GROWTHS, Decision
 
@@ -292,6 +292,12 @@ class PCGrowConfig(PeftConfig):
             return {**found, "lora": None if self.lora is None else settings_of(self.lora)}
         finally:
             self.error_map = held
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, with the short name of the method."""
+        found = super().from_json_file(path_json_file, **kwargs)
+        return found | ({"peft_type": NAME} if found.get("peft_type") == SPELLED_OUT else {})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; the file and a model card beside it say what must be imported to load the adapter."""
