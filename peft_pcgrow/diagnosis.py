@@ -3,7 +3,8 @@
     covered       nothing to do: no step would help
     concentrated  few nodes hold what could be recovered: deepen those
     distributed   it is spread over many nodes: spawn, or grow a larger share
-    memorised     no step on the corpus would help, and held-out text is predicted worse: more text, not more training
+    memorised     held-out text is predicted worse than the corpus, and steps on the corpus will not change that: more
+                  text is needed, not more training on this
     unlearned     the text is predicted no better than by how often its words occur: an untrained model, or one that
                   knows nothing of the domain; the errors do not say where to grow
 
@@ -26,8 +27,11 @@ COVERED_SHARE = 0.1
 CONCENTRATED_RECOVERABLE = 0.05
 # without weight gradients, of the error mass; a flat map needs half of the nodes
 CONCENTRATED_SHARE = 0.2
-# what was memorised: held-out text has at least this much more loss, as a share of the corpus's
-MEMORISED = 0.1
+# memorised: the corpus is covered and held-out text has this many times its loss, or it has so many times more that
+# steps on the corpus do not reach it. Measured on the embedded model: text never seen 1.02, text trained on 1.27 (but
+# covered, held out too), 16 windows after 7 passes 3.6, after 15 passes 21; a step would still remove 0.5 % and 2.8 % of
+# the loss on those 16 themselves
+MORE_LOSS, FAR_MORE_LOSS = 1.1, 1.5
 CORPUS, HELD_OUT = "the corpus itself, which may have been trained on", "held-out text"
 
 
@@ -123,7 +127,8 @@ def judge(
 
 def on_heldout(held: Diagnosis, corpus: Diagnosis) -> Diagnosis:
     """The verdict on a domain from those on held-out text and on the corpus itself."""
-    memorised = corpus.value <= corpus.covered_below and held.loss > (1 + MEMORISED) * corpus.loss
+    more = MORE_LOSS if corpus.value <= corpus.covered_below else FAR_MORE_LOSS
+    memorised = held.loss > more * corpus.loss
     open_still = held.verdict in ("concentrated", "distributed", "unlearned")
     verdict = "memorised" if memorised and open_still else held.verdict
     return replace(held, verdict=verdict, text=HELD_OUT, corpus_loss=corpus.loss)

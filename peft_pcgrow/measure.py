@@ -142,8 +142,8 @@ def measure_errors(
         mine = _sweep(how, read(batches), resumed, saving, lambda emap: replace(emap, heldout=before), seen)
         if heldout is not None:
             held = _sweep(how, read(heldout), before, saving, lambda emap: replace(mine, heldout=emap))
-            mine.heldout = held
-        saving.save(mine)
+            mine.heldout = before = held
+        saving.save(replace(mine, heldout=before))
     emap = over_processes(mine, device)
     for what, found in (("corpus", emap), ("held-out text", emap.heldout)):
         if found is not None and not found.labels:

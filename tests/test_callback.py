@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -321,6 +321,21 @@ def test_resume(tmp_path, caplog):
     assert "resumes without the error map of step 2" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["tensor", "mapping", "by index"])
+def test_corpora_and_heldout_text(kind, tmp_path):
+    """Whatever `measure_errors` takes, held-out text too, whose loss is logged."""
+    ids, held = torch.cat(TEXTS), tokens(4, 9, seed=33)
+    given = {"tensor": ids, "mapping": {"input_ids": ids}, "by index": TensorDataset(ids)}[kind]
+    model = build()
+    want = measure_errors(model, ids, heldout=held, coherent=False, progress=False)
+    recorder = Recorder()
+    callback = watch(given, heldout=held, at_end=False, every=100)
+    fit(model, tmp_path, callbacks=[callback, recorder])
+    assert_equal(callback.maps[0][1], want)
+    assert_equal(callback.maps[0][1].heldout, want.heldout)
+    assert measured(recorder.log)[0]["pcgrow/heldout_loss"] == want.heldout.loss / want.heldout.labels
+
+
 # ---- bad input
 
 
@@ -337,6 +352,8 @@ def test_resume(tmp_path, caplog):
         ({"batches": (text for text in TEXTS)}, TypeError, "can be read only once"),
         ({"batches": 3}, TypeError, "must be a list, a DataLoader or a function"),
         ({"retain": iter(TEXTS)}, TypeError, "retain can be read only once"),
+        ({"heldout": iter(TEXTS)}, TypeError, "heldout can be read only once"),
+        ({"max_tokens": 0}, ValueError, "max_tokens must be a whole number"),
         ({"keep": 0}, ValueError, "keep must be"),
         ({"max_share": 0}, ValueError, "max_share must be"),
         ({"max_share": 2}, ValueError, "max_share must be"),

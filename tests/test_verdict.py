@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, Locus, measure_errors
-from peft_pcgrow.diagnosis import CORPUS, HELD_OUT, context_free
+from peft_pcgrow.diagnosis import CORPUS, COVERED_STEP, HELD_OUT, context_free, judge, on_heldout
 from peft_pcgrow.error_map import SUMS
 from tiny import VOCABULARY, build, tokens
 
@@ -160,3 +160,25 @@ def test_heldout_text_that_is_none():
         measured(build(), ids, ids)
     with pytest.raises(ValueError, match="the held-out text has no label token"):
         measured(build(), ids, [])
+
+
+@pytest.mark.parametrize(
+    ("corpus", "held", "want"),
+    [
+        ((4.0, 0.02), (4.1, 0.02), "distributed"),  # never seen
+        ((2.5, 0.002), (3.2, 0.001), "covered"),  # learned, of which held-out text is a little worse
+        ((1.4, 0.006), (5.1, 0.02), "memorised"),  # not quite exhausted, and of no use beyond itself
+        ((1.4, 0.002), (1.7, 0.02), "memorised"),  # exhausted
+        ((1.4, 0.002), (1.5, 0.02), "distributed"),
+        ((9.0, 0.001), (9.0, 0.001), "unlearned"),
+    ],
+)
+def test_two_texts_one_verdict(corpus, held, want):
+    """Losses of corpus and held-out text, and the share of each that a step would remove."""
+    flat = torch.ones(4, 10)
+    one, other = (
+        judge((0, 1, 2, 3), loss, 1000, flat, flat, share * loss / COVERED_STEP, frequencies=6.0)
+        for loss, share in (corpus, held)
+    )
+    found = on_heldout(other, one)
+    assert (found.verdict, found.text, found.loss, found.corpus_loss) == (want, HELD_OUT, held[0], corpus[0])
