@@ -28,9 +28,9 @@ CONCENTRATED_RECOVERABLE = 0.05
 # without weight gradients, of the error mass; a flat map needs half of the nodes
 CONCENTRATED_SHARE = 0.2
 # memorised: the corpus is covered and held-out text has this many times its loss, or it has so many times more that
-# steps on the corpus do not reach it. Measured on the embedded model: text never seen 1.02, text trained on 1.27 (but
-# covered, held out too), 16 windows after 7 passes 3.6, after 15 passes 21; a step would still remove 0.5 % and 2.8 % of
-# the loss on those 16 themselves
+# steps on it do not reach that. Measured on the embedded model: text never seen 1.02, text trained on 1.27 (but
+# covered, held out too), 16 windows after 7 passes 3.6, after 15 passes 21; a step would still remove 0.5 % and 2.8 %
+# of the loss on those 16 themselves
 MORE_LOSS, FAR_MORE_LOSS = 1.1, 1.5
 CORPUS, HELD_OUT = "the corpus itself, which may have been trained on", "held-out text"
 
