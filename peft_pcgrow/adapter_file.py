@@ -111,7 +111,7 @@ def check_loaded(model: nn.Module, before: Mapping[str, int], rename: Rename) ->
         layer.check_loaded()
         for adapter, holder in layer.pcgrow_seal.items():
             if holder.expected is not None:
-                seals.setdefault(adapter, []).append(holder.expected)
+                seals.setdefault(adapter, []).append(holder.expected)  # type: ignore
     if seals:
         present = {_WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters()}
         now = dict(base_parameters(model))
@@ -130,7 +130,7 @@ def check_loaded(model: nn.Module, before: Mapping[str, int], rename: Rename) ->
             seal.check_contents(f"beside the layers of adapter {adapter!r}", noted, beside, exact=False)
         for _, layer in _layers(model):
             for holder in layer.pcgrow_seal.values():
-                holder.expected = None
+                holder.expected = None  # type: ignore
 
 
 def grown_layers(model: nn.Module, adapter: str) -> dict[str, PCGrowExperts]:

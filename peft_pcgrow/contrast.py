@@ -176,7 +176,7 @@ class _InputMoments:
     def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
         site = self.tree.sites[row]
         tokens, chosen = x[rows.real], index[rows.real]
-        for n, (_, donor) in enumerate(getattr(site.module, "newborns", ())):
+        for n, (_, donor) in enumerate(getattr(site.module, "newborns", ())):  # type: ignore
             chosen = chosen.masked_fill(chosen == site.experts + n, donor)
         for expert in range(site.experts):
             mine = tokens[(chosen == expert).any(dim=1)]

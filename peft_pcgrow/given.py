@@ -85,7 +85,7 @@ class Given(nn.Module):
                 f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
                 "run the whole decoder layer, not its experts alone"
             )
-        self.check_gate(adapter_name)
+        self.check_gate(adapter_name)  # type: ignore
         gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
         scores = gate.scores(hidden).view(call.shape)
         rows = call.rows(adapter_name, hidden.device)

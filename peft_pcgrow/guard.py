@@ -283,8 +283,8 @@ def _hook_optimizers() -> None:
     global _hooked
     if not _hooked:
         _hooked = True
-        register_optimizer_step_pre_hook(_before)
-        register_optimizer_step_post_hook(_after)
+        register_optimizer_step_pre_hook(_before)  # type: ignore
+        register_optimizer_step_post_hook(_after)  # type: ignore
 
 
 def _mine(optimizer: torch.optim.Optimizer) -> list[TrainingGuard]:

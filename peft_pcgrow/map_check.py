@@ -93,7 +93,7 @@ def check_map(tensors: Mapping[str, Tensor], facts: Any) -> None:
 def _check_newborns(nodes: Any, layers: list[int], experts: int) -> None:
     for node in nodes if isinstance(nodes, list) else [nodes]:
         layer, donor, adapter = node if isinstance(node, list) and len(node) == 3 else (None, None, None)
-        if layer not in layers or not _whole_number(donor) or donor >= experts or not isinstance(adapter, str):
+        if layer not in layers or not _whole_number(donor) or donor >= experts or not isinstance(adapter, str):  # type: ignore
             raise ValueError(f"newborns must be layer, donor and adapter of each, got {node!r:.80}")
 
 

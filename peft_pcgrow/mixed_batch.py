@@ -56,7 +56,7 @@ _under_way: list[Names] = []
 
 def names_for(module: nn.Module) -> Names | None:
     """The adapters that the call at hand names, if it names some for `module`."""
-    return _looked_up(module) if _under_way else None
+    return _looked_up(module) if _under_way else None  # type: ignore
 
 
 def adapters_in_use(layer: BaseTunerLayer) -> list[str]:

@@ -294,7 +294,7 @@ class PCGrowModel(WholeSteps):
             layers = [layer for layer in self.tuner_layers() if name in layer.births]
             for layer in layers:
                 if layer.spawned(name):
-                    layer.check_gate(name)
+                    layer.check_gate(name)  # type: ignore
             kept = [held for layer in layers for held in layer.kept_off(name).values()]
             if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
                 raise RuntimeError(
@@ -305,7 +305,7 @@ class PCGrowModel(WholeSteps):
 
     def _enter(self, index: int, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._created.get(index, ()):
-            enter(layer, decoder_layer, args, kwargs)
+            enter(layer, decoder_layer, args, kwargs)  # type: ignore
 
     def _leave(self, index: int, ran: bool) -> None:
         for layer in self._created.get(index, ()):
@@ -377,4 +377,4 @@ class PCGrowModel(WholeSteps):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return adapter_file.check_file(model, adapter_name, config.verify, found, cls._remove_adapter_name_from_key)
+        return adapter_file.check_file(model, adapter_name, config.verify, found, cls._remove_adapter_name_from_key)  # type: ignore

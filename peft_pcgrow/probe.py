@@ -198,13 +198,13 @@ class ErrorProbe(Probe):
                 *(like.new_zeros(shape) if g is None else g for g, shape in zip(held, shapes, strict=True))
             )
             gradient[name] = torch.stack(parts[: len(layers)], dim=1)
-            tensors[f"gradient.{name}"] = torch.cat(parts[len(layers) :], dim=1)
+            tensors[f"gradient.{name}"] = torch.cat(parts[len(layers) :], dim=1)  # type: ignore
         nodes = self._newborn_nodes()
         return ErrorMap(
             layers,
             *sums.clone(),
             gradient=gradient,
-            newborns=Newborns().changed(tensors, nodes) if nodes else Newborns(),
+            newborns=Newborns().changed(tensors, nodes) if nodes else Newborns(),  # type: ignore
             **{name: getattr(self, name) for name in COUNTERS},
             base=base,
             separation=separation,

@@ -131,10 +131,10 @@ def check_resolved(config: PCGrowConfig, sites: Sequence[experts.ExpertsSite]) -
     for layer in grown if config.shrunk is not None else ():
         found = codings(config.shrunk, int(layer))
         stacks = _pieces(config, int(layer), bases[layer])
-        if {name: len(coding.numbers) for name, coding in found.items()} != {
+        if {name: len(coding.numbers) for name, coding in found.items()} != {  # type: ignore
             n: len(p.experts) for n, p in stacks.items()
         }:
-            raise ValueError(ALTERED.format("shrunk", f"{config.shrunk['layers'][layer]} in layer {layer}"))
+            raise ValueError(ALTERED.format("shrunk", f"{config.shrunk['layers'][layer]} in layer {layer}"))  # type: ignore
 
 
 def check_tokens(config: PCGrowConfig, model: nn.Module) -> None:
@@ -147,7 +147,7 @@ def check_tokens(config: PCGrowConfig, model: nn.Module) -> None:
         held = (
             [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
             if name
-            else [model.get_input_embeddings()]
+            else [model.get_input_embeddings()]  # type: ignore
         )
         rows = {
             weight.shape[0]

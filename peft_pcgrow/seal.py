@@ -108,7 +108,7 @@ def digest(tensor: Tensor) -> str:
     if held.is_floating_point():
         held = held.to(torch.promote_types(held.dtype, torch.float32))
     found = hashlib.sha256(f"{tuple(held.shape)}".encode())
-    found.update(held.contiguous().view(-1).view(torch.uint8).numpy())
+    found.update(held.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore
     return found.hexdigest()
 
 

@@ -96,7 +96,7 @@ class SealedLayer(nn.Module):
         """Raise ValueError if transformers' own loader has filled a bank from a file that is not sealed or altered."""
         for name, holder in self.pcgrow_seal.items():
             if not holder.compared:
-                holder.compare(f"layer {self.layer_index} of adapter {name!r}", self.own_tensors(name))
+                holder.compare(f"layer {self.layer_index} of adapter {name!r}", self.own_tensors(name))  # type: ignore
 
     def requires_grad_(self, requires_grad: bool = True) -> "SealedLayer":
         self.check_loaded()  # the last thing that loader does

@@ -114,7 +114,8 @@ def cache_place(layer: nn.Module, index: int) -> int:
     """Of the entries that decoder layer `index` has in a KV cache, the first: LongCat's layers attend twice."""
     named = (module for name, module in layer.named_modules() if "att" in name)
     return min(
-        (module.layer_idx for module in named if isinstance(getattr(module, "layer_idx", None), int)), default=index
+        (module.layer_idx for module in named if isinstance(getattr(module, "layer_idx", None), int)),
+        default=index,  # type: ignore
     )
 
 
@@ -177,4 +178,4 @@ def _remembering(kind: type) -> type:
 
 def _empty(kind: type) -> Any:
     remembering = _remembering(kind)
-    return remembering.__new__(remembering)
+    return remembering.__new__(remembering)  # type: ignore

@@ -256,20 +256,20 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
         return forward(*args, **kwargs)
     enabled, ran = torch.is_grad_enabled(), False
     try:
-        args, kwargs, tape = stack.before(index, layer, args, kwargs)
+        args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
         if tape is not None:
             torch._C._set_grad_enabled(False)
         with nullcontext() if tape is None else tapped(layer, tape.tap):
             output = forward(*args, **kwargs)
         if tape is not None:
             torch._C._set_grad_enabled(enabled)
-            output = stack.after(tape, index, layer, kwargs, output)
+            output = stack.after(tape, index, layer, kwargs, output)  # type: ignore
         ran = True
         return output
     finally:
         # at once, whatever was raised: Python code around it could itself be interrupted before it does anything
         torch._C._set_grad_enabled(enabled)
-        stack.close(index, ran)
+        stack.close(index, ran)  # type: ignore
 
 
 def beneath(forward: Any) -> Any:

@@ -123,7 +123,7 @@ class Ground(torch.autograd.Function):
         if below is not None and bottom is not None:
             # an error that was carried as it is comes from the top layer's device
             below = below.to(bottom.device, bottom.dtype)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore
             tape.let_go()
         # a parameter that no layer used has none, as under autograd; a bank that no row reached was given zeros
         return None, None, below, *(found.get(id(p)) for p in ctx.parameters)

@@ -67,7 +67,7 @@ class WholeSteps(BaseTuner):
         """Inside, an adapter is added."""
         with all_or_nothing() as undo:
             if not any(adapter in layer.births for layer in model.modules() if isinstance(layer, PCGrowExperts)):
-                undo.append(partial(self.peft_config.pop, adapter, None))
+                undo.append(partial(self.peft_config.pop, adapter, None))  # type: ignore
             # the first one: nothing is left of this tuner
             undo.append(partial(self._remove_hooks, self._handles) if self._handles else self._let_go)
             undo.append(without(model, adapter))
@@ -136,6 +136,6 @@ def _take_out(
         for name, child in list(module._modules.items()):
             if isinstance(child, WRAPPERS) and child not in layers:
                 held: Any = child
-                module._modules[name] = held.base_layer if isinstance(held, BaseTunerLayer) else held.original_module
+                module._modules[name] = held.base_layer if isinstance(held, BaseTunerLayer) else held.original_module  # type: ignore
     for parameter, train in trains.items():
         parameter.requires_grad_(train)

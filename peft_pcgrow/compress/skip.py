@@ -57,7 +57,7 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> None:
         with all_or_nothing() as undo:
             undo.append(layers_in_use(model))
             for module in (module for layer in before for module in layer.modules() if hasattr(module, "layer_idx")):
-                module.layer_idx = new.get(module.layer_idx, module.layer_idx)
+                module.layer_idx = new.get(module.layer_idx, module.layer_idx)  # type: ignore
             _fill(layers, [before[i] for i in left])
             # the types first: configs check that there are as many as layers
             if types is not None:
