@@ -178,6 +178,15 @@ def test_all_or_nothing(name, monkeypatch):
     assert any(ended)
 
 
+@pytest.fixture
+def answers_ctrl_c():
+    """Whoever started the tests in the background may have left Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("answers_ctrl_c")
 def test_a_second_ctrl_c_does_not_break_the_undoing():
     done = []
 
