@@ -17,7 +17,7 @@ from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons
+from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons, form_bytes
 from peft_pcgrow.compress.packed import as_it_is, pack
 from peft_pcgrow.compress.persist import note_packing, noted
 from peft_pcgrow.compress.quantize import storage_bytes
@@ -155,19 +155,28 @@ def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) ->
         raise ValueError(
             f"apply takes a CompressionPlan, got {type(plan).__name__}: CompressionPlan.load(path) reads one"
         )
+    plan.check()
     check_whole(tree)
-    if not same_base.same_model(plan.base, identity.describe_base(model, tree)):
-        raise ValueError(
-            f"this plan was made for another model ({plan.base.get('model_type')}, "
-            f"{len(plan.base.get('layers', ()))} layers with experts): plan(model, ...) on this one"
-        )
+    if unlike := same_base.difference(plan.base, identity.describe_base(model, tree)):
+        raise ValueError(f"this plan was made for another model ({unlike}): plan(model, ...) on this one")
     nodes = sorted((node.layer, node.expert) for node in plan.nodes)
     kept = [(site.layer, e) for site in tree.sites if site.layer not in plan.skipped for e in range(site.experts)]
-    most = experts.intermediate_size(tree.sites[0].base)
+    base = tree.sites[0].base
+    most = experts.intermediate_size(base)
     if nodes != kept or any((node.form.neurons or 0) >= most for node in plan.nodes):
         raise ValueError(
             "this plan was altered: it must give each expert that is left one form, of fewer neurons than the "
             f"{most} that there are or of all (None); plan again"
+        )
+    if strange := set(plan.skipped) - {site.layer for site in tree.sites}:
+        raise ValueError(f"this plan was altered: it skips layers {sorted(strange)}, which have no experts; plan again")
+    whole = form_bytes(base, WHOLE)
+    sizes = {form: form_bytes(base, form) for form in {node.form for node in plan.nodes}}
+    wrong = [node for node in plan.nodes if (node.before, node.after) != (whole, sizes[node.form])]
+    if wrong:
+        raise ValueError(
+            f"this plan was altered: {wrong[0]}, where that form takes {sizes[wrong[0].form]:,} of "
+            f"{whole:,} bytes; plan again"
         )
 
 

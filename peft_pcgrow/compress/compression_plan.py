@@ -1,6 +1,7 @@
 """A compression plan: which form every expert takes. Made by `survey`, carried out by `apply`."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 
 from peft_pcgrow.compress.calibrate import Calibration
 from peft_pcgrow.compress.forms import Form
+from peft_pcgrow.same_base import WEIGHTS
 from peft_pcgrow.say import ends
 
 FORMAT = 1
@@ -121,10 +123,70 @@ class CompressionPlan:
     def load(cls, path: str | os.PathLike) -> "CompressionPlan":
         """Raises FileNotFoundError, or ValueError for a file that is no plan of this format."""
         try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
-            if held.pop("format") != FORMAT:
-                raise ValueError(f"this version reads format {FORMAT}")
-            nodes = [NodePlan(**{**node, "form": Form(**node["form"])}) for node in held.pop("nodes")]
-            return cls(nodes=nodes, **held)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a compression plan ({error}): make it again") from error
+            return _read(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{os.fspath(path)} is not a compression plan ({what}): make it again") from error
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError for values that no plan has."""
+        for node in self.nodes:
+            place = f"node {node.layer!r}.{node.expert!r}"
+            for name in ("layer", "expert", "before", "after"):
+                _count(getattr(node, name), f"{name} of {place}")
+            _number(node.predicted, f"predicted of {place}")
+            if not isinstance(node.form, Form):
+                raise TypeError(f"form of {place} must be a Form, got {node.form!r}")
+        places = [(node.layer, node.expert) for node in self.nodes]
+        if len(set(places)) < len(places):
+            raise ValueError("{}.{} has more than one form".format(*max(places, key=places.count)))
+        for layer in self.skipped:
+            _count(layer, "each of skipped")
+        if len(set(self.skipped)) < len(self.skipped) or {layer for layer, _ in places} & set(self.skipped):
+            raise ValueError(f"skipped={self.skipped} names a layer twice, or one whose experts have forms")
+        if not 0 < _number(self.target, "target") <= 1:
+            raise ValueError(f"target must be in (0, 1], got {self.target!r}")
+        if not _count(self.total, "total"):
+            raise ValueError("total must be more than 0 bytes")
+        _number(self.skipping, "skipping")
+        if len(self.names) != len(self.losses) or len(set(self.names)) < len(self.names):
+            raise ValueError(f"names={self.names} and losses={self.losses} must be as many, each text once")
+        for loss in self.losses:
+            _number(loss, "each loss")
+        if not all(isinstance(text, str) for text in (self.select, *self.names)):
+            raise TypeError(f"select={self.select!r} and names={self.names} must be text")
+        known = isinstance(self.base, dict) and [self.base.get(name) for name in WEIGHTS]
+        if not known or not all(value is None or isinstance(value, str | dict) for value in known):
+            raise TypeError("base must be what describes a model")
+
+
+def _read(held: Any) -> CompressionPlan:
+    if not isinstance(held, dict) or str(held.pop("format", None)) != str(FORMAT):
+        raise ValueError(f"this version reads format {FORMAT}")
+    _number(held["skipping"], "skipping")
+    for name in ("nodes", "skipped", "names", "losses"):
+        if not isinstance(held[name], list):
+            raise TypeError(f"{name} must be a list, got {held[name]!r:.60}")
+    nodes = []
+    for node in held.pop("nodes"):
+        # none of them by default: what is missing was there once
+        held_form = {name: node["form"].pop(name) for name in ("width", "neurons", "sparsity")}
+        form = Form(**held_form, **node["form"])
+        nodes.append(NodePlan(**{**node, "form": form}))
+    plan = CompressionPlan(nodes=nodes, **{name: value for name, value in held.items() if name != "calibration"})
+    plan.check()
+    return plan
+
+
+def _count(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r:.60}")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
+    return value

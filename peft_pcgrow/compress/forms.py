@@ -29,16 +29,21 @@ class Form:
     sparsity: str | None = None
 
     def __post_init__(self) -> None:
-        if self.width not in codec.WIDTHS:
+        # 4.0 and True are equal to widths
+        if type(self.width) is not int or self.width not in codec.WIDTHS:
             raise ValueError(f"width={self.width!r}: experts are stored in {', '.join(map(str, codec.WIDTHS))} bits")
         if self.sparsity is not None and (self.sparsity not in codec.SPARSITIES or self.width != 16):
             raise ValueError(
                 f"sparsity={self.sparsity!r} at {self.width} bits: it is {' or '.join(codec.SPARSITIES)}, at 16 bits"
             )
-        if self.neurons is not None and (self.neurons < 0 or self.neurons % MULTIPLE):
+        if self.neurons is None:
+            return
+        if type(self.neurons) is not int:
+            raise ValueError(f"neurons={self.neurons!r}: a whole number, or None for all")
+        if self.neurons < 0 or self.neurons % MULTIPLE:
             raise ValueError(
                 f"{self.neurons} neurons: grouped matrix products need multiples of {MULTIPLE}; the nearest is "
-                f"{max(0, round(self.neurons / MULTIPLE) * MULTIPLE)}"
+                f"{max(0, (self.neurons + MULTIPLE // 2) // MULTIPLE * MULTIPLE)}"
             )
 
     def __str__(self) -> str:
