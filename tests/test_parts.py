@@ -291,7 +291,7 @@ def test_map_of_a_grown_model_is_that_of_the_merged_one(name, resolution):
         ({"resolution": "neurons", "parts": {1: {0: [1.5]}}}, "block 1.5 .*not a whole number >= 0"),
         ({"resolution": "neurons", "parts": {-1: {0: [1]}}}, "layer -1 .*not a whole number >= 0"),
         ({"resolution": "neurons", "block": 0}, "block must be a whole number from 1 to"),
-        ({"resolution": "neurons", "block": 2.0}, "block must be a whole number from 1 to"),
+        ({"resolution": "neurons", "block": 2.5}, "block must be a whole number from 1 to"),
     ],
 )
 def test_bad_settings(settings, text):
