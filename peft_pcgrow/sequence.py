@@ -8,7 +8,7 @@ decoding crops it, parallel sampling repeats it) happens to the memory too.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def cache_place(layer: nn.Module, index: int) -> int:
     """Of the entries that decoder layer `index` has in a KV cache, the first: LongCat's layers attend twice."""
     named = (module for name, module in layer.named_modules() if "att" in name)
     return min(
-        (module.layer_idx for module in named if isinstance(getattr(module, "layer_idx", None), int)),
+        (cast(int, module.layer_idx) for module in named if isinstance(getattr(module, "layer_idx", None), int)),
         default=index,  # type: ignore
     )
 
