@@ -110,7 +110,7 @@ def test_one_packed_layer_is_enough(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [Form(8), Form(2), Form(3, 8), Form(16, sparsity="half"), Form(sparsity="2:4")])
 def test_few_bits_are_written_out(form, dtype, tmp_path):
-    """What is read back computes the same by transformers' default way."""
+    """What is read back computes the same bits by transformers' default way."""
     model = compressed(forms=[form] * EXPERTS, dtype=dtype)
     with pytest.raises(ValueError, match=r"expert 0 of layer 0 is stored as .*dequantize=True"):
         export_plain(model, tmp_path / "plain", [tokens()])
@@ -120,8 +120,11 @@ def test_few_bits_are_written_out(form, dtype, tmp_path):
     plain = reloaded(tmp_path / "plain", dtype="auto")
     assert plain.dtype == dtype
     plain.set_experts_implementation("grouped_mm")
-    # to the bit on most CPUs: some take another kernel for decoded experts of few neurons
-    assert_close("logits", logits(plain), logits(model), "fp32" if dtype == torch.float32 else "bf16")
+    if form == Form(3, 8) and dtype == torch.float32:
+        # some CPUs take another kernel for decoded experts of few neurons
+        assert_close("logits", logits(plain), logits(model), "fp32")
+    else:
+        assert torch.equal(logits(plain), logits(model))
 
 
 def test_thinned_and_removed_and_tied(tmp_path):
