@@ -1,15 +1,15 @@
 """Several processes at work on one corpus (torch.distributed): what each found, put together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_pcgrow.batches import Batch, moved
+from peft_pcgrow.batches import Batch, moved, read_batches
 from peft_pcgrow.error_map import COUNTERS, OPTIONAL, SUMS, ErrorMap
 from peft_pcgrow.gate import Rows
 
@@ -113,6 +113,25 @@ def everywhere(batches: list[Batch], device: torch.device) -> list[Batch]:
         return batches
     here = [_moved(batch, torch.device("cpu")) for batch in batches]
     return [_moved(batch, device) for share in gathered(here) for batch in share]
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, which others may have rounded otherwise, on all; all must call."""
+    return gathered(value)[0]
+
+
+def read_everywhere(model: nn.Module, batches: Iterable[Any], max_tokens: int | None = None) -> list[Batch]:
+    """The text of all processes, each giving its share, in the order of their ranks; all must call.
+
+    Args:
+        max_tokens: of each process, at most so many (to the end of a batch).
+
+    Raises:
+        ValueError: as of `read_batches`. RuntimeError: it failed on another process.
+    """
+    with together("reading the text"):
+        here = list(read_batches(model, batches, max_tokens))
+    return everywhere(here, next(model.parameters()).device)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

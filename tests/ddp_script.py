@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, measure_errors, order_by_surprisal
+from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, compress, measure_errors, order_by_surprisal
 from peft_pcgrow.error_map import COUNTERS, SUMS
 from tiny import build, domain, mixed, retain, spawned, tokens
 
@@ -193,6 +193,24 @@ def refused(rank: int) -> dict[str, str]:
     return found
 
 
+def planned(rank: int = 0, world: int = 1) -> dict:
+    """What compressing and shrinking by this process's share of a text make of a model and of an adapter."""
+    share = [batch(20 + step) for step in range(4)][rank * 4 // world : (rank + 1) * 4 // world]
+    model = build()
+    plan = compress.plan(model, target=0.35, retain=share, progress=False)
+    model, report = compress.apply(model, plan, max_loss_rise=1e-4, progress=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(build(), PCGrowConfig(locus=LOCUS, init_weights=False))
+    shrunk = compress.shrink_adapter(adapted, target=0.22, batches=share)
+    held = {**model.state_dict(), **{name: t for name, t in adapted.state_dict().items() if "pcgrow_" in name}}
+    return {
+        "forms": [(node.layer, node.expert, str(node.form), node.predicted) for node in plan.nodes],
+        "numbers": [*plan.losses, *report.before, *report.after, report.done, shrunk.loss_after],
+        "stopped": report.stopped,
+        "tensors": {name: t.clone() for name, t in held.items()},
+    }
+
+
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     found = {
@@ -201,6 +219,7 @@ def main(folder: Path) -> None:
         "poisoned": poisoned(accelerator),
         "trainer": train(folder, ROWS // 2),
         "mapped": mapped(folder, accelerator.process_index),
+        "planned": planned(accelerator.process_index, 2),
         "whole": tensors(mapped_whole(accelerator.process_index, 2)),
         "without text": parts(without_text(accelerator.process_index)),
         "without text, relaxed": parts(without_text(accelerator.process_index, settle="relax", settle_tol=1e-9)),

@@ -146,6 +146,17 @@ def test_processes_that_do_not_fit_together(ranks, case):
         assert found["refused"][case].startswith(text)
 
 
+def test_plan_of_all_processes(ranks):
+    """All compress and shrink alike, to the bit, and as one process that has all of the text."""
+    single = ddp_script.planned()
+    assert single["stopped"] is not None
+    for found in (found["planned"] for found in ranks):
+        for name in ("forms", "numbers", "stopped"):
+            assert found[name] == single[name], name
+        assert found["tensors"].keys() == single["tensors"].keys()
+        assert all(torch.equal(tensor, single["tensors"][name]) for name, tensor in found["tensors"].items())
+
+
 def test_poison_on_one_process(ranks):
     """A NaN loss on one process refuses the step on both."""
     for found in ranks:

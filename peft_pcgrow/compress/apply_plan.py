@@ -22,6 +22,7 @@ from peft_pcgrow.compress.packed import as_it_is, pack
 from peft_pcgrow.compress.persist import note_packing, noted
 from peft_pcgrow.compress.quantize import storage_bytes
 from peft_pcgrow.compress.skip import drop_layers, layers_in_use
+from peft_pcgrow.processes import from_first
 
 STAGES = 8
 
@@ -81,6 +82,8 @@ def apply(
     Layers of which nothing changes stay as they are in 16-bit models; in wider ones all experts are stored in 16 bits
     from the first stage on.
 
+    Under torch.distributed all processes must call; all measure on the text of all, and stop alike.
+
     Args:
         model: the model that the plan was made on.
         max_loss_rise: the most that the loss of any of the texts may rise, nats per token; None: no limit.
@@ -103,7 +106,7 @@ def apply(
     calibration = calibrate(model, texts, max_tokens, progress) if texts else plan.calibration
     if calibration is None and max_loss_rise is not None:
         raise ValueError("this plan was read from a file: give apply() retain= or domain= batches to hold losses on")
-    before = losses(model, calibration.batches) if calibration is not None else []
+    before = _measured(model, calibration)
     noted = dict(zip(plan.names, plan.losses, strict=True))
     for name, loss in zip(calibration.names if calibration is not None else (), before, strict=True):
         if max_loss_rise is not None and loss - noted.get(name, loss) > max_loss_rise:
@@ -119,7 +122,7 @@ def apply(
         undoing.append(partial(writer.take_back, 0))
         for number, (gone, nodes) in enumerate(tqdm(stages, desc="compressing", unit="stage", disable=not progress)):
             undo = writer.write(gone, nodes)
-            found = losses(model, calibration.batches) if calibration is not None else []
+            found = _measured(model, calibration)
             if limit is not None and not all(loss <= most for loss, most in zip(found, limit, strict=True)):
                 undo()
                 assert calibration is not None
@@ -148,6 +151,11 @@ def apply(
         stopped,
     )
     return model, report
+
+
+def _measured(model: nn.Module, calibration: Calibration | None) -> list[float]:
+    """The loss of each text; the same on all processes, which go by it."""
+    return from_first(losses(model, calibration.batches)) if calibration is not None else []
 
 
 def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
-from peft_pcgrow.batches import IGNORED, Batch, held_still, read_batches, settle_batch
+from peft_pcgrow.batches import IGNORED, Batch, held_still, settle_batch
 from peft_pcgrow.carry import Probe
+from peft_pcgrow.processes import check_same, read_everywhere
 from peft_pcgrow.recompute import hidden_of
 from peft_pcgrow.settle import LayerStack
 
@@ -117,10 +118,13 @@ def calibrate(
 ) -> Calibration:
     """Sweep over each text, with nothing trained.
 
+    Several processes (torch.distributed) put their texts together and each sweeps over all of them: what follows from
+    that is the same on all. All must call, with texts of the same names.
+
     Args:
         texts: name -> batches as for `measure_errors`.
-        max_tokens: of each text, at most so many (to the end of a batch); what is noted is 2 H + 2 K numbers a token
-            and layer, on the CPU.
+        max_tokens: of each text and process, at most so many (to the end of a batch); what is noted is 2 H + 2 K
+            numbers a token and layer, on the CPU.
 
     Raises:
         ValueError: no text, or one without a token to predict.
@@ -128,11 +132,12 @@ def calibrate(
     tree = experts.find_experts(model)
     probe = _NodeProbe(tree)
     labels, losses, read, row = [], [], [], 0
+    check_same("calibrating", {"the texts": tuple(texts)})
     if not texts:
         raise ValueError("no text to calibrate on: give domain= or retain= batches")
     with held_still(model), LayerStack(tree.layers, probe=probe):
         for number, (name, batches) in enumerate(texts.items()):
-            held = list(read_batches(model, batches, max_tokens))
+            held = read_everywhere(model, batches, max_tokens)
             count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target, _ in held)
             if not count:
                 raise ValueError(f"the {name} text has no token to predict: give batches of at least two tokens each")

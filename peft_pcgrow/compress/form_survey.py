@@ -17,6 +17,7 @@ from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.skip import can_skip, skip_damage
 from peft_pcgrow.error_map import ErrorMap
+from peft_pcgrow.processes import from_first
 
 METHODS = ("quantize", "thin", "sparsify", "skip")
 # what forms are chosen by: predicted damage, or at random (the control)
@@ -133,7 +134,10 @@ def survey(
     max_tokens: int | None = 65_536,
     progress: bool = True,
 ) -> Survey:
-    """Try every form of every expert on calibration text, for `Survey.plan`; arguments and errors as of `plan`."""
+    """Try every form of every expert on calibration text, for `Survey.plan`; arguments and errors as of `plan`.
+
+    Under torch.distributed all processes must call; the survey is the same on all.
+    """
     tree = _check(model, emap, methods)
     texts = {name: batches for name, batches in (("domain", domain), ("retain", retain)) if batches is not None}
     calibration = calibrate(model, texts, max_tokens, progress)
@@ -162,6 +166,8 @@ def survey(
     elif "skip" in methods:
         skips = torch.stack([skip_damage(calibration, layer).mean() for layer in layers])
     sizes = torch.stack([each.bytes for each in found])
+    # on accelerators sums are rounded in an order of their own
+    damage, by_map, skips = from_first((damage, by_map, skips))
     base = identity.describe_base(model, tree)
     return Survey(layers, forms, sizes, damage, by_map, skips, calibration, tuple(methods), base)
 
@@ -174,7 +180,8 @@ def plan(
     One sweep over the texts notes what enters every node and which error comes back; then each expert is tried in every
     form on its own rows, and the forms are chosen whose predicted changes of the loss add up to the least. For several
     budgets, `survey` once and call its `plan`. What is predicted is for comparing choices; measured changes are a
-    multiple of it (see `CompressionPlan`).
+    multiple of it (see `CompressionPlan`). Under torch.distributed all processes must call; the text of all of them
+    counts, and the plan is the same on all.
 
     Args:
         model: a transformers causal LM with experts in full precision; other modules may be quantized. Not changed.

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
-from peft_pcgrow.batches import IGNORED, Batch, losses, read_batches
+from peft_pcgrow.batches import IGNORED, Batch, losses
 from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.moments import Moments, Place, input_moments
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.model import PCGrowModel
+from peft_pcgrow.processes import read_everywhere
 
 # widths of matrices, narrowest first
 LADDER = tuple(sorted(codec.WIDTHS))
@@ -120,7 +121,7 @@ def shrink_adapter(
             if there are `batches`, and otherwise of the weights. 0.25 if none of the three is given.
         batches: text of the domain, as for `measure_errors`, to measure the loss on before and after and, if
             `compensate`, to fit the rounding to. Needs the adapter to be active, and the memory of one fp32 matrix
-            `[I, I]` for each matrix that grew.
+            `[I, I]` for each matrix that grew. Under torch.distributed all processes must call; that of all counts.
         compensate: whether to use the text for rounding. On a small model that halved the divergence of the
             predictions from what they were, at 4, 3 and 2 bits; on the domain's loss it only showed at 2.
 
@@ -211,7 +212,7 @@ def _read(model: nn.Module, batches: Iterable[Any], layers: list[PCGrowExperts],
         raise ValueError(
             f"adapter {name!r} is not active, so text tells nothing of it: call set_adapter({name!r}) first"
         )
-    read = list(read_batches(model, batches))
+    read = read_everywhere(model, batches)
     if not any(bool((target[:, 1:] != IGNORED).any()) for _, target, _ in read):
         raise ValueError("batches hold no token to predict: give [B, S] token ids with S of 2 or more, or leave it out")
     return read
