@@ -19,10 +19,10 @@ RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
 
 
 class DrawnOnCpu(TorchFunctionMode):
-    """Random numbers of no stated device, the same on every one."""
+    """Random numbers of no stated device or generator, the same on every one."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in RANDOM and (kwargs or {}).get("device") is None:
+        if func in RANDOM and not {"device", "generator"} & {name for name, given in (kwargs or {}).items() if given}:
             return func(*args, **(kwargs or {}), device="cpu").to(torch.get_default_device())
         return func(*args, **(kwargs or {}))
 

@@ -45,7 +45,7 @@ def test_thinned_mlps_are_plain_checkpoints(tmp_path):
     model = dense()
     plan = compress.plan(model, target=0.5, methods=("thin",), retain=[retain()], progress=False)
     for place, node in enumerate(plan.nodes):
-        plan.nodes[place] = replace(node, form=Form(neurons=32))
+        plan.nodes[place] = replace(node, form=Form(neurons=32), after=node.before // 2)
     compress.apply(model, plan)
     compress.export_plain(model, tmp_path / "plain", [retain()])
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
