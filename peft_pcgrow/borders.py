@@ -73,7 +73,9 @@ class Told:
             positions = positions[0]
         if isinstance(positions, Tensor) and positions.dim() == 2:
             positions = positions.to(real.device).expand(shape)
-            again = here & (positions <= positions.gather(1, before))
+            step = positions - positions.gather(1, before)
+            # without a mask, transformers takes whatever is no next position for another text
+            again = here & ((step <= 0) if looks else (step != 1))
         hides = [~look.sees(before) for look in looks if look.pairs]
         masked = here & torch.stack(hides).all(0) if hides and len(hides) == len(looks) else torch.zeros_like(here)
         if self.chunk:

@@ -25,7 +25,7 @@ IGNORED = -100
 # columns of a text, and what pads them
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 # columns of a text that its collator makes something of: without it the model would see other text
-COLLATED = ("position_ids", "seq_lengths", "completion_mask", "assistant_masks", "pixel_values", "input_features")
+COLLATED = ("seq_lengths", "completion_mask", "assistant_masks", "position_ids", "pixel_values", "input_features")
 WANTED = (
     "a corpus is token ids [N, S], a list of texts (token ids [S] each, or strings with tokenizer=), a tokenized "
     "datasets.Dataset, or a data loader"
@@ -131,6 +131,7 @@ def _read_item(item: Any, what: str, tokenizer: Callable[..., Any] | None) -> di
                 f"{what} is a {type(item).__name__} of {len(item)} whose parts have no names: give a mapping with "
                 "input_ids and, if there are any, attention_mask and labels"
             )
+        _check_turned(item, what)
         return [read_text(part, f"text {i} of {what}", tokenizer) for i, part in enumerate(item)]
     ids = _integers(item, what)
     if ids.dim() not in (1, 2):
@@ -151,6 +152,8 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
     given = item["input_ids"]
     if isinstance(given, (list, tuple)) and len(given) and not _is_token(_first(given)):
         # a batch of lists, as a tokenizer gives it
+        _check_turned(given, what)
+        _check_collated(item, what, COLLATED)
         columns = {name: item[name] for name in PADDING if item.get(name) is not None}
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(given))]
         return pad([read_text(row, f"text {i} of {what}") for i, row in enumerate(rows)])
@@ -161,11 +164,7 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
             f"{what} needs input_ids of shape [B, S] or [S], integers; got {tuple(found['input_ids'].shape)}"
         )
     if dims == 1:
-        if collated := [name for name in COLLATED if item.get(name) is not None]:
-            raise ValueError(
-                f"{what} has {', '.join(collated)}, which its collator makes something of: give the batches of the "
-                "data loader that you train with"
-            )
+        _check_collated(item, what, COLLATED)
         found |= {
             name: torch.as_tensor(item[name], device="cpu")
             for name in ("attention_mask", "labels")
@@ -177,12 +176,30 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
                     f"{what} has {tuple(value.shape)} {name} to {tuple(found['input_ids'].shape)} input_ids"
                 )
         return [{name: value.long() for name, value in found.items()}]
+    _check_collated(item, what, COLLATED[:3])
     # a column that is no array (names of files, say) goes to the model as it is
     arrays = {
         n: torch.as_tensor(v, device="cpu") if isinstance(v, (list, np.ndarray)) and n in PADDING else v
         for n, v in item.items()
     }
     return {**arrays, **found}
+
+
+def _check_turned(rows: Any, what: str) -> None:
+    """Several tensors of one length are texts, or torch's default collator made columns of lists: not to be told."""
+    if len(rows) > 1 and all(isinstance(row, Tensor) for row in rows) and len({len(row) for row in rows}) == 1:
+        raise ValueError(
+            f"{what} is {len(rows)} tensors of {len(rows[0])} numbers, which may be texts, or what torch's default "
+            'collator makes of lists, texts turned around: use dataset.with_format("torch"), or stack them [B, S]'
+        )
+
+
+def _check_collated(item: Mapping[str, Any], what: str, names: tuple[str, ...]) -> None:
+    if collated := [name for name in names if item.get(name) is not None]:
+        raise ValueError(
+            f"{what} has {', '.join(collated)}, which its collator makes something of: give the batches of the data "
+            "loader that you train with"
+        )
 
 
 def _first(values: Any) -> Any:

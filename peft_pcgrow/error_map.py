@@ -213,17 +213,14 @@ class ErrorMap:
                 "these maps cannot be added: they were measured on different models or with different sketches "
                 f"({_difference(self.base, other.base) or 'other layers'})"
             )
+        if len({emap.run.get("weights") for emap in (self, other)} - {None}) > 1:
+            raise ValueError("these maps cannot be added: measured with other weights, or with other adapters in use")
         if (self.heldout is None) != (other.heldout is None):
-            raise ValueError(
-                "these maps cannot be added: only one of them has held-out text; measure both with heldout="
-            )
+            raise ValueError("these maps cannot be added: only one has held-out text; measure both with heldout=")
         if self.gradient.keys() != other.gradient.keys():
             raise ValueError("these maps cannot be added: only one of them holds coherent errors")
         if self.separation is not None or other.separation is not None:
-            raise ValueError(
-                "maps measured with retain= cannot be added: a gate is fitted to its texts as a whole; measure all of "
-                "the text in one call"
-            )
+            raise ValueError("maps with retain= cannot be added: gates are fitted to all text; measure it in one call")
         newborns = self.newborns + other.newborns
         return ErrorMap(
             layers=self.layers,
@@ -233,6 +230,7 @@ class ErrorMap:
             **{name: _both(getattr(self, name), getattr(other, name)) for name in OPTIONAL},
             **{name: getattr(self, name) + getattr(other, name) for name in COUNTERS},
             base=dict(self.base),
+            run={"weights": weights} if (weights := self.run.get("weights")) else {},
             newborns=newborns,
             heldout=self.heldout + other.heldout if self.heldout is not None and other.heldout is not None else None,
         )

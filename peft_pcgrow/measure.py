@@ -102,7 +102,7 @@ def measure_errors(
             token ids or without one label token, words that the model does not know, too few texts to fit gates on, a
             number out of its range, an unknown way to settle, a checkpoint of other weights, text or options, or other
             models on other processes.
-        FloatingPointError: a loss that is NaN or infinite.
+        FloatingPointError: a loss, or an error at a node, that is NaN or infinite.
         RuntimeError: another process failed.
     """
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -115,6 +115,8 @@ def measure_errors(
         window, limit = given["window"], given.get("max_tokens")
         if heldout is batches:
             raise ValueError("heldout is the corpus itself: give text of the same domain that nothing was trained on")
+        if retain is batches:
+            raise ValueError("retain is the corpus itself: give text whose behaviour must stay, or 'self'")
         if coherent is None:
             coherent = settle != "direct"
         if coherent:
@@ -126,8 +128,7 @@ def measure_errors(
         }
         run = {name: base[name] for name in ("sketch", "settle")} | {"nodes": tree.nodes}
         run["settle_tol"] = settle_tol if settle == "relax" else None
-        if checkpoint is not None or processes() > 1:
-            run["weights"] = weights_in_use(model)
+        run["weights"] = weights_in_use(model)
     asked = {"max_tokens": limit, "heldout": heldout is not None, "retain": retain is not None}
     check_same("measure_errors", {**run, **asked, "base": base})
     device = next(model.parameters()).device
@@ -188,7 +189,14 @@ def _sweep(
     known, text, done = resumed.batches if resumed is not None else 0, TextDigest(), 0
 
     def sofar() -> ErrorMap:
-        return replace(probe.result(how.base, None), run={**saving.run, "read": text.hexdigest})
+        emap = replace(probe.result(how.base, None), run={**saving.run, "read": text.hexdigest})
+        wrong = [layer for layer, row in zip(emap.layers, emap.square, strict=True) if not row.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"the loss is finite, but the errors of layers {wrong} are not: measure in float32, or look "
+                "for what has no derivative there"
+            )
+        return emap
 
     options = {"desc": "measuring errors", "disable": not how.progress, "unit_scale": True}
     with (

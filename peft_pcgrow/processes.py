@@ -102,7 +102,7 @@ def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
         newborns=emap.newborns.changed(summed(emap.newborns.tensors(), device)),
         **{name: type(getattr(emap, name))(value) for name, value in counted},
         # each process goes on by its own part
-        run={},
+        run={name: emap.run[name] for name in ("weights",) if name in emap.run},
         heldout=over_processes(emap.heldout, device) if emap.heldout is not None else None,
     )
 

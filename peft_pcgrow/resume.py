@@ -20,7 +20,8 @@ STALE = "{0} holds a measurement {1}: remove it, or give another folder as check
 
 
 def weights_in_use(model: nn.Module) -> str:
-    """Digest of all parameters and buffers, and of which adapters are in use; reads every weight once.
+    """Digest of all parameters and buffers, of modules' numbers (experts per token, say), and of which adapters are in
+    use; reads every weight once.
 
     Of weights that are offloaded only the names and shapes are known.
     """
@@ -30,6 +31,8 @@ def weights_in_use(model: nn.Module) -> str:
         for sums in () if tensor.is_meta else _sums(tensor.detach()):
             digest.update(repr(sums).encode())
     for name, module in model.named_modules():
+        numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float) and key[0] != "_"}
+        digest.update(f"{name} {sorted(numbers.items())}".encode())
         if isinstance(module, BaseTunerLayer):
             used = [module.disable_adapters, module.active_adapters, module.merged_adapters]
             rates = {key: birth.gate_fpr for key, birth in getattr(module, "births", {}).items()}

@@ -202,6 +202,20 @@ def test_loss_that_is_not_finite(value):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_errors_that_are_nan():
+    """A loss that is finite, of a root that has no derivative at 0."""
+    model = build()
+    model.model.layers[2].register_forward_hook(lambda module, args, output: output + (output * 0).sqrt())
+    with pytest.raises(FloatingPointError, match=r"the loss is finite, but the errors of layers \[0, 1, 2\] are not"):
+        measure_errors(model, [tokens()], progress=False)
+
+
+def test_a_corpus_is_not_its_own_retain_text():
+    text = [tokens()]
+    with refused(build(), ValueError, "retain is the corpus itself"):
+        measure_errors(build(), text, retain=text, progress=False)
+
+
 @pytest.mark.parametrize("batch", [{"input_ids": tokens()[0, 0]}, tokens().float(), {"input_ids": tokens()[None]}])
 def test_batch_of_another_shape(batch):
     model = build()
@@ -220,6 +234,11 @@ def test_maps_that_do_not_add():
         first + emap(build(), sketch_dim=4)
     with pytest.raises(ValueError, match="these maps cannot be added"):
         first + emap(build(), coherent=False)
+    other = build()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="measured with other weights, or with other adapters in use"):
+        first + emap(other)
     with pytest.raises(TypeError):
         first + 1
 

@@ -332,7 +332,11 @@ def test_refusals():
         ("this plan was altered", short, {}),
         ("this plan was altered.* than the 16 that there are", wide, {}),
         ("this plan was altered", replace(plan, nodes=[*plan.nodes, other]), {}),
-        (r"made for another model \(model_type: 'olmoe' against 'qwen3_moe'", replace(plan, base=describe(build("olmoe"))), {}),
+        (
+            r"made for another model \(model_type: 'olmoe' against 'qwen3_moe'",
+            replace(plan, base=describe(build("olmoe"))),
+            {},
+        ),
         (r"made for another model \(other routers' weights", replace(plan, base=describe(build(seed=1))), {}),
         ("the retain text has no token", plan, {"retain": []}),
     ):

@@ -199,6 +199,21 @@ REFUSED = {
         "a list of 2 whose parts have no names",
     ),
     "packed": (rows(position_ids=[0, 1]), ValueError, "has position_ids, which its collator makes something of"),
+    "packed, in batches": (rows(position_ids=[0, 1]).iter(2), ValueError, "has position_ids, which its collator"),
+    "packed, of one row": ([rows(seq_lengths=[2, 3])[:2]], ValueError, "has seq_lengths, which its collator"),
+    "masks of a batch": (
+        [{"input_ids": tokens(), "assistant_masks": tokens() > 9}],
+        ValueError,
+        "has assistant_masks, which its collator",
+    ),
+    # torch's default collator turns lists around
+    "turned mappings": (
+        DataLoader([{"input_ids": text.tolist()} for text in tokens()], batch_size=2),
+        ValueError,
+        r"is 16 tensors of 2 numbers, .* use dataset.with_format\(\"torch\"\), or stack them \[B, S\]",
+    ),
+    "turned lists": (DataLoader(tokens().tolist(), batch_size=2), ValueError, "is 16 tensors of 2 numbers"),
+    "turned, one by one": (DataLoader(tokens().tolist()), ValueError, "is 16 tensors of 1 numbers"),
     "nothing": ([], ValueError, "the corpus has no label token"),
     "one token each": ([[5], [6]], ValueError, "the corpus has no label token"),
     "objects": ([object()], ValueError, "holds no token ids but a object"),

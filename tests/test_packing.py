@@ -45,6 +45,7 @@ def numbers(lengths):
 # what says where texts begin
 SAID = {
     "positions": lambda n: {"position_ids": places(n)},
+    "positions jump ahead": lambda n: {"position_ids": places(n) + 40 * numbers(n).long()},
     "flash attention's arguments": lambda n: {
         "position_ids": places(n),
         "cu_seq_lens_q": ends(n),

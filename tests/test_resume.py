@@ -62,7 +62,19 @@ def switched_off(model):
     return model
 
 
+def fewer_experts(model):
+    model.get_base_model().model.layers[1].mlp.gate.top_k = 2
+    return model
+
+
+def another_epsilon(model):
+    model.get_base_model().model.norm.variance_epsilon *= 2
+    return model
+
+
 CHANGED = {
+    "experts per token": fewer_experts,
+    "a norm's epsilon": another_epsilon,
     "trained": trained,
     "one weight": one_weight,
     "exchanged": exchanged,
