@@ -19,12 +19,14 @@ RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
 
 
 class DrawnOnCpu(TorchFunctionMode):
-    """Random numbers of no stated device or generator, the same on every one."""
+    """Random numbers of no stated device, the same on every one; those of a generator are drawn where it is."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in RANDOM and not {"device", "generator"} & {name for name, given in (kwargs or {}).items() if given}:
-            return func(*args, **(kwargs or {}), device="cpu").to(torch.get_default_device())
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func in RANDOM and given.get("device") is None:
+            device = given["generator"].device if given.get("generator") is not None else "cpu"
+            return func(*args, **{**given, "device": device}).to(torch.get_default_device())
+        return func(*args, **given)
 
 
 def pytest_addoption(parser):

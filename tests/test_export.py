@@ -82,7 +82,7 @@ class Case:
     before: tuple
 
     def load(self) -> nn.Module:
-        flat = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        flat = AutoModelForCausalLM.from_pretrained(self.folder).to(torch.get_default_device()).eval()
         flat.set_experts_implementation("eager")
         return flat
 

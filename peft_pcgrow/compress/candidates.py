@@ -157,7 +157,7 @@ def candidates(
                 ("output", size),
                 ("gradient", along),
             ):
-                damage[name][expert, place].index_add_(0, text, values * scale)
+                damage[name][expert, place].index_add_(0, text, values.cpu() * scale)
     damage["gradient"] = damage["gradient"].abs()
     sizes = torch.tensor([form_bytes(base, form) for form in forms], dtype=torch.float64, device="cpu")
     return Candidates(tuple(forms), sizes, damage, spread, data, kept_by_form)
@@ -178,7 +178,7 @@ def _rows(base: experts.ExpertsModule, sample: LayerSample, expert: int) -> tupl
     plain = {n: experts.expert_stacks(base)[n][expert].float() for n in experts.matrices(base)}
     matrices = {n: w.mT if base.is_transposed else w for n, w in plain.items()}
     before = _run(base, x, matrices, expert, None, experts.first_matrix(base))
-    return x, p, error, sample.text[token].to(device), before, total / max(len(token), 1)
+    return x, p, error, sample.text[token], before, total / max(len(token), 1)
 
 
 def _run(
