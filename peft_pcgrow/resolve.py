@@ -11,7 +11,7 @@ from peft_pcgrow.birth import Birth
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
-from peft_pcgrow.locus import Locus
+from peft_pcgrow.locus import Locus, read_parts
 from peft_pcgrow.lora_beside import scales_of
 from peft_pcgrow.pieces import Pieces
 from peft_pcgrow.same_base import WEIGHTS, difference
@@ -81,12 +81,12 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
     config.locus = locus.to_json()
     # the parts of what is left of the locus: those selected, or all
     if selected is not None:
-        config.parts = {
-            layer: {str(e): selected[layer][str(e)] for e in chosen} for layer, chosen in config.locus.items()
-        }
+        kept = {layer: {str(e): selected[layer][str(e)] for e in chosen} for layer, chosen in config.locus.items()}
+        # in the order that files are read in
+        config.parts = read_parts(kept, config.resolution)
         parts.check_parts(config.parts, locus, config.resolution, config.block, sites)
     elif config.resolution != "expert":
-        config.parts = parts.all_parts(locus, config.resolution, config.block, sites)
+        config.parts = read_parts(parts.all_parts(locus, config.resolution, config.block, sites), config.resolution)
     if config.protect:
         if emap is None or separation is None:
             raise ValueError(spawn.NO_RETAIN.format(f"protect={config.protect}"))

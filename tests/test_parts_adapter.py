@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_all_close, assert_close
 from loaders import LOADERS
-from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer
+from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
 from peft_pcgrow.experts import expert_stacks
 from test_parts import PARTS, config, grown
 from test_trainer import banks, fit, logged
 from tiny import (
+    LOCUS,
     assert_same,
     backward,
     build,
@@ -44,6 +45,23 @@ def test_loaders_agree(name, resolution, loader, tmp_path):
     loaded = LOADERS[loader](tmp_path / "base", tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(model), logits(build(name)))
+
+
+@pytest.mark.parametrize("how", ["a map", "locus="])
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_parts_that_were_not_listed(resolution, how, tmp_path):
+    """Chosen by a map, or all of them: what is saved loads, though files list parts in an order of their own."""
+    if how == "a map":
+        emap = measure_errors(build(), [tokens(8)], progress=False)
+        given = {"error_map": emap, "budget": 0.3, "select": "removable"}
+    else:
+        given = {"locus": LOCUS}
+    model = get_peft_model(build(), PCGrowConfig(resolution=resolution, block=8, **given))
+    several = [parts for held in model.peft_config["default"].parts.values() for parts in held.values()]
+    assert max(map(len, several)) > 1
+    train(model, steps=2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(build(), tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
