@@ -177,6 +177,7 @@ class LayerStack:
         """What a layer that settles hands on."""
         if tape.current is not None:
             tape.current.drawn = Random.of(tape.current.x)
+            tape.current.conditions.ran()
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
         if index < len(self.layers) - 1:
