@@ -67,7 +67,7 @@ class _Watched:
 
 
 class TrainingGuard:
-    """Watches one model's banks through the optimizers' own step hooks, whatever optimizers and loop the user has.
+    """Watches one model's banks through the step hooks of whatever `torch.optim.Optimizer` holds them, in any loop.
 
     Args:
         model: whose parameters tell this model's optimizers from others.
