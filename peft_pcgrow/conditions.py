@@ -1,17 +1,24 @@
 """What the run of a decoder layer depends on beside what it is called with: run again, it must find the same."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 # where PEFT's layers keep what they are set to
 ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 # hooks that may come with any call that wants something recorded: see `inner_outputs`
 ONLOOKERS = "transformers.utils.output_capturing"
+# where modules keep their tensors
+HOLDERS = ("_parameters", "_buffers")
+# numbers in a buffer (statistics, a router's bias) up to which a copy of it is kept
+SMALL = 2**16
+# attributes of modules that change nothing of what they compute, or stand among the settings
+NO_SETTINGS = ("training", "gradient_checkpointing", "activation_checkpointing")
 
 # layers whose graphs have been looked through, and the hooks that were there
 _looked_through: "WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ...]]" = WeakKeyDictionary()
@@ -53,37 +60,74 @@ WORDS = Setting(
 
 
 class Weight(NamedTuple):
-    """A parameter, where it stands, and what changes when it is written to, moved or cast."""
+    """A parameter or buffer, where it stands, what changes when it is written to, moved or cast, and a copy of a small
+    buffer."""
 
     owner: nn.Module
+    holder: str
     name: str
     tensor: Tensor
     state: tuple[Any, ...]
+    copy: Tensor | None
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return getattr(self.owner, self.holder)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Noted in the forward; it holds no copies."""
+    """Noted in the forward; it holds no copies but of small buffers.
+
+    Attributes:
+        numbers: numbers, switches and words among each module's attributes. given: what the layer was called with, by
+            name, and the states of these tensors.
+    """
 
     layer: nn.Module
     modules: tuple[nn.Module, ...]
     settings: tuple[Setting, ...]
+    numbers: tuple[dict[str, Any], ...]
     weights: tuple[Weight, ...]
+    given: tuple[tuple[str, Tensor, tuple[Any, ...]], ...]
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Conditions":
+    def of(cls, layer: nn.Module, given: Iterable[tuple[str, Tensor]]) -> "Conditions":
         modules = tuple(layer.modules())
         weights = [
-            Weight(module, name, tensor, _state(tensor))
+            Weight(module, holder, name, tensor, _state(tensor), _copy(tensor) if holder == "_buffers" else None)
             for module in modules
-            for name, tensor in module._parameters.items()
+            for holder in HOLDERS
+            for name, tensor in getattr(module, holder).items()
             if tensor is not None
         ]
-        return cls(layer, modules, tuple(Setting.of(m, m is layer) for m in modules), tuple(weights))
+        settings = tuple(Setting.of(module, module is layer) for module in modules)
+        states = tuple((name, tensor, _state(tensor)) for name, tensor in given)
+        return cls(layer, modules, settings, tuple(map(_numbers, modules)), tuple(weights), states)
+
+    def ran(self) -> None:
+        """Called after the forward: attributes that it changes itself (counters) are no settings.
+
+        Raises:
+            RuntimeError: it has written to a buffer too large for a copy.
+        """
+        for module, numbers in zip(self.modules, self.numbers, strict=True):
+            now = _numbers(module)
+            for name in [name for name, value in numbers.items() if now.get(name) != value]:
+                del numbers[name]
+        for weight in self.weights:
+            if weight.holder == "_buffers" and self._is_changed(weight):
+                raise RuntimeError(
+                    f"{type(self.layer).__name__} writes in its forward to the buffer "
+                    f"{self._name(weight.owner)}.{weight.name}, of which no copy is kept above {SMALL:,} numbers; the "
+                    "backward runs the layer again, and would find other values: use PCGrowConfig(settle='backprop')"
+                )
 
     def trainable(self) -> list[Tensor]:
         return list(
-            {id(weight.tensor): weight.tensor for weight in self.weights if weight.tensor.requires_grad}.values()
+            {
+                id(w.tensor): w.tensor for w in self.weights if w.holder == "_parameters" and w.tensor.requires_grad
+            }.values()
         )
 
     def check(self, index: int) -> None:
@@ -91,7 +135,7 @@ class Conditions:
         if (changed := self._changed()) is not None:
             raise RuntimeError(
                 f"between forward and backward, {changed} in {type(self.layer).__name__} {index}; the backward runs "
-                "the layer again, and gradients would be those of another model: call backward() before such a change"
+                "the layer again, and gradients would be those of another run: call backward() before such a change"
             )
 
     def _changed(self) -> str | None:
@@ -102,10 +146,22 @@ class Conditions:
             for was, now, words in zip(setting, Setting.of(module, module is self.layer), WORDS, strict=True):
                 if was != now:
                     return f"{self._name(module)} {words}"
-        for owner, name, tensor, state in self.weights:
+        for module, numbers in zip(modules, self.numbers, strict=True):
+            now = _numbers(module)
+            for name, was in numbers.items():
+                if now.get(name) != was:
+                    return f"{self._name(module)}.{name} was changed from {was} to {now.get(name)}"
+        for weight in self.weights:
+            if self._is_changed(weight):
+                return f"{self._name(weight.owner)}.{weight.name} was written to, moved or cast"
+        for name, tensor, state in self.given:
             if _state(tensor) != state:
-                return f"{self._name(owner)}.{name} was written to, moved or cast"
+                return f"the input {name} was written to, moved or cast"
         return None
+
+    @staticmethod
+    def _is_changed(weight: Weight) -> bool:
+        return weight.copy is None and _state(weight.tensor) != weight.state
 
     def _name(self, module: nn.Module) -> str:
         return next((name for name, held in self.layer.named_modules() if held is module and name), "the layer itself")
@@ -135,19 +191,38 @@ class Conditions:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the layer has the weights that it ran with: `functional_call` had put them there for a while."""
-        others = [
-            (w, w.owner._parameters.get(w.name))
-            for w in self.weights
-            if w.owner._parameters.get(w.name) is not w.tensor
-        ]
+        """Inside, the layer has the tensors that it ran with, which `functional_call` had put there for a while, and of
+        small buffers that were written to since, by itself or anybody, copies as they were: it may write to them again.
+        """
+        copies: dict[int, Tensor] = {}
+        others = []
         try:
-            for weight, _ in others:
-                weight.owner._parameters[weight.name] = weight.tensor  # type: ignore[assignment]
+            for weight in self.weights:
+                other, right = weight.place.get(weight.name), weight.tensor
+                # a batch norm's kernels leave no trace in a tensor's version
+                written = isinstance(weight.owner, _NormBase) or _state(right) != weight.state
+                if weight.copy is not None and written:
+                    # one for all modules that share it
+                    right = copies.setdefault(id(right), weight.copy.clone())
+                if other is not right:
+                    others.append((weight, other))
+                    weight.place[weight.name] = right
             yield
         finally:
             for weight, other in others:
-                weight.owner._parameters[weight.name] = other
+                weight.place[weight.name] = other
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) in (bool, int, float, str) and name[0] != "_" and name not in NO_SETTINGS
+    }
+
+
+def _copy(tensor: Tensor) -> Tensor | None:
+    return None if tensor.is_meta or tensor.numel() > SMALL else tensor.detach().clone()
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,13 +1,15 @@
 """Say what trains, refuse steps that are not finite, and notice experts that silently do not move.
 
-torch calls the hooks for every optimizer of the process. Nothing is asked of one but which parameters it holds, until
-some of them are known to be this model's.
+torch calls the hooks for every optimizer of the process that is a torch.optim.Optimizer. Nothing is asked of one but
+which parameters it holds, until some of them are found to be this model's. Which those are is looked up at each step:
+models are copied, loaded and cast, and then have others. Weights that are changed in another way (by hand, by an
+optimizer of another kind, from copies that an optimizer holds) are nobody's step, and nothing here sees them.
 """
 
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_pcgrow import experts
 from peft_pcgrow.layer import PCGrowExperts
@@ -45,8 +48,26 @@ class _Start:
     waited: int = 0
 
 
+@dataclass
+class _Watched:
+    """What is known of a bank.
+
+    Attributes:
+        held: whether some optimizer holds it. start: until it is seen to move. checked: whether it was.
+        left_out: its bits when an error had reached it, and the nodes reached, while an optimizer of this model stepped
+            without it.
+        fixed: its part along the directions that updates are kept off.
+    """
+
+    held: bool = False
+    checked: bool = False
+    start: _Start | None = None
+    left_out: tuple[Tensor, list[Node]] | None = None
+    fixed: Tensor | None = None
+
+
 class TrainingGuard:
-    """Watches one model's banks through the optimizers' own step hooks, whatever optimizers and loop the user has.
+    """Watches one model's banks through the step hooks of whatever `torch.optim.Optimizer` holds them, in any loop.
 
     Args:
         model: whose parameters tell this model's optimizers from others.
@@ -56,7 +77,6 @@ class TrainingGuard:
 
     def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
         self.model, self.layers, self.summary = model, layers, summary
-        self._ids = {id(p) for p in model.parameters()}
         self.rows_met = RowsMet()
         self._watch()
 
@@ -65,48 +85,50 @@ class TrainingGuard:
         _guards.add(self)
         _hook_optimizers()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copied model has parameters of its own: its guard starts afresh
+        return {name: self.__dict__[name] for name in ("model", "layers", "summary", "rows_met")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # a copied model has parameters of its own, and not all of them yet: its guard starts afresh
-        self.__dict__.update(state, _ids=set())
+        self.__dict__.update(state)
         self._watch()
 
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
         self.rows_met.forget()
         self.announced = False
-        # by id of a bank's weight, until it is seen to move
-        self.starts: dict[int, _Start] = {}
-        self.checked: set[int] = set()
-        # banks that some optimizer holds
-        self.held: set[int] = set()
-        # by id, the bits of a bank that an error reached, and its nodes, while an optimizer of this model stepped
-        # without it
-        self.left_out: dict[int, tuple[Tensor, list[Node]]] = {}
-        # by id of a bank's weight: its part along the directions that updates are kept off
-        self.fixed: dict[int, Tensor] = {}
+        self.watched: MutableMapping[Tensor, _Watched] = WeakTensorKeyDictionary()
+
+    def loaded(self, *_: Any) -> None:
+        """Called after weights were loaded: they hold what is to stay from then on."""
+        for seen in self.watched.values():
+            seen.fixed = None
 
     def training_forward(self) -> None:
         """Called at the start of each forward that trains."""
         if not self.announced:
             check_whole(self.model)
             self.announced = True
-            self._ids = {id(p) for p in self.model.parameters()}
             say(self.summary())
-        if self.left_out:
+        if any(seen.left_out for seen in self.watched.values()):
             self._report_left_out()
 
+    def _of(self, weight: Tensor) -> _Watched:
+        return self.watched.setdefault(weight, _Watched())
+
     def _report_left_out(self) -> None:
-        left_out, self.left_out = self.left_out, {}
         # another optimizer may have its turn later
-        self.held |= self._ids & _held_anywhere()
-        banks = [bank for bank in self._banks() if bank[2].requires_grad]
-        with_some = {adapter for _, adapter, weight in banks if id(weight) in self.held}
+        anywhere = _held_anywhere()
+        banks = [(adapter, weight, self._of(weight)) for *_, adapter, weight in self._banks()]
+        for _, weight, seen in banks:
+            seen.held |= id(weight) in anywhere
+        with_some = {adapter for adapter, _, seen in banks if seen.held}
         nodes: dict[bool, list[Node]] = {True: [], False: []}
-        for _, adapter, weight in banks:
-            bits, reached = left_out.get(id(weight), (None, []))
-            if bits is not None and id(weight) not in self.held and torch.equal(_bits(weight), bits):
+        for adapter, weight, seen in banks:
+            (bits, reached), seen.left_out = seen.left_out or (None, []), None
+            if bits is not None and not seen.held and torch.equal(_bits(weight), bits):
                 nodes[adapter in with_some] += reached
-                self.checked.add(id(weight))
+                seen.checked = True
         if nodes[False]:
             _raise_unmoved(nodes[False], "no optimizer holds its weights: create the optimizer after get_peft_model")
         if nodes[True]:
@@ -118,8 +140,8 @@ class TrainingGuard:
 
     def is_mine(self, optimizer: Any) -> bool:
         """Whether an optimizer holds a parameter of this model."""
-        groups = getattr(optimizer, "param_groups", ())
-        return any(id(p) in self._ids for group in groups for p in group.get("params", ()))
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group.get("params", ())}
+        return any(id(p) in held for p in self.model.parameters())
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -131,18 +153,24 @@ class TrainingGuard:
         mine = [entry for entry in graded if id(entry[2]) in groups]
         self._refuse_nonfinite(optimizer, mine)
         self.rows_met.before_step(mine)
-        self.held |= {id(weight) for *_, weight in banks if id(weight) in groups}
-        for layer, adapter, weight, gradient in mine:
-            self._protect(layer, adapter, weight, gradient)
-            self.left_out.pop(id(weight), None)
+        for *_, weight in banks:
+            self._of(weight).held |= id(weight) in groups
+        # also of adapters that were switched off since the backward: their gradients are still there
+        for layer, adapter, weight in self._banks(every=True):
+            if weight.grad is not None and id(weight) in groups:
+                self._protect(layer, adapter, weight, weight.grad)
+        for _, _, weight, gradient in mine:
+            seen = self._of(weight)
+            seen.left_out = None
             # a warm-up's first step may have a rate of zero: the check waits for one that moves something
-            if id(weight) not in self.checked and _moves(groups[id(weight)]) is not False and weight.numel():
-                start = self.starts.setdefault(id(weight), _Start(_bits(weight), _reached(gradient)))
-                start.reached |= _reached(gradient)
+            if not seen.checked and _moves(groups[id(weight)]) is not False and weight.numel():
+                seen.start = seen.start or _Start(_bits(weight), _reached(gradient))
+                seen.start.reached |= _reached(gradient)
         for layer, adapter, weight, gradient in graded if len(mine) < len(graded) else ():
-            if id(weight) not in self.held | self.checked | self.left_out.keys():
+            seen = self._of(weight)
+            if not (seen.held or seen.checked or seen.left_out):
                 places = _reached(gradient).nonzero().flatten().tolist()
-                self.left_out[id(weight)] = _bits(weight), [layer.node(adapter, weight, place) for place in places]
+                seen.left_out = _bits(weight), [layer.node(adapter, weight, place) for place in places]
 
     def _refuse_nonfinite(
         self, optimizer: torch.optim.Optimizer, graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]
@@ -170,20 +198,26 @@ class TrainingGuard:
 
     @torch.no_grad()
     def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        """Before a step: take the kept-off directions out of the gradient, and note what they weigh in the donors."""
+        """Before a step: take the kept-off directions out of the gradient, and note what the bank has along them."""
         if not layer.is_protected(adapter):
             return
-        stack = layer.stack_of(adapter, weight)
+        stack, seen = layer.stack_of(adapter, weight), self._of(weight)
         directions, transposed = layer.directions(adapter, stack), layer.base_layer.is_transposed
-        if id(weight) not in self.fixed:
-            if experts.is_packed(layer.base_layer):
-                # the donors may have been read before they were packed; those parts of their copies never moved
-                donors = weight.detach().clone()
-            else:
-                donors = layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype)
-            if directions is not None:
-                donors = (donors.mT if transposed else donors) @ directions.to(weight.device, weight.dtype)
-            self.fixed[id(weight)] = donors
+        if seen.fixed is None:
+
+            def along(held: Tensor) -> Tensor:
+                if directions is None:
+                    return held.clone()
+                return (held.mT if transposed else held) @ directions.to(weight.device, weight.dtype)
+
+            # what the bank has itself: its donors may have been trained on or switched off since its birth
+            seen.fixed = along(weight)
+            if not experts.is_packed(layer.base_layer):
+                # where they are what they were, theirs: training that is resumed goes on with the same bits
+                donors = along(layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype))
+                rounding = 2 * torch.finfo(weight.dtype).eps * _rows(weight).norm(dim=1)
+                same = _rows(donors - seen.fixed).norm(dim=1) <= rounding
+                seen.fixed[same] = donors[same]
         if directions is None:
             gradient.zero_()  # a bias: its input is 1 for all text
         else:
@@ -194,43 +228,44 @@ class TrainingGuard:
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not (self.fixed or self.starts):
+        if not any(seen.start or seen.fixed is not None for seen in self.watched.values()):
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         started = []
-        for layer, adapter, weight in self._banks():
-            if id(weight) not in groups:
+        for layer, adapter, weight in self._banks(every=True):
+            seen = self.watched.get(weight)
+            if seen is None or id(weight) not in groups:
                 continue
-            if id(weight) in self.fixed:
+            if seen.fixed is not None:
                 # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
                 directions = layer.directions(adapter, layer.stack_of(adapter, weight))
                 if directions is None:
-                    weight.copy_(self.fixed[id(weight)])
+                    weight.copy_(seen.fixed)
                 else:
-                    keep_off(weight, directions, self.fixed[id(weight)], layer.base_layer.is_transposed)
-            if id(weight) in self.starts:
-                started.append((layer, adapter, weight, _bits(weight) == self.starts[id(weight)].bits))
-        some = not self.checked.isdisjoint(groups) or any(not bool(same.all()) for *_, same in started)
+                    keep_off(weight, directions, seen.fixed, layer.base_layer.is_transposed)
+            if (start := seen.start) is not None:
+                started.append((layer, adapter, weight, seen, start, _bits(weight) == start.bits))
+        checked = any(id(weight) in groups for weight, seen in self.watched.items() if seen.checked)
+        some = checked or any(not bool(same.all()) for *_, same in started)
         still, waited = [], 0
-        for layer, adapter, weight, same in started:
-            start = self.starts[id(weight)]
+        for layer, adapter, weight, seen, start, same in started:
             here = (start.reached & same).nonzero().flatten().tolist()
             if here and bool(same.all()) and start.waited < PATIENCE and (some or _moves(groups[id(weight)]) is None):
                 start.waited += 1  # optimizers may take banks in turns
                 continue
             still += [layer.node(adapter, weight, place) for place in here]
             waited = max(waited, start.waited)
-            self.checked.add(id(weight))
-            del self.starts[id(weight)]
+            seen.checked, seen.start = True, None
         if still:
             when = "the first optimizer step" if not waited else f"{waited} optimizer steps"
             _raise_unmoved(still, "its learning rate may be too small for the dtype of the bank", when)
 
-    def _banks(self) -> Iterator[tuple[PCGrowExperts, str, nn.Parameter]]:
+    def _banks(self, every: bool = False) -> Iterator[tuple[PCGrowExperts, str, nn.Parameter]]:
+        """The banks of active adapters that train; `every`: also of others."""
         for layer in self.layers():
-            for adapter in layer.active_banks():
-                for weight in layer.bank(adapter).values():
-                    if weight.requires_grad:
+            for adapter in layer.births if every else layer.active_banks():
+                for weight in layer.bank(adapter).values() if not layer.is_shrunk(adapter) else ():
+                    if every or weight.requires_grad:
                         yield layer, adapter, weight
 
 

@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor
 
 
-def tensors(held: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in nested tuples, lists and mappings, in order."""
+def tensors(held: Any, every: bool = False) -> Iterator[Tensor]:
+    """The floating-point tensors (`every`: also others) in nested tuples, lists and mappings, in order."""
     if isinstance(held, Tensor):
-        if held.is_floating_point():
+        if every or held.is_floating_point():
             yield held
     elif isinstance(held, (tuple, list, Mapping)):
         for value in held.values() if isinstance(held, Mapping) else held:
-            yield from tensors(value)
+            yield from tensors(value, every)
 
 
 def swap(held: Any, change: Callable[[Tensor], Tensor]) -> Any:

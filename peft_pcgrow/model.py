@@ -203,6 +203,7 @@ class PCGrowModel(WholeSteps):
             self._handles += (lowest.register_forward_pre_hook(check_samples, with_kwargs=True),)
             self._handles += refuse_mixed_rows(model, self.tuner_layers)
             self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
+            self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
         assert self._guard is not None
         self._guard.rearm()
         self._unchecked = {name: id(p) for name, p in adapter_file.base_parameters(model)}

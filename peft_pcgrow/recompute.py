@@ -150,7 +150,10 @@ def record(
         }
         for kind in {device_type, "cpu"}
     }
-    held = Random.of(x), x, extras, recorded, Conditions.of(layer)
+    given = [
+        (name, held) for name, value in (*enumerate(args, 1), *kwargs.items()) for held in tensors(value, every=True)
+    ]
+    held = Random.of(x), x, extras, recorded, Conditions.of(layer, [(str(name), tensor) for name, tensor in given])
     return LayerRun(layer, index, x.detach(), args, kwargs, device_type, autocast, *held)
 
 

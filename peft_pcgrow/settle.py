@@ -147,7 +147,7 @@ class LayerStack:
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
         changed = index > 0 and type(x.grad_fn).__name__ not in HANDED_ON
         if extras or changed:
-            self._check_linked(tape, index, layer, extras)
+            self._check_linked(tape, index, layer, [*extras, x] if changed else extras)
         if tape.wanted[index]:
             tape.current = record(layer, index, x, args, tape.before, extras, tape.recorded)
             if any(id(p) not in tape.trainable for p in tape.current.conditions.trainable()):
@@ -158,17 +158,17 @@ class LayerStack:
                 )
             tape.runs.append(tape.current)
 
-    def _check_linked(self, tape: Tape, index: int, layer: nn.Module, extras: list[Tensor]) -> None:
+    def _check_linked(self, tape: Tape, index: int, layer: nn.Module, taken: list[Tensor]) -> None:
         if tape.way.settle == "relax" or (tape.way.settle == "direct" and tape.way.depth):
             raise ValueError(
                 f"{type(layer).__name__} {index} takes more from the layers before it than the residual stream, or has "
                 "that changed on the way; settle='relax' and settle_depth > 0 follow that stream only: use "
                 "settle='sweep', or PCGrowConfig(settle='backprop')"
             )
-        if any(trained_elsewhere(held, tape.start) for held in extras):
+        if any(trained_elsewhere(held, tape.start) for held in taken):
             raise TypeError(
-                f"{type(layer).__name__} {index} takes a tensor that something below the layers trains through beside "
-                "the residual stream: use PCGrowConfig(settle='backprop')"
+                f"{type(layer).__name__} {index} takes a tensor that something below or between the layers trains "
+                "through beside the residual stream: use PCGrowConfig(settle='backprop')"
             )
         tape.linked |= tape.way.settle == "sweep"
 
@@ -177,6 +177,7 @@ class LayerStack:
         """What a layer that settles hands on."""
         if tape.current is not None:
             tape.current.drawn = Random.of(tape.current.x)
+            tape.current.conditions.ran()
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
         if index < len(self.layers) - 1:
@@ -234,15 +235,21 @@ class LayerStack:
         for run, _ in runs:
             run.conditions.check(run.index)
         descent = Descent(tape.way, len(self.layers), trainable, bottom, self.probe)
-        lower = arrived.keys() - {TOP}
-        if lower and tape.way.settle != "sweep":
+        lower, hooked = arrived.keys() - {TOP}, tape.hooked()
+        if (lower or hooked) and tape.way.settle != "sweep":
             raise RuntimeError(
                 f"settle={tape.way.settle!r} carries the error of the top layer's output only, and this loss also "
                 "reads hidden states of lower layers, or what is recorded inside layers (router logits: a "
-                "load-balancing loss, which TRL adds unless router_aux_loss_coef=0.0): use settle='sweep', or "
-                "PCGrowConfig(settle='backprop')"
+                "load-balancing loss, which TRL adds unless router_aux_loss_coef=0.0), or these have hooks or retain "
+                "their gradients: use settle='sweep', or PCGrowConfig(settle='backprop')"
             )
-        linked = tape.linked or lower
+        if any(hooked.get(number) for number in lower):
+            raise RuntimeError(
+                "a hidden state between two layers has a hook (register_hook), and the loss reads it too: the hook "
+                "would see its error in two parts. Remove one of them, or use PCGrowConfig(settle='backprop')"
+            )
+        # along autograd's graph between the layers, where hooks of tensors run
+        linked = tape.linked or lower or hooked
         return descent.found, descent.linked(runs, arrived) if linked else descent.run(runs, arrived[TOP])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_pcgrow.carry import TOP, Way
+from peft_pcgrow.carry import BOTTOM, TOP, Way
 from peft_pcgrow.inner_outputs import Recorded
 from peft_pcgrow.recompute import LayerRun
 
@@ -84,6 +84,15 @@ class Tape:
     def _marked(self, held: Tensor) -> Tensor:
         self.marks += 1
         return Mark.apply(held, self.ground, self.arrived, self.marks)  # type: ignore[return-value]
+
+    def hooked(self) -> dict[int, bool]:
+        """Marks, by number, of what has hooks or retains its gradient; whether it has hooks."""
+        handed = [(number, mark) for run in self.runs for number, mark in run.handed.items() if mark is not None]
+        # what came to a layer may have been moved to its device on the way
+        handed += [(BOTTOM, run.origin) for run in self.runs[1:]]
+        return {
+            number: bool(mark._backward_hooks) for number, mark in handed if mark._backward_hooks or mark.retains_grad
+        }
 
     def let_go(self) -> None:
         """Of the hidden states: the graph is freed, and whoever keeps the loss should not keep them."""

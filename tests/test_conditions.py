@@ -40,6 +40,8 @@ CHANGES = {
     "no adapter": (lambda m: m.base_model.disable_adapter_layers(), "has other adapters active"),
     "another adapter": (lambda m: m.set_adapter("other"), "has other adapters active"),
     "attention": (lambda m: m.base_model.model.set_attn_implementation("eager"), "another attention"),
+    "a number": (lambda m: setattr(decoder(m).mlp.gate, "top_k", 1), r"mlp.gate.top_k was changed from 3 to 1"),
+    "a switch": (lambda m: setattr(decoder(m).mlp.gate, "norm_topk_prob", False), "norm_topk_prob was changed"),
     "a module": (lambda m: setattr(decoder(m), "mlp", copy.deepcopy(decoder(m).mlp)), "modules were replaced"),
 }
 
@@ -99,6 +101,37 @@ def test_other_random_numbers_are_refused():
     decoder(model).mlp.register_forward_hook(draw)
     with pytest.raises(RuntimeError, match="drew other random numbers"):
         loss_of(model).backward()
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
+@pytest.mark.parametrize("kind", ["written", "swapped"])
+def test_inputs_that_are_written_to_are_refused(name, kind):
+    """The layers are called with them again."""
+    model = grown().train()
+    inputs = {
+        "attention_mask": torch.zeros(4, 1, 16, 16).masked_fill(~torch.ones(16, 16).tril().bool(), -1e30),
+        "position_ids": torch.arange(16).expand(4, -1).clone(),
+    }
+    loss = loss_of(model, **inputs)
+    if kind == "written":
+        inputs[name].zero_()
+    else:
+        inputs[name].data = torch.zeros_like(inputs[name])
+    with pytest.raises(RuntimeError, match=f"the input {name} was written to, moved or cast in Qwen3MoeDecoderLayer"):
+        loss.backward()
+
+
+def test_what_a_layer_counts_is_no_setting():
+    model = grown().train()
+
+    def count(module, *_):
+        module.calls = getattr(module, "calls", 0) + 1
+
+    decoder(model).mlp.register_forward_hook(count)
+    loss = sum(loss_of(model, tokens(seed=seed)) for seed in range(3))
+    loss.backward()
+    assert decoder(model).mlp.calls == 6
+    assert all(bool(p.grad.any()) for p in trainable(model).values())
 
 
 # ---- weights that are not where they were

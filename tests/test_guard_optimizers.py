@@ -1,15 +1,19 @@
 """The guard lets every kind of optimizer work, asks those of other models nothing, and finds what cannot train."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.optimization import Adafactor
 
+from close import assert_close
+from peft_pcgrow import PCGrowConfig
 from peft_pcgrow.guard import PATIENCE
 from test_guard import grow, loss_of, trainable
-from tiny import assert_same, build, snapshot
+from tiny import assert_same, build, domain, grown, snapshot, spawned, spawning
 
 
 class NoRate(torch.optim.Optimizer):
@@ -228,3 +232,135 @@ def test_a_bank_that_never_gets_its_turn():
     text = rf"after {PATIENCE} optimizer steps, located node\(s\) 1\.1, 1\.4 that .* too small"
     with pytest.raises(RuntimeError, match=text):
         optimizer.step()
+
+
+# ---- what is kept off stays, whatever the model went through
+
+
+def kept(model: nn.Module, adapter: str = "default") -> dict[tuple[int, str], torch.Tensor]:
+    """What an adapter's banks hold along their protected directions."""
+    found = {}
+    for layer in model.base_model.tuner_layers():
+        for name, weight in layer.bank(adapter).items() if adapter in layer.births else ():
+            held = weight.detach().mT if layer.base_layer.is_transposed and weight.dim() == 3 else weight.detach()
+            directions = layer.directions(adapter, name)
+            found[layer.layer_index, name] = held.clone() if directions is None else held @ directions.to(held)
+    return found
+
+
+def step_of(model: nn.Module, lr: float = 1.0, scale: float = 1.0) -> None:
+    """One step of SGD on domain text; everything that trains must move, but biases, which are protected whole."""
+    before, held = snapshot(model), trainable(model)
+    optimizer = torch.optim.SGD(held, lr)
+    optimizer.zero_grad()
+    ids = domain(4)
+    (scale * model(input_ids=ids, labels=ids).loss).backward()
+    optimizer.step()
+    after = snapshot(model)
+    moved = [name for name, p in model.named_parameters() if p.requires_grad and "bias" not in name]
+    assert moved
+    assert all(not torch.equal(before[name], after[name]) for name in moved)
+
+
+def assert_kept(before, after, kind: str = "fp32") -> None:
+    assert any(bool(tensor.any()) for tensor in before.values())
+    for key, tensor in before.items():
+        assert_close(f"kept part of {key}", after[key], tensor, kind)
+
+
+@pytest.mark.parametrize("active", ["second", ["default", "second"]])
+@pytest.mark.parametrize("loaded", [False, True], ids=["switched", "loaded"])
+def test_newborns_stay_what_they_were_born_as(active, loaded, tmp_path):
+    """Their donors, deepened by another adapter, train on, or are not in use any more."""
+    model = grown().train()
+    step_of(model)
+    model.add_adapter("second", spawning(protect=0.8, gate_fpr=0.4))
+    model.base_model.set_adapter(["default", "second"])
+    before = kept(model, "second")
+    if loaded:
+        model.save_pretrained(str(tmp_path))
+        model = PeftModel.from_pretrained(build(), str(tmp_path), is_trainable=True)
+        model.base_model.tuner_layers()[0].bank("default")["down_proj"].data += 0.1
+        model.load_adapter(str(tmp_path / "second"), "second", is_trainable=True)
+    model.base_model.set_adapter(active)
+    model.set_requires_grad("second", True)
+    step_of(model.train(), 0.1)
+    assert_kept(before, kept(model, "second"))
+
+
+@pytest.mark.parametrize("settings", [{"init_weights": False}, {"autocast": False, "dtype": torch.bfloat16}])
+def test_the_bank_is_its_own_reference(settings):
+    """Perturbed at birth; and in 16 bit, where its donor's products are no others."""
+    model = spawned(protect=0.8, gate_fpr=0.4, **settings).train()
+    before = kept(model)
+    for _ in range(3):
+        step_of(model)
+    assert_kept(before, kept(model), "bf16" if "dtype" in settings else "fp32")
+
+
+def loaded_anew(model: nn.Module) -> nn.Module:
+    """Its parameters are others, while those of before stay alive."""
+    model.was = list(model.parameters())
+    needed = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in needed)
+    return model
+
+
+def trained_first(change):
+    def changed(model: nn.Module) -> nn.Module:
+        step_of(model.train())
+        return change(model)
+
+    return changed
+
+
+def added_later(_) -> nn.Module:
+    model = get_peft_model(build(), PCGrowConfig(locus={0: [1]}))
+    model.add_adapter("other", spawning(protect=0.8, gate_fpr=0.4))
+    model.set_adapter("other")
+    return model
+
+
+def poured_over(model: nn.Module) -> nn.Module:
+    """Weights of another training are loaded into the same parameters."""
+    model.load_state_dict(spawned(protect=0.8, gate_fpr=0.4, init_weights=False).state_dict())
+    return model
+
+
+WAYS = {
+    "in evaluation": lambda model: model.eval(),
+    "a copy": lambda model: copy.deepcopy(model).eval(),
+    "a copy that trained": trained_first(copy.deepcopy),
+    "added later": added_later,
+    "loaded by assignment": trained_first(loaded_anew),
+    "other weights loaded": trained_first(poured_over),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_guard_knows_its_model(way):
+    model = WAYS[way](spawned(protect=0.8, gate_fpr=0.4))
+    before = kept(model, model.active_adapter)
+    step_of(model)
+    step_of(model)
+    assert_kept(before, kept(model, model.active_adapter))
+    weights = snapshot(model)
+    with pytest.raises(FloatingPointError, match="the step is refused and no weight has changed"):
+        step_of(model, scale=float("nan"))
+    assert_same(weights, snapshot(model))
+
+
+def test_an_adapter_that_is_switched_off_before_the_step():
+    """Its gradients are there already, and its optimizer steps."""
+    model = spawned(protect=0.8, gate_fpr=0.4).train()
+    model.add_adapter("other", PCGrowConfig(locus={0: [1]}))
+    optimizer, before, weights = torch.optim.SGD(trainable(model), 1.0), kept(model), snapshot(model)
+    model(input_ids=domain(4), labels=domain(4)).loss.backward()
+    model.set_adapter("other")
+    optimizer.step()
+    moved = [name for name, tensor in snapshot(model).items() if not torch.equal(tensor, weights[name])]
+    assert moved
+    assert all(".default." in name for name in moved)
+    assert_kept(before, kept(model))

@@ -113,7 +113,7 @@ def test_embeddings_below_layers_that_gather():
 
 def test_what_trains_beside_the_stream_is_refused():
     """Gemma 4's embeddings for each layer reach the layers past the residual stream."""
-    with pytest.raises(TypeError, match=r"takes a tensor that something below the layers trains through"):
+    with pytest.raises(TypeError, match=r"takes a tensor that something below or between the layers trains through"):
         gradients(architectures.build("gemma4_text"), language_loss, modules_to_save=["embed_tokens_per_layer"])
 
 
@@ -186,3 +186,96 @@ def test_two_stacks_and_no_decoder_are_refused():
     both = torch.nn.ModuleDict({"thinker": build(), "talker": build()})
     with pytest.raises(ValueError, match=r"talker\.model\.layers.*thinker\.model\.layers.*grow one of these parts"):
         find_experts(both)
+
+
+# ---- hooks of tensors between layers
+
+
+def with_states(model):
+    return model(input_ids=tokens(), labels=tokens(), output_hidden_states=True)
+
+
+HOOKED = {
+    "outputs": None,
+    "what a layer takes": lambda model, hook: (
+        find_experts(model)
+        .layers[2]
+        .register_forward_pre_hook(lambda module, args: args[0].register_hook(hook) and None)
+    ),
+    "what a layer returns": lambda model, hook: (
+        find_experts(model)
+        .layers[1]
+        .register_forward_hook(lambda module, args, output: output.register_hook(hook) and None)
+    ),
+}
+
+
+@pytest.mark.parametrize("where", HOOKED)
+def test_hooks_of_hidden_states(where):
+    """They see what they see under backprop, once, and what they make of it goes on down."""
+    found = {}
+    for settle in ("backprop", "sweep"):
+        locus = {layer: [1, 4, 6] for layer in range(3)}
+        model = get_peft_model(build("qwen3_moe", torch.float64), PCGrowConfig(locus=locus, settle=settle)).train()
+        seen = []
+
+        def normed(error, seen=seen):
+            seen.append(error)
+            return error / error.norm()
+
+        if HOOKED[where] is not None:
+            HOOKED[where](model, normed)
+        out = with_states(model)
+        for states in out.hidden_states[1:3] if where == "outputs" else ():
+            states.register_hook(normed)
+        out.loss.backward()
+        found[settle] = {str(place): error for place, error in enumerate(seen)}
+        assert len(seen) == (2 if where == "outputs" else 1)
+        found[settle] |= {name: p.grad for name, p in trainable(model).items()}
+    assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
+
+
+@pytest.mark.parametrize("loss", ["of the output", "of both"])
+def test_retained_gradients_of_hidden_states(loss):
+    found = {}
+    for settle in ("backprop", "sweep"):
+        locus = {layer: [1, 4, 6] for layer in range(3)}
+        model = get_peft_model(build("qwen3_moe", torch.float64), PCGrowConfig(locus=locus, settle=settle)).train()
+        out = with_states(model)
+        for states in out.hidden_states[1:]:
+            states.retain_grad()
+        (out.loss + (out.hidden_states[2].square().mean() if loss == "of both" else 0)).backward()
+        found[settle] = {str(place): states.grad for place, states in enumerate(out.hidden_states) if place}
+    assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
+
+
+def test_a_hook_that_would_see_an_error_in_parts_is_refused():
+    def hooked(model):
+        out = with_states(model)
+        out.hidden_states[2].register_hook(lambda error: error / error.norm())
+        return out.loss + out.hidden_states[2].square().mean()
+
+    with pytest.raises(RuntimeError, match=r"has a hook .*and the loss reads it too.*settle='backprop'"):
+        gradients(build("qwen3_moe"), hooked)
+
+
+@pytest.mark.parametrize("settle", ["direct", "relax"])
+def test_hooks_of_hidden_states_need_the_sweep(settle):
+    def hooked(model):
+        out = with_states(model)
+        out.hidden_states[2].retain_grad()
+        return out.loss
+
+    with pytest.raises(RuntimeError, match=r"or these have hooks or retain their gradients: use settle='sweep'"):
+        gradients(build("qwen3_moe"), hooked, settle=settle)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_trains_between_layers_is_refused(layer):
+    """Its gradient would be lost."""
+    base, steering = build("qwen3_moe"), torch.ones(32, requires_grad=True)
+    find_experts(base).layers[layer].register_forward_hook(lambda module, args, output: output * steering)
+    with pytest.raises(
+        TypeError, match=rf"Layer {layer + 1} takes a tensor that something below or between the layers"
+    ):
+        gradients(base, language_loss)
