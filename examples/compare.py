@@ -25,6 +25,7 @@ import corpora
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 MAP_WINDOWS = 64
 
 
@@ -45,9 +46,11 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 def lora(rank: int, lr: float, experts: bool) -> Callable:
     def build(model: nn.Module, seed: int):
-        stacks = {p for site in find_experts(model).sites for p in expert_paths(site)}
+        tree = find_experts(model)
+        stacks = {p for site in tree.sites for p in expert_paths(site)} if experts else set()
+        modules = [*ATTENTION, *(MLP if experts and tree.nodes == "dense" else ())]
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=ATTENTION, target_parameters=sorted(stacks) if experts else None
+            r=rank, lora_alpha=2 * rank, target_modules=modules, target_parameters=sorted(stacks) or None
         )
         peft_model = get_peft_model(model, config)
         return peft_model, adamw(peft_model, lr)
@@ -111,10 +114,10 @@ def settings(args: argparse.Namespace, emap: ErrorMap) -> dict[str, list[Setting
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[torch.Tensor]) -> list[float]:
     """One clipped step on each batch `[B, S]`; the seconds of each."""
-    seconds = []
+    seconds, device = [], next(model.parameters()).device
     model.train()
     for ids in batches:
-        started = time.perf_counter()
+        started, ids = time.perf_counter(), ids.to(device)
         model(input_ids=ids, labels=ids).loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()

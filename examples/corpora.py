@@ -200,6 +200,7 @@ class Task:
     domain_train: torch.LongTensor
     domain_eval: torch.LongTensor
     retain: dict[str, tuple[torch.LongTensor, torch.LongTensor]]  # name: (train, eval)
+    device: str = "cpu"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=192, help="tokens a window (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each (default: 0 1 2)")
     add("--eval-windows", type=int, default=64, help="windows of each held-out text (default: %(default)s)")
+    add("--device", default="cpu", help="what models are on (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line")
 
 
@@ -251,12 +253,12 @@ def load_task(args: argparse.Namespace) -> Task:
         retain[name] = pair({s: load_corpus(spec, s) for s in splits})
     if not retain:
         retain["source"] = pair({s: stdlib_source(s) for s in splits})
-    return Task(args.model, tokenizer, *domain, retain)
+    return Task(args.model, tokenizer, *domain, retain, args.device)
 
 
 def new_model(task: Task, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A fresh copy of the task's model, on the CPU, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(task.model_path, dtype=dtype)
+    """A fresh copy of the task's model, in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(task.model_path, dtype=dtype).to(task.device)
 
 
 def emit(row: dict, as_json: bool) -> None:

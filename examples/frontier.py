@@ -29,8 +29,6 @@ from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, export_
 
 RATES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 DONORS = ("lowest", "error", "coherent", "contested", "separable", "random")
-# retain windows in which tokens are compared with the base's, bit by bit
-BIT_WINDOWS = 24
 ARMS = ("lora", "lora-replay", "full", "deepen", "spawn", "spawn-backprop", "donors", "self", "flat")
 
 
@@ -73,19 +71,19 @@ def settings(args: argparse.Namespace, emap: ErrorMap, self_map: ErrorMap | None
         yield Setting("self", f"{args.budget:.0%}, protect {args.protect:g}", spawned(self_map, args))
 
 
-def identical(model: nn.Module, task: corpora.Task, reference: list[torch.Tensor]) -> float:
+def identical(model: nn.Module, task: corpora.Task, reference: list[torch.Tensor], count: int) -> float:
     """Share of retain tokens whose logits are the base's, bit for bit."""
     model.eval()
     same: list[torch.Tensor] = []
     with torch.no_grad():
-        for windows, logits in zip(bit_windows(task), reference, strict=True):
-            same.append((model(input_ids=windows).logits == logits).all(dim=-1).flatten())
+        for windows, logits in zip(bit_windows(task, count), reference, strict=True):
+            same.append((model(input_ids=windows.to(logits.device)).logits == logits).all(dim=-1).flatten())
     return float(torch.cat(same).float().mean())
 
 
-def bit_windows(task: corpora.Task) -> Iterator[torch.Tensor]:
+def bit_windows(task: corpora.Task, count: int) -> Iterator[torch.Tensor]:
     for _, held_out in task.retain.values():
-        yield from corpora.spread(held_out, BIT_WINDOWS).split(8)
+        yield from corpora.spread(held_out, count).split(8)
 
 
 def measured(task: corpora.Task, args: argparse.Namespace, seed: int, retain: Any = None) -> ErrorMap:
@@ -109,7 +107,7 @@ def rows(
         extra: dict[str, Any] = {}
         if rate is not None:
             model.set_gate_fpr(rate)  # type: ignore[operator]
-            extra = {"gate_fpr": rate, "identical": identical(model, task, reference)}
+            extra = {"gate_fpr": rate, "identical": identical(model, task, reference, args.bit_windows)}
         yield compare.finish({**row, **extra, "after": compare.losses(model, task)}, before)
     if setting.arm == "flat":
         yield compare.finish({**row, **exported(model, task, args)}, before)
@@ -206,6 +204,7 @@ def main() -> None:
     add("--full-lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     add("--deepen-lrs", type=float, nargs="+", default=[0.01, 0.02])
     add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
+    add("--bit-windows", type=int, default=24, help="windows of each retain text compared with the base's bit by bit")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     add("--plot", type=Path, metavar="PNG", help="with --table: draw them too")
     args = parser.parse_args()
@@ -219,7 +218,7 @@ def main() -> None:
     base = corpora.new_model(task)
     before = compare.losses(base, task)
     with torch.no_grad():
-        reference = [base(input_ids=windows).logits for windows in bit_windows(task)]
+        reference = [base(input_ids=windows.to(task.device)).logits for windows in bit_windows(task, args.bit_windows)]
     corpora.emit({"machine": corpora.machine(), "before": before}, args.json)
     for seed in args.seeds:
         emap = measured(task, args, seed)
