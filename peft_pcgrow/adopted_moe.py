@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from peft_pcgrow.adopted import MARK, AdoptedBlock, AdoptedExperts, adopt_block, differ, return_block, tried
 from peft_pcgrow.model_parts import UNPATCHED
-from peft_pcgrow.node_weights import why_computed, why_hooked
+from peft_pcgrow.node_weights import why_computed
 from peft_pcgrow.plain_weight import loaded_quantized, way_out, why_not_plain
 
 # blocks whose experts cannot be nodes, and why
@@ -345,7 +345,7 @@ def _why_not_weights(block: nn.Module, how: Foreign, config: Any) -> str | None:
         if isinstance(held, nn.ModuleList):
             return f"were taken apart by a quantizer. Instead, {way_out(config)}"
         stacks = ("weight", "gate_up_proj", "down_proj")
-        if (what := why_computed(held, stacks) or why_hooked(held)) is not None:
+        if (what := why_computed(held, stacks)) is not None:
             return f"are not their weights alone: of {name}, {what}"
         for label, parameter in held.named_parameters():
             if (what := why_not_plain(parameter)) is not None:

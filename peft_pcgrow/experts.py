@@ -311,6 +311,14 @@ def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
     return None
 
 
+def check_unhooked(tree: Tree) -> None:
+    """Raise ValueError if hooks run with experts, which banks and maps would know nothing of."""
+    for site in tree.sites:
+        for module in (site.base, *_holders(site.base)):
+            if (why := why_hooked(module)) is not None:
+                raise ValueError(f"{site.name} ({type(site.base).__name__}) is not its weights alone: {why}")
+
+
 def check_in_memory(tree: Tree) -> None:
     """Raise ValueError if the weights of experts are not where they can be read: accelerate has offloaded them."""
     for site in tree.sites:
@@ -331,8 +339,8 @@ def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     stacks = [first_matrix(base), "down_proj"]
     names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]
-    # hooks may be put on, and weights be computed, at any time
-    found = (why_computed(module, [*names, "weight"]) or why_hooked(module) for module in {base, *_holders(base)})
+    # adopted ones too: weights may become computed at any time
+    found = (why_computed(module, [*names, "weight"]) for module in {base, *_holders(base)})
     if not hasattr(base, "parametrizations") and (why := next(filter(None, found), None)) is not None:
         raise ValueError(f"{name} ({type(base).__name__}) is not its weights alone: {why}")
     if is_packed(base) or is_adopted(base):
