@@ -84,15 +84,24 @@ def check_file(model: nn.Module, adapter: str, verify: bool, tensors: Mapping[st
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Raise ValueError if a state dict has banks for other adapters than the model's; before any tensor is written."""
+    """Raise ValueError if a state dict has banks for other adapters than the model's, or does not say whose they are;
+    before any tensor is written."""
     for name, layer in _layers(model):
         for adapter, holder in layer.pcgrow_seal.items():
+            if not holder.verify:
+                continue
             found = state.get(f"{prefix}{seal_key(name, adapter)}")
-            if found is not None and holder.verify:
+            here = {f"{prefix}{name}.{own_key(key, adapter)}": key for key in layer.own_tensors(adapter)}
+            if found is None and (given := next((own for own in here if own in state), None)) is not None:
+                raise ValueError(
+                    f"{seal.unsealed(f'the state dict with {given}')}. Parameters that train are not enough: keep all "
+                    "entries whose names contain 'pcgrow', as state_dict(), get_peft_model_state_dict(model) and "
+                    "save_pretrained() do"
+                )
+            if found is not None:
                 theirs = Seal.read(found)
                 seal.check_facts([theirs.facts], [layer.facts(adapter)], adapter)
                 if theirs.tensors is not None:
-                    here = {f"{prefix}{name}.{own_key(key, adapter)}": key for key in layer.own_tensors(adapter)}
                     given = {key: state[own] for own, key in here.items() if own in state}
                     seal.check_contents(f"layer {layer.layer_index} of adapter {adapter!r}", theirs.tensors, given)
 
@@ -117,8 +126,9 @@ def check_loaded(model: nn.Module, before: Mapping[str, int], rename: Rename) ->
         now = dict(base_parameters(model))
         _refuse_base_tensors(model, [n for n in before if n in now and id(now[n]) != before[n] and came(now[n])])
         for adapter, found in seals.items():
-            if len(found) < len(grown_layers(model, adapter)):
-                raise ValueError(f"layers are missing from the file of adapter {adapter!r}: {seal.OPEN}")
+            grown = {layer.layer_index for layer in grown_layers(model, adapter).values()}
+            if missing := sorted(grown - {each.facts["layer"] for each in found}):
+                raise ValueError(seal.incomplete(adapter, missing))
             saved, inside = _saved_keys(model, adapter), tuple(f"{name}.pcgrow_" for name, _ in _layers(model))
             beside = {
                 tail(saved.get(own) or rename(own, adapter)): tensor

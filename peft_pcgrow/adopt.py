@@ -19,6 +19,7 @@ from peft_pcgrow.adopted import (
     tried,
 )
 from peft_pcgrow.model_parts import UNPATCHED, decoder_layers
+from peft_pcgrow.node_weights import why_computed, why_hooked, why_own_forward
 from peft_pcgrow.plain_weight import way_out, why_not_linear
 
 # names that architectures give an MLP's linear layers: those that tokens enter, the one that they leave by
@@ -85,6 +86,9 @@ def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any)
                 # a bank is made of the weights alone, and would compute without it
                 refused.append(f"{where} has another adapter on its linear layers: leave them out of its targets")
                 continue
+            if (why := _why_not_linears(block, (*entering, leaving), config)) is not None:
+                refused.append(f"{where} has linear layers that {why}")
+                continue
             if isinstance(block, AdoptedBlock):
                 continue
             made = _adopted(block, entering, leaving, config, kind)
@@ -128,8 +132,6 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     if "forward" in block.__dict__ and not hasattr(block, "_hf_hook"):
         return f"has its forward replaced, by a hub kernel for example: {UNPATCHED}"
     layers = [getattr(block, name) for name in (*entering, leaving)]
-    if (why := next(filter(None, map(why_not_linear, layers)), None)) is not None:
-        return f"has linear layers that {why}: {way_out(config)}"
     if len({getattr(layer, "bias", None) is None for layer in layers}) > 1:
         return "has biases in some of its linear layers only"
     outputs, inputs = linear_sizes(layers[0])[0], linear_sizes(layers[-1])[1]
@@ -140,6 +142,16 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     if any(isinstance(m, nn.Dropout) and m.p and name != final for name, m in block.named_modules()):
         return "drops something out between its linear layers"
     return LinearExperts(block, entering, leaving, gated, isinstance(layers[0], Conv1D), act_fn, config, kind)
+
+
+def _why_not_linears(block: nn.Module, names: tuple[str, ...], config: Any) -> str | None:
+    for name in names:
+        layer: Any = getattr(block, name)
+        if (why := why_not_linear(layer)) is not None:
+            return f"{why}: {way_out(config)}"
+        if (why := why_computed(layer, ("weight", "bias")) or why_hooked(layer) or why_own_forward(layer)) is not None:
+            return f"are not their weights alone: of {name}, {why}"
+    return None
 
 
 def _dropout(block: nn.Module) -> str | None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peft_pcgrow.adopted import MARK, AdoptedBlock, AdoptedExperts, adopt_block, differ, return_block, tried
-from peft_pcgrow.plain_weight import way_out, why_not_plain
+from peft_pcgrow.model_parts import UNPATCHED
+from peft_pcgrow.node_weights import why_computed
+from peft_pcgrow.plain_weight import loaded_quantized, way_out, why_not_plain
 
 # blocks whose experts cannot be nodes, and why
 REFUSED = {
@@ -269,8 +271,8 @@ def adopt_routed(model: nn.Module) -> None:
                 f"{name} ({type(block).__name__}) hands each token to {chosen} experts, scaled differently for "
                 "each of them; only num_experts_per_tok=1 can be grown: use LoRA on this model"
             )
-        if (why := _why_not_weights(block, how)) is not None:
-            raise ValueError(f"the experts of {name} ({type(block).__name__}) {why}. Instead, {way_out(config)}")
+        if (why := _why_not_weights(block, how, config)) is not None:
+            raise ValueError(f"the experts of {name} ({type(block).__name__}) {why}")
         # the others of its class run the same code
         before = None if type(block) in seen else _tried(block)
         seen.add(type(block))
@@ -289,6 +291,41 @@ def why_refused(model: nn.Module) -> str | None:
     return next((f"{name}: {reason}" for name, reason in REFUSED.items() if name in named), None)
 
 
+def undecorated(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Classes that call themselves experts and do not follow the contract."""
+    # those around experts call themselves alike
+    named = {
+        type(m).__name__ for m in modules.values() if not (isinstance(m, AdoptedExperts) or hasattr(m, "base_layer"))
+    }
+    return sorted(name for name in named if "expert" in name.lower() or name.lower().endswith("moe"))
+
+
+def why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """Why a model has no routed experts that can be nodes."""
+    named = type(model).__name__
+    if (reason := why_refused(model)) is not None:
+        return f"the experts of {named} cannot be nodes ({reason}): use LoRA on this model"
+    others = undecorated(modules)
+    config = getattr(model, "config", None)
+    if others and loaded_quantized(config):
+        return (
+            f"{named} was loaded quantized, and its experts ({', '.join(others)}) are not transformers' own: "
+            f"{way_out(config)}"
+        )
+    if "LigerExperts" in others:
+        return f"{named} was made with Liger's experts, whose kernels know nothing of grown ones: {UNPATCHED}"
+    if others:
+        return (
+            f"{named} has experts ({', '.join(others)}) that do not follow transformers' experts contract "
+            "(use_experts_implementation), so nodes cannot be told apart there; use LoRA on this model, or a "
+            "transformers version that decorates it"
+        )
+    return (
+        f"{named} has no mixture-of-experts layers (Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3, gpt-oss, ... do): to grow "
+        "its MLPs, ask for nodes='dense'"
+    )
+
+
 def _adopt(block: Any, how: Foreign, config: Any) -> None:
     if not issubclass(how.experts, OwnExperts):
         count, act_fn = attrgetter(how.count)(block), attrgetter(how.act_fn)(block)
@@ -302,14 +339,17 @@ def _adopt(block: Any, how: Foreign, config: Any) -> None:
     adopt_block(block, how.block)
 
 
-def _why_not_weights(block: nn.Module, how: Foreign) -> str | None:
+def _why_not_weights(block: nn.Module, how: Foreign, config: Any) -> str | None:
     for name in how.weights:
         held = _innermost(block.get_submodule(name))
         if isinstance(held, nn.ModuleList):
-            return "were taken apart by a quantizer"
+            return f"were taken apart by a quantizer. Instead, {way_out(config)}"
+        stacks = ("weight", "gate_up_proj", "down_proj")
+        if (what := why_computed(held, stacks)) is not None:
+            return f"are not their weights alone: of {name}, {what}"
         for label, parameter in held.named_parameters():
             if (what := why_not_plain(parameter)) is not None:
-                return f"hold no plain weights: {name}.{label} is {what}"
+                return f"hold no plain weights: {name}.{label} is {what}. Instead, {way_out(config)}"
     return None
 
 

@@ -13,6 +13,11 @@ from peft_pcgrow.borders import Told
 from peft_pcgrow.corpus import IGNORED, read_corpus
 from peft_pcgrow.gate import Rows
 
+NO_GRADIENTS = (
+    "errors are gradients, and torch.inference_mode() keeps none: measure outside of it, a model that was made outside "
+    "of it"
+)
+
 
 def check_causal(model: Any) -> None:
     """TypeError or ValueError unless `model` may be a causal LM in memory."""
@@ -41,7 +46,10 @@ def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
-    """Sum the token losses of one batch, carry their error down, return the sum in nats."""
+    """Sum the token losses of one batch, carry their error down, return the sum in nats; RuntimeError in inference
+    mode."""
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise RuntimeError(NO_GRADIENTS)
     with torch.enable_grad():
         logits = predict(model, inputs)
         loss = cross_entropy(
@@ -169,6 +177,8 @@ def read_batches(
 def held_still(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, no parameter training: whoever measures asks for the gradients that it wants."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if any(p.is_inference() for p in trainable):
+        raise RuntimeError(NO_GRADIENTS)  # torch would not let them be put back
     # of each module: PEFT's wrappers train around a base that does not
     were_training = {module: module.training for module in model.modules()}
     # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient

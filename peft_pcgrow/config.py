@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from peft_pcgrow.carry import WAYS, Way
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import NODES
+from peft_pcgrow.gate import MOST, RATES
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.lora_beside import read_lora, settings_of
 from peft_pcgrow.model_card import SPELLED_OUT, add_usage
@@ -223,7 +224,7 @@ class PCGrowConfig(PeftConfig):
             if self.locus is not None and self.base is None:
                 raise ValueError("parts= says which experts grow: leave out locus=, which follows from it")
         self.lora = read_lora(plain(self.lora) if isinstance(self.lora, Mapping) else self.lora)
-        check_share("gate_fpr", self.gate_fpr, "(0, 1)")
+        check_rate(self.gate_fpr)
         check_share("protect", self.protect, "[0, 1)")
         if self.target_parameters:
             raise ValueError(
@@ -331,3 +332,12 @@ def check_share(name: str, value: Any, interval: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value < 1 or (value == 0 and interval.startswith("(")):
         raise ValueError(f"{name} must be a share in {interval}, got {value!r}")
+
+
+def check_rate(rate: Any) -> None:
+    """Raise ValueError unless a gate has a threshold for a false-positive rate."""
+    check_share("gate_fpr", rate, "(0, 1)")
+    if not RATES[-1] * (1 - 1e-9) <= rate <= MOST:
+        raise ValueError(
+            f"gate_fpr={rate!r}: gates have thresholds for rates from {RATES[-1]:g} to {MOST:g}, choose one of these"
+        )

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adopt import adopt, marked
 from peft_pcgrow.adopted import AdoptedExperts
-from peft_pcgrow.adopted_moe import adopt_routed, why_refused
+from peft_pcgrow.adopted_moe import adopt_routed, undecorated, why_none
 from peft_pcgrow.model_parts import UNPATCHED, in_decoder, layer_list
+from peft_pcgrow.node_weights import check_unshared, why_computed, why_hooked
 from peft_pcgrow.pieces import Pieces
-from peft_pcgrow.plain_weight import is_offloaded, way_out, why_not_stacks
+from peft_pcgrow.plain_weight import is_offloaded, loaded_quantized, way_out, why_not_stacks
 from peft_pcgrow.removable import StackLayout
 from peft_pcgrow.settle import beneath
 from peft_pcgrow.stack_view import StackView
 
 # what can be a node: experts that a router chooses, those that serve every token beside them, whole MLPs
 NODES = ("routed", "shared", "dense")
-# how configs call that experts are packed (see `compress.persist`)
-PACKED_METHOD = "pcgrow"
 # an nn.Module that follows the contract above: no class of transformers' says so, type checkers cannot either
 ExpertsModule: TypeAlias = Any
 
@@ -87,10 +86,10 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     modules = dict(model.named_modules())
     found = marked(modules, "routed")
     if nodes is None:
-        nodes = "routed" if found or _undecorated(modules) else "dense"
+        nodes = "routed" if found or undecorated(modules) else "dense"
     if nodes == "routed":
         if not found:
-            raise ValueError(_why_none(model, modules))
+            raise ValueError(why_none(model, modules))
     else:
         found = adopt(model, modules, nodes)
         modules = dict(model.named_modules())
@@ -111,7 +110,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
         outer = name
         while outer.endswith(".base_layer"):
             outer = outer.removesuffix(".base_layer")
-            _check_forward(outer, modules[outer])
+            _check_wrapper(outer, modules[outer])
         index = int(name.removeprefix(f"{path}." if path else "").split(".")[0])
         block = modules[outer.rpartition(".")[0]]
         _check_block(outer, block)
@@ -122,6 +121,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
             f"a decoder layer of {type(model).__name__} has two experts modules of one kind ({nodes}): it cannot be "
             "grown yet"
         )
+    check_unshared(model, {site.name: _holders(site.base) for site in sites if not is_packed(site.base)})
     return Tree(tuple(layers), tuple(sites), nodes)
 
 
@@ -262,12 +262,6 @@ def is_packed(base: ExpertsModule) -> bool:
     return hasattr(base, "packed_stacks")
 
 
-def loaded_quantized(config: Any) -> bool:
-    """Whether a model of this config was loaded quantized; that some of its experts are packed does not count."""
-    noted = getattr(config, "quantization_config", None)
-    return noted is not None and getattr(noted, "quant_method", None) != PACKED_METHOD
-
-
 def is_quantized(base: ExpertsModule) -> bool:
     """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
     if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
@@ -317,6 +311,14 @@ def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
     return None
 
 
+def check_unhooked(tree: Tree) -> None:
+    """Raise ValueError if hooks run with experts, which banks and maps would know nothing of."""
+    for site in tree.sites:
+        for module in (site.base, *_holders(site.base)):
+            if (why := why_hooked(module)) is not None:
+                raise ValueError(f"{site.name} ({type(site.base).__name__}) is not its weights alone: {why}")
+
+
 def check_in_memory(tree: Tree) -> None:
     """Raise ValueError if the weights of experts are not where they can be read: accelerate has offloaded them."""
     for site in tree.sites:
@@ -335,14 +337,34 @@ def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
     _check_forward(name, base)
     if base._is_expert_parallel:
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
+    stacks = [first_matrix(base), "down_proj"]
+    names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]
+    # adopted ones too: weights may become computed at any time
+    found = (why_computed(module, [*names, "weight"]) for module in {base, *_holders(base)})
+    if not hasattr(base, "parametrizations") and (why := next(filter(None, found), None)) is not None:
+        raise ValueError(f"{name} ({type(base).__name__}) is not its weights alone: {why}")
     if is_packed(base) or is_adopted(base):
         return  # ours, or looked at before it was adopted
-    stacks = [first_matrix(base), "down_proj"]
-    biases = [f"{stack}_bias" for stack in stacks] if base.has_bias else []
-    if (why := why_not_stacks(base, [*stacks, *biases, *expert_stacks(base)], base.num_experts)) is not None:
+    if (why := why_not_stacks(base, [*names, *expert_stacks(base)], base.num_experts)) is not None:
         raise ValueError(
             f"{name} ({type(base).__name__}) holds no plain weights, which growing, measuring and packing need: {why}. "
             f"Instead, {way_out(getattr(model, 'config', base.config))}"
+        )
+
+
+def _holders(base: ExpertsModule) -> list[nn.Module]:
+    """The modules that hold the weights of experts."""
+    return [owner[name] for owner, name in weight_places(base) if owner.get(name) is not None] or [base]
+
+
+def _check_wrapper(name: str, module: nn.Module) -> None:
+    _check_forward(name, module)
+    if not hasattr(module, "weights_in_use"):  # none of this library's
+        adapters = getattr(module, "active_adapters", None)
+        raise ValueError(
+            f"{name} is in a {type(module).__name__} of another tuner (adapters: {adapters}), as LoRA with "
+            "target_parameters makes it, and what that adds to the weights would be lost in grown copies: merge it "
+            "first (merge_and_unload()), or put LoRA on layers beside the experts by PCGrowConfig(lora=LoraConfig(...))"
         )
 
 
@@ -362,38 +384,6 @@ def _check_block(name: str, block: nn.Module) -> None:
         )
 
 
-def _undecorated(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Classes that call themselves experts and do not follow the contract."""
-    # those around experts call themselves alike
-    named = {type(m).__name__ for m in modules.values() if not (is_adopted(m) or hasattr(m, "base_layer"))}
-    return sorted(name for name in named if "expert" in name.lower() or name.lower().endswith("moe"))
-
-
 def is_read_only(stack: Any) -> bool:
     """Whether a stack is quantized in a way that cannot be written to."""
     return stack.read_only if isinstance(stack, StackView) else not stack.is_floating_point()
-
-
-def _why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    named = type(model).__name__
-    if (reason := why_refused(model)) is not None:
-        return f"the experts of {named} cannot be nodes ({reason}): use LoRA on this model"
-    undecorated = _undecorated(modules)
-    config = getattr(model, "config", None)
-    if undecorated and loaded_quantized(config):
-        return (
-            f"{named} was loaded quantized, and its experts ({', '.join(undecorated)}) are not transformers' own: "
-            f"{way_out(config)}"
-        )
-    if "LigerExperts" in undecorated:
-        return f"{named} was made with Liger's experts, whose kernels know nothing of grown ones: {UNPATCHED}"
-    if undecorated:
-        return (
-            f"{named} has experts ({', '.join(undecorated)}) that do not follow transformers' experts contract "
-            "(use_experts_implementation), so nodes cannot be told apart there; use LoRA on this model, or a "
-            "transformers version that decorates it"
-        )
-    return (
-        f"{named} has no mixture-of-experts layers (Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3, gpt-oss, ... do): to grow "
-        "its MLPs, ask for nodes='dense'"
-    )

@@ -23,6 +23,8 @@ from torch import Tensor
 
 # false-positive rates that thresholds are kept for, from a half down; between them, their logarithm is interpolated
 RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
+# the rate that may be asked for, at most: less than a step of the table away
+MOST = 0.5
 # added to the covariance of the means, relative to their mean variance
 RIDGE = 1e-3
 # means of fewer tokens say too little about a text to fit the direction on

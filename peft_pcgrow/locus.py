@@ -28,6 +28,11 @@ class Locus(Mapping[int, tuple[int, ...]]):
         for layer, experts in nodes.items():
             if isinstance(experts, (str, bytes)) or not isinstance(experts, Iterable):
                 raise ValueError(f"layer {layer!r} in the {name} must list its experts, got {experts!r}")
+            if isinstance(experts, Mapping):
+                raise ValueError(
+                    f"layer {layer!r} in the {name} must list its experts, which grow as a whole, got {experts!r}; to "
+                    "grow parts of them, give parts={layer: {expert: [...]}} and resolution='neurons' or 'matrix'"
+                )
             if listed := list(experts):
                 if (number := _whole(layer, "layer", f"the {name}")) in chosen:
                     raise ValueError(f"layer {number} is in the {name} twice: list its experts once")

@@ -109,6 +109,7 @@ def measure_errors(
     with together("measure_errors"):
         check_causal(model)
         tree = experts.find_experts(model, nodes)
+        experts.check_unhooked(tree)
         way = Way(settle, settle_depth, settle_tol)
         given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
         given |= whole_numbers(checkpoint_every=checkpoint_every)

@@ -11,13 +11,14 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from peft_pcgrow import adapter_file, experts, identity
 from peft_pcgrow.bank import SHRUNK
 from peft_pcgrow.birth import check_deletable, check_donors
 from peft_pcgrow.carry import Way
 from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quantize_sites
-from peft_pcgrow.config import PCGrowConfig, check_share
+from peft_pcgrow.config import PCGrowConfig, check_rate
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.flat import check_flat
 from peft_pcgrow.guard import TrainingGuard
@@ -32,7 +33,7 @@ from peft_pcgrow.say import say
 from peft_pcgrow.settle import LayerStack
 from peft_pcgrow.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
 from peft_pcgrow.what_trains import what_trains
-from peft_pcgrow.whole_steps import WholeSteps
+from peft_pcgrow.whole_steps import WholeSteps, unmerged
 
 
 class PCGrowModel(WholeSteps):
@@ -71,19 +72,24 @@ class PCGrowModel(WholeSteps):
         tree = experts.find_experts(model, nodes)
         check_whole(model)
         experts.check_in_memory(tree)
+        experts.check_unhooked(tree)
         base = identity.describe_base(model, tree)
         if peft_config.error_map is not None and measured is not None:
             measured.check_base(base)
         allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
+        kept = (
+            f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
+            f"layers_to_transform={peft_config.layers_to_transform}"
+        )
         if not allowed:
             raise ValueError(
-                f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
-                f"layers_to_transform={peft_config.layers_to_transform} leave no experts to grow; the model's experts "
-                f"are {', '.join(site.name for site in tree.sites[:3])}, ..."
+                f"{kept} leave no experts to grow; the model's experts are "
+                f"{', '.join(site.name for site in tree.sites[:3])}, ..."
             )
-        if peft_config.base_quantization is not None:
-            check_quantizable(experts.find_experts(model).sites, peft_config.base_quantization)
-        elif peft_config.base is None and (line := left_unpacked(tree.sites)) is not None:
+        by_hand = {str(layer) for layer in peft_config.parts or peft_config.locus or {}}
+        if out := [s.layer for s in tree.sites if s not in allowed and str(s.layer) in by_hand]:
+            raise ValueError(f"layer {out[0]}, where experts were chosen to grow, is left out by {kept}: change one")
+        if peft_config.base_quantization is None and peft_config.base is None and (line := left_unpacked(tree.sites)):
             say(f"pcgrow: {line}")
         if peft_config.base is None:
             # on a copy: a config that is refused can be changed and used again
@@ -104,7 +110,7 @@ class PCGrowModel(WholeSteps):
         check_resolved(peft_config, allowed)
         check_tokens(peft_config, model)
         locus = Locus(peft_config.locus or {})
-        check_base(peft_config, base, merged=any(layer.merged for layer in self.tuner_layers()))
+        check_base(peft_config, base)
         # what remains of the map in the config file is what it led to
         peft_config.error_map, peft_config._measured = None, measured
         peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
@@ -184,7 +190,9 @@ class PCGrowModel(WholeSteps):
         """In all layers, or in none."""
         config = self.peft_config[adapter_name]
         with self.or_not_at_all(model, adapter_name):
-            with self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
+            if config.base_quantization is not None:
+                check_quantizable(experts.find_experts(model).sites, config.base_quantization)
+            with unmerged(model), self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
                 super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
             config.lora = lora
             if (quantization := config.base_quantization) is not None:
@@ -275,6 +283,10 @@ class PCGrowModel(WholeSteps):
                 f"the active adapters settle in different ways ({listed}), and one forward has one way: give "
                 "them the same settle, settle_depth and settle_tol, or activate one of them"
             )
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "forward-mode derivatives do not pass settled layers: model.eval(), or PCGrowConfig(settle='backprop')"
+            )
         if self._stack is not None:
             self._stack.way = next((way for way in ways.values() if way is not None), Way())
         return True
@@ -339,9 +351,9 @@ class PCGrowModel(WholeSteps):
             adapter_name: one adapter; all active ones if None.
 
         Raises:
-            ValueError: a rate out of its range, or no newborns.
+            ValueError: a rate out of its range (see `gate.RATES`), or no newborns.
         """
-        check_share("gate_fpr", rate, "(0, 1)")
+        check_rate(rate)
         names = [adapter_name] if adapter_name else [name for name in self.active_adapters if name in self.peft_config]
         layers = [layer for layer in self.tuner_layers() if any(layer.spawned(name) for name in names)]
         if not layers:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow import heatmap
+from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.gate import at_rate
 from peft_pcgrow.lifecycle import CONVERGED, HEAVY, MOVED, STAGES, stages
 from peft_pcgrow.locus import Locus
@@ -147,7 +148,8 @@ def contents(emap: Any, before: Any, locus: Locus | None) -> Page:
 
 
 def top(emap: Any, n: int, by: str) -> list[NodeError]:
-    """The `n` nodes with the highest score, highest first."""
+    """The `n` nodes with the highest score, highest first; ValueError unless `n` is a whole number, 0 or more."""
+    n = whole_number("n", n, "nodes", 0)
     experts, nothing = emap.count.shape[1], float("nan")
     sums = [emap.scores(name) for name in ("frequency", "gate", "error", "coherent")]
     sums.append(emap.scores("removable") if emap.has_parts else torch.full_like(sums[0], nothing))

@@ -18,6 +18,8 @@ _SCALES = re.compile(r"(^|_)(scales?|scale_inv|zeros?|zero_point|qzeros|blocks|a
 BITSANDBYTES = ("Params4bit", "Int8Params")
 # what torch makes of modules that it shards
 FSDP = ("FSDPModule", "FullyShardedDataParallel")
+# how configs call that experts are packed (see `compress.persist`)
+PACKED_METHOD = "pcgrow"
 
 
 def check_whole(model: nn.Module) -> None:
@@ -89,6 +91,12 @@ def why_not_linear(layer: Any) -> str | None:
     weight = getattr(layer, "weight", None)
     what = None if type(weight).__name__ in BITSANDBYTES else why_not_plain(weight)
     return None if what is None else f"have weights that are {what}"
+
+
+def loaded_quantized(config: Any) -> bool:
+    """Whether a model of this config was loaded quantized; that some of its experts are packed does not count."""
+    noted = getattr(config, "quantization_config", None)
+    return noted is not None and getattr(noted, "quant_method", None) != PACKED_METHOD
 
 
 def way_out(config: Any) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.locus import RESOLUTIONS
 
 # singular values below this share of the largest have no direction worth keeping
@@ -150,6 +151,8 @@ def removable(
     """
     if resolution not in RESOLUTIONS:
         raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
+    if resolution == "neurons":
+        block = whole_number("block", block, "neurons")
     parts: dict[str, Tensor] = {}
     parameters: dict[str, int] = {}
     for name, folds in gradient.items():

@@ -161,20 +161,20 @@ def check_tokens(config: PCGrowConfig, model: nn.Module) -> None:
             )
 
 
-def check_base(config: PCGrowConfig, base: dict[str, Any], merged: bool) -> None:
+def check_base(config: PCGrowConfig, base: dict[str, Any]) -> None:
     """The base at hand must be the one that a resolved config was made on; with `verify=False` it becomes that.
 
     Args:
-        base: see `identity.describe_base`. merged: whether adapters are merged into it for now.
+        base: see `identity.describe_base`.
 
     Raises:
         ValueError: it is known to be another one.
     """
     noted = config.base if config.verify and config.base is not None else base
-    if unlike := difference(noted, {**base, "stacks": None} if merged else base):
+    if unlike := difference(noted, base):
         raise ValueError(other_base(unlike))
     # what was unknown where the config was made, the file's seals may know
-    config.base = noted | {key: base.get(key) for key in WEIGHTS if noted.get(key) is None and not merged}
+    config.base = noted | {key: base.get(key) for key in WEIGHTS if noted.get(key) is None}
 
 
 def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None) -> Birth:

@@ -116,6 +116,8 @@ def check_facts(file: Iterable[Mapping[str, Any]], mine: Iterable[Mapping[str, A
     """Raise ValueError, naming both, unless layers in a file are what an adapter's are."""
     theirs, ours = ({facts["layer"]: dict(facts) for facts in each} for each in (list(file), list(mine)))
     located = {_located(facts) for facts in theirs.values()}
+    if located == {_located(facts) for facts in ours.values()} and (missing := sorted(ours.keys() - theirs.keys())):
+        raise ValueError(incomplete(adapter, missing))
     if located != {_located(facts) for facts in ours.values()} or theirs.keys() != ours.keys():
         mine_too = " and ".join(sorted({_located(facts) for facts in ours.values()}))
         raise ValueError(
@@ -132,6 +134,13 @@ def check_facts(file: Iterable[Mapping[str, Any]], mine: Iterable[Mapping[str, A
                 )
         if all(bases) and (unlike := difference(*bases)):
             raise ValueError(other_base(unlike))
+
+
+def incomplete(adapter: str, missing: Iterable[int]) -> str:
+    return (
+        f"the file of adapter {adapter!r} has no bank for {', '.join(f'layer {layer}' for layer in missing)}, where it "
+        f"grows too: load all of its tensors at once; if they are not there, {OPEN}"
+    )
 
 
 def other_base(unlike: str) -> str:

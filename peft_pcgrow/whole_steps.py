@@ -87,6 +87,25 @@ def merging(model: nn.Module) -> list[Callable[[], None]]:
     return found
 
 
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Inside, the experts are the base's own, which banks are copies of and digests are about; what was merged before
+    is merged again afterwards."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PCGrowExperts) and layer.merged]
+    again = [layer.merging() for layer in layers]
+    try:
+        for layer in layers:
+            layer.unmerge()
+        yield
+    finally:
+        completed(partial(_call_all, again))
+
+
+def _call_all(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
+
+
 def _written(layer: Any) -> Callable[[], None]:
     base, merged = layer.get_base_layer(), list(layer.merged_adapters)
     held = dict(base._parameters)

@@ -35,7 +35,7 @@ FLOORS = [
         "plain_weight",
         "setting",
     ],
-    ["map_check", "seal", "diagnosis", "recompute", "staging", "say", "borders"],
+    ["map_check", "seal", "diagnosis", "recompute", "staging", "say", "borders", "node_weights"],
     ["map_file", "separation", "relax", "removable", "page_html", "node_table", "batches"],
     ["error_map", "carry", "inner_outputs"],
     ["tape"],

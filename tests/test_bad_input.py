@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -19,8 +20,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
-from tiny import LOCUS, assert_same, build, dense, logits, snapshot, tokens, train
+from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
+from tiny import LOCUS, assert_same, build, dense, logits, snapshot, spawned, tokens, train
 
 
 def facts(model: nn.Module) -> tuple:
@@ -103,7 +104,7 @@ def test_no_experts_left():
     model = build()
     with refused(model, ValueError, "leave no experts to grow; the model's experts are model.layers.0.mlp.experts"):
         grow(model, locus={0: [0]}, target_modules=["mlp.expert"])
-    with refused(model, ValueError, "the locus names layer 0, which has no experts.*layers with experts: 1-2"):
+    with refused(model, ValueError, r"layer 0, .* is left out by .*layers_to_transform=\[1, 2\]: change one"):
         grow(model, locus={0: [0]}, layers_to_transform=[1, 2])
 
 
@@ -322,3 +323,55 @@ def test_texts_are_whole_sentences():
     with pytest.raises(ValueError, match="has no experts") as caught:
         grow(build(), locus={9: [0]})
     assert not re.search(r"None|\[\]|: $", str(caught.value))
+
+
+def test_parts_in_a_locus():
+    with pytest.raises(ValueError, match=r"layer 1 in the locus must list its.*resolution='neurons' or 'matrix'"):
+        get_peft_model(build(), PCGrowConfig(locus={1: {0: [1]}}))
+
+
+@pytest.mark.parametrize("rate", [0.51, 0.9, 1e-5])
+def test_rates_that_gates_have_no_threshold_for(rate):
+    with pytest.raises(ValueError, match=rf"gate_fpr={rate}: gates have thresholds for rates from 0.0001 to 0.5"):
+        PCGrowConfig(locus={1: [1]}, gate_fpr=rate)
+    model = spawned()
+    with pytest.raises(ValueError, match=r"from 0.0001 to 0.5"):
+        model.set_gate_fpr(rate)
+    for least_or_most in (1e-4, 0.5):
+        model.set_gate_fpr(least_or_most)
+
+
+def test_numbers_that_are_none():
+    emap = measure_errors(build(), [tokens()], progress=False)
+    for block in (0, True, "8", 8.0):
+        with pytest.raises(ValueError, match="block must be a whole number of neurons, at least 1"):
+            emap.removable("neurons", block)
+    for count in (-1, "10", True):
+        with pytest.raises(ValueError, match="n must be a whole number of nodes, at least 0"):
+            emap.top(count)
+    for most in (0, "9"):
+        with pytest.raises(ValueError, match="max_tokens must be a whole number of tokens, at least 1"):
+            compress.plan(build(), target=0.5, retain=[tokens()], max_tokens=most, progress=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_measured_in_inference_mode(frozen):
+    with torch.inference_mode():
+        model = build()
+    model.requires_grad_(False) if frozen else None
+    with pytest.raises(RuntimeError, match=r"inference_mode\(\) keeps none: measure outside of it"):
+        measure_errors(model, [tokens()], progress=False)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) keeps none"):
+        measure_errors(build(), [tokens()], progress=False)
+
+
+def test_forward_mode_derivatives():
+    """Of settled layers there would be none, without a word."""
+    model = get_peft_model(build(), PCGrowConfig(locus={1: [1]})).train()
+    model.base_model.model.set_attn_implementation("eager")
+    embedded = model.get_input_embeddings()(tokens()).detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(embedded, torch.ones_like(embedded))
+        with pytest.raises(RuntimeError, match="forward-mode derivatives do not pass settled layers"):
+            model(inputs_embeds=dual)
+        assert bool(forward_ad.unpack_dual(model.eval()(inputs_embeds=dual).logits).tangent.any())

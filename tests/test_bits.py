@@ -109,9 +109,10 @@ def test_unrouted_located_expert_keeps_its_bits():
     base, ids = build("mixtral"), tokens(1, 8)
     routed = set()
     site = find_experts(base).sites[0]
-    site.base.register_forward_pre_hook(lambda module, args: routed.update(args[1].unique().tolist()))
+    handle = site.base.register_forward_pre_hook(lambda module, args: routed.update(args[1].unique().tolist()))
     with torch.no_grad():
         base(input_ids=ids)
+    handle.remove()
     idle = next(expert for expert in range(8) if expert not in routed)
     busy = next(iter(routed))
     model = trained(base, {site.layer: [busy, idle]}, ids)

@@ -224,13 +224,16 @@ def test_only_layer_inputs_are_held():
 def test_experts_that_no_row_meets_get_zeros(settle, training):
     """Every bank gets a gradient, of zeros where it took no row, as an untouched slice of a stack does."""
     base, ids, met = build("qwen3_moe", torch.float64), tokens(1, 2), {}
+    handles = []
     for site in find_experts(base).sites:
 
         def note(_, args, layer=site.layer):
             met.setdefault(layer, args[1].unique().tolist())
 
-        site.base.register_forward_pre_hook(note)
+        handles.append(site.base.register_forward_pre_hook(note))
     base(input_ids=ids)
+    for handle in handles:
+        handle.remove()
     idle = {layer: [min(set(range(8)) - set(chosen))] for layer, chosen in met.items()}
     model = grown(base, settle, idle | {0: met[0][:1]}).train(training)
     language_loss(ids)(model).backward()

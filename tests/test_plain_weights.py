@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.fbgemm_fp8 import FbgemmFp8Llama4TextExperts
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
@@ -201,3 +202,182 @@ def test_dequantized_bases_are_plain():
     grown = get_peft_model(copy.deepcopy(model), PCGrowConfig(locus={0: [1]}))
     assert torch.equal(logits(grown), want)
     assert {site.base.down_proj.dtype for site in find_experts(grown).sites} == {torch.bfloat16}
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+def scaling(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return 1.5 * output
+
+
+def scaling_input(module: nn.Module, args: tuple) -> tuple:
+    return (1.5 * args[0], *args[1:])
+
+
+def subclassed(mlp: nn.Module) -> None:
+    mlp.up_proj.__class__ = Scaled
+
+
+def patched(mlp: nn.Module) -> None:
+    held = mlp.up_proj
+    held.forward = lambda x: 1.5 * nn.functional.linear(x, held.weight)
+
+
+# what is done to the MLP of layer 1, which kind of model it is in, and what is said of it
+ALTERED = {
+    "hook": (lambda mlp: mlp.experts.register_forward_hook(scaling), build, r"layers.1.mlp.experts.*hook \(scaling\)"),
+    "pre-hook": (
+        *(lambda mlp: mlp.experts.register_forward_pre_hook(scaling_input), build),
+        r"layers.1.mlp.experts.*forward hook \(scaling_input\).*remove it by its handle",
+    ),
+    "pruned": (
+        *(lambda mlp: prune.l1_unstructured(mlp.experts, "down_proj", 0.5), build),
+        r"layers.1.mlp.experts.*its down_proj is computed.*down_proj_mask\).*prune.remove\(module, 'down_proj'\)",
+    ),
+    "weight norm, parametrized": (
+        *(lambda mlp: parametrizations.weight_norm(mlp.experts, "gate_up_proj"), build),
+        r"layers.1.mlp.experts.*gate_up_proj is computed from other tensors",
+    ),
+    "linear hook": (
+        *(lambda mlp: mlp.down_proj.register_forward_hook(scaling), dense),
+        r"mlp of layer 1.*of down_proj, it has a forward hook \(scaling\)",
+    ),
+    "linear pruned": (
+        *(lambda mlp: prune.l1_unstructured(mlp.gate_proj, "weight", 0.5), dense),
+        r"mlp of layer 1.*of gate_proj, its weight is computed.*prune.remove\(module, 'weight'\)",
+    ),
+    "weight norm": (lambda mlp: weight_norm(mlp.up_proj), dense, r"layer 1.*remove_weight_norm\(module, 'weight'\)"),
+    "spectral norm": (lambda mlp: spectral_norm(mlp.up_proj), dense, r"layer 1.*remove_spectral_norm"),
+    "linear subclass": (subclassed, dense, r"mlp of layer 1.*of up_proj, Scaled has a forward of its own"),
+    "linear patched": (patched, dense, r"mlp of layer 1.*of up_proj, its forward was replaced"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+# packed experts run their hooks
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        (way, how)
+        for way in WAYS_IN
+        for how in ALTERED
+        if "hook" not in how or way in ("get_peft_model", "measure_errors")
+    ],
+)
+def test_more_than_weights(how, way):
+    """A bank copies weights: what else computes with them, or them, would be lost without a word."""
+    alter, made, said = ALTERED[how]
+    model = made()
+    alter(model.model.layers[1].mlp)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=said):
+        WAYS_IN[way](model)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("made", [build, dense])
+def test_what_is_put_on_an_mlp_measured_already(made):
+    """It is adopted then, and looked at again."""
+    model = made()
+    measure_errors(model, [tokens()], progress=False)
+    mlp = model.model.layers[1].mlp
+    handle = (mlp.experts if made is build else mlp.up_proj).register_forward_hook(scaling)
+    with pytest.raises(ValueError, match=r"forward hook \(scaling\)"):
+        WAYS_IN["get_peft_model"](model)
+    handle.remove()
+    before = logits(model)
+    assert torch.equal(logits(WAYS_IN["get_peft_model"](model)), before)
+
+
+def test_hooks_around_nodes_are_kept():
+    """On the MLP, they run whatever computes its rows."""
+    model = dense()
+    model.model.layers[1].mlp.register_forward_hook(scaling)
+    before = logits(model)
+    grown = get_peft_model(model, PCGrowConfig(locus={1: [0]}))
+    assert torch.equal(logits(grown), before)
+
+
+def tied_stack(model: nn.Module) -> None:
+    model.model.layers[2].mlp.experts.gate_up_proj = model.model.layers[0].mlp.experts.gate_up_proj
+
+
+def shared_module(model: nn.Module) -> None:
+    model.model.layers[2].mlp.experts = model.model.layers[0].mlp.experts
+
+
+def shared_mlp(model: nn.Module) -> None:
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+
+
+def tied_linear(model: nn.Module) -> None:
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+
+
+def tied_to_attention(model: nn.Module) -> None:
+    """Not a node, and just as much written over."""
+    mlp, attention = model.model.layers[2].mlp, model.model.layers[0].self_attn
+    mlp.down_proj.weight.data[:, :32] = attention.o_proj.weight
+    attention.o_proj.weight = nn.Parameter(mlp.down_proj.weight.data[:, :32])
+
+
+def expanded(model: nn.Module) -> None:
+    held = model.model.layers[1].mlp.experts
+    held.gate_up_proj = nn.Parameter(held.gate_up_proj.detach()[:1].expand(8, -1, -1))
+
+
+SHARED = {
+    tied_stack: (build, r"layers.0.mlp.experts.gate_up_proj and model.layers.2.mlp.experts.gate_up_proj are the same"),
+    shared_module: (build, r"layers.0.mlp.experts.\w+ and model.layers.2.mlp.experts.\w+ are the same weights"),
+    shared_mlp: (build, r"layers.0.mlp.experts.\w+ and model.layers.2.mlp.experts.\w+ are the same weights"),
+    tied_linear: (dense, r"layers.0.mlp.down_proj.weight and model.layers.2.mlp.down_proj.weight are the same weights"),
+    tied_to_attention: (
+        dense,
+        r"layers.2.mlp.down_proj.weight and model.layers.0.self_attn.o_proj.weight are",
+    ),
+    expanded: (build, r"layers.1.mlp.experts.gate_up_proj lies over itself"),
+}
+
+
+@every_way
+@pytest.mark.parametrize("how", SHARED, ids=lambda how: how.__name__)
+def test_weights_of_two_layers(how, way):
+    """Merging one would change the other, and their map would be of one use only."""
+    made, said = SHARED[how]
+    model = made()
+    how(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=said):
+        WAYS_IN[way](model)
+    assert_same(before, snapshot(model))
+
+
+def test_one_memory_side_by_side():
+    """As `vector_to_parameters` and memory-mapped files lay weights out: apart, in one storage; and tied embeddings."""
+    for model in (build(tie_word_embeddings=True), dense()):
+        whole = nn.utils.parameters_to_vector(model.parameters()).detach()
+        nn.utils.vector_to_parameters(whole, model.parameters())
+        before = logits(model)
+        grown = get_peft_model(model, PCGrowConfig(select="random", budget=0.4))
+        assert torch.equal(logits(grown), before)
+
+
+def test_a_second_name():
+    """A model that keeps a module under two names uses it once."""
+    model = build()
+    model.decoder = model.model
+    before = logits(model)
+    assert torch.equal(logits(grown_on(model)), before)
+
+
+def test_lora_on_expert_parameters():
+    """PEFT puts it around the experts module, where nothing could be told apart."""
+    model = build()
+    targets = LoraConfig(r=2, target_parameters=["experts.gate_up_proj"], target_modules=[], init_lora_weights=False)
+    model = inject_adapter_in_model(targets, model, "beside")
+    for way in WAYS_IN.values():
+        with pytest.raises(ValueError, match=r"ParamWrapper of another tuner \(adapters: \['beside'\]\)"):
+            way(model)

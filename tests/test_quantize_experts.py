@@ -197,10 +197,10 @@ def test_one_layer_is_decoded_at_a_time(monkeypatch):
     """While weight gradients are measured, no two layers hold dense stacks."""
     model = build()
     quantize_experts(model)
-    bases = [site.base for site in find_experts(model).sites]
-    most = []
-    for base in bases:
-        base.register_forward_hook(lambda *_: most.append(sum(b.dense is not None for b in bases)))
+    sites, most = find_experts(model).sites, []
+    bases = [site.base for site in sites]
+    for site in sites:
+        site.decoder_layer.mlp.register_forward_hook(lambda *_: most.append(sum(b.dense is not None for b in bases)))
     measure_errors(model, [tokens()], progress=False)
     assert max(most) == 1
     assert not any(base.dense for base in bases)

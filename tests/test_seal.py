@@ -284,3 +284,31 @@ def test_files_from_before_seals(saved):
     base = AutoModelForCausalLM.from_pretrained(saved / "base")
     PeftModel.from_pretrained(base, saved / "adapter", config=config).save_pretrained(saved / "adapter")
     assert torch.equal(logits(load(saved)), expected)
+
+
+def test_parameters_without_their_seals():
+    """Those that train alone, as some loops save them, say nothing of what they are for."""
+    model = grown()
+    train(model)
+    alone = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for other in (grown(), grown(locus=OTHER), grown(seed=5)):
+        before = snapshot(other)
+        with pytest.raises(ValueError, match=r"pcgrow_\w+.default.weight is not sealed.*names contain 'pcgrow'"):
+            other.load_state_dict(alone, strict=False)
+        assert_same(before, snapshot(other))
+    same = grown()
+    same.load_state_dict({key: value for key, value in model.state_dict().items() if "pcgrow" in key}, strict=False)
+    assert torch.equal(logits(same), logits(model))
+    config = PCGrowConfig(locus=LOCUS)
+    config.verify = False
+    meant = get_peft_model(build(), config)
+    meant.load_state_dict(alone, strict=False)
+    assert torch.equal(logits(meant), logits(model))
+    # a state dict without banks is nobody's
+    grown().load_state_dict({"base_model.model.model.norm.weight": torch.ones(32)}, strict=False)
+
+
+def test_a_layer_is_missing():
+    held = {key: tensor for key, tensor in get_peft_model_state_dict(grown()).items() if "layers.1." in key}
+    with pytest.raises(ValueError, match=r"adapter 'default' has no bank for layer 2, where it grows too"):
+        set_peft_model_state_dict(grown(), held)

@@ -86,8 +86,9 @@ def test_states_of_ones_own():
     before = snapshot(model)
     train(model)
     assert model.load_state_dict(before) == nn.modules.module._IncompatibleKeys([], [])
-    banks = {name: p.detach().clone() for name, p in model.named_parameters() if "pcgrow_" in name}
-    model.load_state_dict(banks, strict=False)
+    ours = {name: tensor for name, tensor in before.items() if "pcgrow" in name}
+    model.load_state_dict(ours, strict=False)
+    assert_same(before, snapshot(model))
     grown().load_state_dict(model.state_dict())
     shrunk = grown()
     train(shrunk)

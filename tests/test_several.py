@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig
@@ -174,3 +174,19 @@ def test_two_native_adapters():
         assert_all_close(
             {k.replace(f".{name}.", ".default."): g for k, g in backward(model).items()}, expected, "fp64 gradient"
         )
+
+
+def test_added_while_another_is_merged(tmp_path):
+    """A new adapter is of the base as it is without the merged one, which stays merged, bit for bit."""
+    model, plain = grown(), logits(build())
+    train(model)
+    model.merge_adapter()
+    merged = logits(model)
+    model.add_adapter("second", PCGrowConfig(locus={1: [1, 4], 2: [5]}))
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    model.base_model.set_adapter("second")
+    assert torch.equal(logits(model), plain)
+    # what it notes of its base is that one too
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert torch.equal(logits(PeftModel.from_pretrained(build(), tmp_path / "second")), plain)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.batches import IGNORED, Batch, held_still, settle_batch
 from peft_pcgrow.carry import Probe
+from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.processes import check_same, read_everywhere
 from peft_pcgrow.recompute import hidden_of
 from peft_pcgrow.settle import LayerStack
@@ -127,8 +128,10 @@ def calibrate(
             numbers a token and layer, on the CPU.
 
     Raises:
-        ValueError: no text, or one without a token to predict.
+        ValueError: no text, or one without a token to predict, or `max_tokens` that are no number of tokens.
     """
+    if max_tokens is not None:
+        max_tokens = whole_number("max_tokens", max_tokens, "tokens")
     tree = experts.find_experts(model)
     probe = _NodeProbe(tree)
     labels, losses, read, row = [], [], [], 0

@@ -33,7 +33,7 @@ from peft_pcgrow import experts
 from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.packed import PREFIX, pack
 from peft_pcgrow.compress.packed_seal import AGAIN, facts_digest, tensors_digest, verify
-from peft_pcgrow.experts import PACKED_METHOD
+from peft_pcgrow.plain_weight import PACKED_METHOD, loaded_quantized
 
 # of what `PackedConfig` writes and of the bytes that `codec` makes; 1 had no seal
 VERSION = 2
@@ -214,7 +214,7 @@ def note_packing(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no packed experts: compress it first")
     held = _transformers_model(model)
     quantizer: Any = getattr(held, "hf_quantizer", None)
-    if experts.loaded_quantized(held.config):
+    if loaded_quantized(held.config):
         if not isinstance(quantizer, _Unwritable):
             known = held.config.quantization_config
             quantizer = copy.copy(quantizer or PackedQuantizer(known))

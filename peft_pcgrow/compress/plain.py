@@ -22,6 +22,7 @@ from peft_pcgrow.batches import Batch, read_batches
 from peft_pcgrow.compress.forms import WHOLE, Form
 from peft_pcgrow.compress.packed import PREFIX
 from peft_pcgrow.flat import COUNTS, selection_bias
+from peft_pcgrow.plain_weight import loaded_quantized
 from peft_pcgrow.staging import check_empty, staged
 
 # how configs may call the intermediate size of experts
@@ -123,7 +124,7 @@ def _layers(model: Any) -> list[_Layer]:
             f"export_plain takes a compressed transformers model without adapters, got {named}: call unload() on it, "
             "or grow the reloaded plain checkpoint"
         )
-    if experts.loaded_quantized(model.config):
+    if loaded_quantized(model.config):
         raise ValueError(f"{named} was loaded quantized: load it in bf16 or fp32, compress that, and export it")
     if not any(experts.is_packed(site.base) for site in sites):
         raise ValueError(f"{named} has no packed experts: save_pretrained writes it as it is")
