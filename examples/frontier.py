@@ -1,9 +1,10 @@
 """Gain against forgetting, all of the curve: newborns behind gates of every strictness against their rivals.
 
 A spawned adapter carries the thresholds of its gates for all false-positive rates, so one training gives a whole curve;
-LoRA, full fine-tuning and deepening give one point for each learning rate. Gain is the domain's held-out loss before
-minus after, forgetting the mean rise of the retain texts' held-out losses, in nats per token; `identical` is the share
-of the retain texts' tokens whose logits are the base's to the bit.
+LoRA, full fine-tuning and deepening give one point for each learning rate, and LoRA one more behind a switch for whole
+texts (`switch.py`). Gain is the domain's held-out loss before minus after, forgetting the mean rise of the retain
+texts' held-out losses, in nats per token; `identical` is the share of the retain texts' tokens whose logits are the
+base's to the bit.
 
     python examples/frontier.py --json > rows.jsonl
     python examples/frontier.py --table rows.jsonl --plot frontier.png
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import compare
 import corpora
+import switch
 from compare import Setting
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, export_flat, measure_errors
 
@@ -109,6 +111,9 @@ def rows(
             model.set_gate_fpr(rate)  # type: ignore[operator]
             extra = {"gate_fpr": rate, "identical": identical(model, task, reference, args.bit_windows)}
         yield compare.finish({**row, **extra, "after": compare.losses(model, task)}, before)
+    if setting.arm == "lora":
+        switched = switch.losses(model, task, args.map_windows)
+        yield compare.finish({**row, "arm": "lora-switch", **switched}, before)
     if setting.arm == "flat":
         yield compare.finish({**row, **exported(model, task, args)}, before)
 
