@@ -1,5 +1,7 @@
 """A map shows every node that computes rows, newborns included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -106,8 +108,11 @@ def test_maps_with_newborns_are_kept_added_and_cut(tmp_path):
     assert upper.newborns.nodes == NODES[2:]
     assert torch.equal(upper.newborns.count, emap.newborns.count[2:])
     assert torch.equal(upper.shared, emap.restrict((1, 2)).restrict((2,)).shared)
+    base = measured(build(dtype=torch.float64))
+    with pytest.raises(ValueError, match="with other weights, or with other adapters in use"):
+        emap + base
     with pytest.raises(ValueError, match="other newborns"):
-        emap + measured(build(dtype=torch.float64))
+        replace(emap, run={}) + replace(base, run={})  # as saved by versions that noted no weights
     with model.disable_adapter(), pytest.raises(ValueError, match="other weights"):
         measured(model, checkpoint=tmp_path / "so far")
 

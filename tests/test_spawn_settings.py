@@ -319,7 +319,7 @@ def test_without_retain_text(settings):
 def test_texts_that_are_alike(grow):
     """Retain text that is the domain's own."""
     texts = [domain(32, seed=1)]
-    emap = measure_errors(build(), texts, retain=texts, window=8, coherent=False, progress=False)
+    emap = measure_errors(build(), texts, retain=list(texts), window=8, coherent=False, progress=False)
     refused(
         "none of the 5 located nodes can grow at gate_fpr=0.05:\n.*cannot be told apart.*\n(.*\n)*Raise gate_fpr, give "
         "retain text that differs",

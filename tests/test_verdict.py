@@ -136,7 +136,7 @@ def test_heldout_text_is_measured_as_a_corpus_and_kept_apart(tmp_path):
     assert torch.equal((both + more).heldout.mass, both.heldout.mass + more.heldout.mass)
     assert torch.equal((both + more).words, both.words + more.words)
     assert torch.equal(both.restrict((1,)).heldout.mass, both.heldout.mass[1:2])
-    with pytest.raises(ValueError, match="only one of them has held-out text"):
+    with pytest.raises(ValueError, match="only one has held-out text"):
         both + alone
     # at most as many tokens of it
     assert measured(model, text, held, max_tokens=20).heldout.tokens == 24
