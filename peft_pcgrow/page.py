@@ -237,7 +237,7 @@ def _draw_panel(page: Page, panel: Column, cells: Any, sums: Any, scale: Any) ->
         scale.set_axis_off()
         handles, labels = sums.get_legend_handles_labels()
         scale.legend(
-            handles, labels, loc="center left", bbox_to_anchor=(-0.01, 0), ncols=5, fontsize=8, frameon=False,
+            handles, labels, loc="center left", bbox_to_anchor=(-0.01, 0), ncols=3, fontsize=8, frameon=False,
             handlelength=1, handletextpad=0.4, columnspacing=1, borderpad=0,
         )  # fmt: skip
         return
