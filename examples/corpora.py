@@ -32,7 +32,7 @@ SKIPPED_FOLDERS = frozenset(
 SKIPPED_PREFIX = "_sysconfigdata"  # written when Python is built: paths and flags of the building machine
 
 
-def _in_split(key: str, split: str, one_in: int) -> bool:
+def in_split(key: str, split: str, one_in: int) -> bool:
     """Whether `key` is in `split`; one key in `one_in` goes to "eval", the same ones on every machine."""
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'eval'")
@@ -54,7 +54,7 @@ def stdlib_source(split: str) -> list[str]:
     named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
     texts = []
     for name, path in named:
-        if not _in_split(name, split, one_in=12):
+        if not in_split(name, split, one_in=12):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def language_reference(split: str) -> list[str]:
             "standard library (some distributions put it in a package such as python3-doc), or pass "
             "--domain DIR/NAME with texts of your own"
         ) from error
-    return [topics[name] for name in sorted(topics) if _in_split(name, split, one_in=6)]
+    return [topics[name] for name in sorted(topics) if in_split(name, split, one_in=6)]
 
 
 def read_jsonl(path: str | Path) -> list[str]:

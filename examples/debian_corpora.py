@@ -119,7 +119,7 @@ def prepare(name: str, out: Path) -> dict[str, str]:
         for key, text in SOURCES[name].read(Path(scratch, "x")):
             if len(text) >= SHORTEST and text not in seen:
                 seen.add(text)
-                texts["eval" if corpora._in_split(key, "eval", one_in=12) else "train"].append(text)
+                texts["eval" if corpora.in_split(key, "eval", one_in=12) else "train"].append(text)
     if not all(texts.values()):
         raise ValueError(f"{version} has {len(seen)} texts, too few to split; another version of the package?")
     facts = {"package": version}

@@ -45,11 +45,14 @@ def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return logits[:, :-1]
 
 
-def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
-    """Sum the token losses of one batch, carry their error down, return the sum in nats; RuntimeError in inference
-    mode."""
+def check_gradients(model: nn.Module) -> None:
+    """Raise RuntimeError in inference mode, or if the model was made there."""
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise RuntimeError(NO_GRADIENTS)
+
+
+def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
+    """Sum the token losses of one batch, carry their error down, return the sum in nats."""
     with torch.enable_grad():
         logits = predict(model, inputs)
         loss = cross_entropy(

@@ -25,7 +25,9 @@ IGNORED = -100
 # columns of a text, and what pads them
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 # columns of a text that its collator makes something of: without it the model would see other text
-COLLATED = ("seq_lengths", "completion_mask", "assistant_masks", "position_ids", "pixel_values", "input_features")
+COLLATED = ("seq_lengths", "completion_mask", "assistant_masks")
+# those and what models take of a batch, but not of single rows
+OF_ROWS = (*COLLATED, "position_ids", "pixel_values", "input_features")
 WANTED = (
     "a corpus is token ids [N, S], a list of texts (token ids [S] each, or strings with tokenizer=), a tokenized "
     "datasets.Dataset, or a data loader"
@@ -153,7 +155,7 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
     if isinstance(given, (list, tuple)) and len(given) and not _is_token(_first(given)):
         # a batch of lists, as a tokenizer gives it
         _check_turned(given, what)
-        _check_collated(item, what, COLLATED)
+        _check_collated(item, what, OF_ROWS)
         columns = {name: item[name] for name in PADDING if item.get(name) is not None}
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(given))]
         return pad([read_text(row, f"text {i} of {what}") for i, row in enumerate(rows)])
@@ -164,7 +166,7 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
             f"{what} needs input_ids of shape [B, S] or [S], integers; got {tuple(found['input_ids'].shape)}"
         )
     if dims == 1:
-        _check_collated(item, what, COLLATED)
+        _check_collated(item, what, OF_ROWS)
         found |= {
             name: torch.as_tensor(item[name], device="cpu")
             for name in ("attention_mask", "labels")
@@ -176,7 +178,7 @@ def _read_mapping(item: Mapping[str, Any], what: str, tokenizer: Callable[..., A
                     f"{what} has {tuple(value.shape)} {name} to {tuple(found['input_ids'].shape)} input_ids"
                 )
         return [{name: value.long() for name, value in found.items()}]
-    _check_collated(item, what, COLLATED[:3])
+    _check_collated(item, what, COLLATED)
     # a column that is no array (names of files, say) goes to the model as it is
     arrays = {
         n: torch.as_tensor(v, device="cpu") if isinstance(v, (list, np.ndarray)) and n in PADDING else v

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts, identity
-from peft_pcgrow.batches import Batch, check_causal, held_still, known_words, read_batches, settle_batch
+from peft_pcgrow.batches import (
+    Batch,
+    check_causal,
+    check_gradients,
+    held_still,
+    known_words,
+    read_batches,
+    settle_batch,
+)
 from peft_pcgrow.borders import spread, texts_apart
 from peft_pcgrow.carry import Way
 from peft_pcgrow.contrast import compare
@@ -108,6 +116,7 @@ def measure_errors(
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with together("measure_errors"):
         check_causal(model)
+        check_gradients(model)
         tree = experts.find_experts(model, nodes)
         experts.check_unhooked(tree)
         way = Way(settle, settle_depth, settle_tol)

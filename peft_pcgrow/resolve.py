@@ -81,12 +81,15 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
     config.locus = locus.to_json()
     # the parts of what is left of the locus: those selected, or all
     if selected is not None:
-        kept = {layer: {str(e): selected[layer][str(e)] for e in chosen} for layer, chosen in config.locus.items()}
-        # in the order that files are read in
-        config.parts = read_parts(kept, config.resolution)
+        config.parts = {
+            layer: {str(e): selected[layer][str(e)] for e in chosen} for layer, chosen in config.locus.items()
+        }
         parts.check_parts(config.parts, locus, config.resolution, config.block, sites)
     elif config.resolution != "expert":
-        config.parts = read_parts(parts.all_parts(locus, config.resolution, config.block, sites), config.resolution)
+        config.parts = parts.all_parts(locus, config.resolution, config.block, sites)
+    if config.parts is not None:
+        # in the order that files are read in
+        config.parts = read_parts(config.parts, config.resolution)
     if config.protect:
         if emap is None or separation is None:
             raise ValueError(spawn.NO_RETAIN.format(f"protect={config.protect}"))

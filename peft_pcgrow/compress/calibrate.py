@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow import experts
-from peft_pcgrow.batches import IGNORED, Batch, held_still, settle_batch
+from peft_pcgrow.batches import IGNORED, Batch, check_gradients, held_still, settle_batch
 from peft_pcgrow.carry import Probe
 from peft_pcgrow.corpus import whole_number
 from peft_pcgrow.processes import check_same, read_everywhere
@@ -132,6 +132,7 @@ def calibrate(
     """
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, "tokens")
+    check_gradients(model)
     tree = experts.find_experts(model)
     probe = _NodeProbe(tree)
     labels, losses, read, row = [], [], [], 0
