@@ -21,6 +21,7 @@ class Birth:
         grown: the experts chosen, G of them. spawned: those of them that are newborns' donors.
         window: tokens of context that the gate looks at (see `gate.Gate`).
         gate: the gate, and its threshold at each of `gate.RATES` `[F]`; None: unknown until an adapter file is loaded.
+        entry: the same of the gate that LoRA beside newborns is behind. lora: whether there is such LoRA.
         gate_fpr: the rate in use.
         directions: per stack, what updates are kept off, `[G, I, K]`, or by `parts.protected_inputs`.
         pieces: what the bank holds of the experts, by stack; None: all of them, whole.
@@ -35,6 +36,8 @@ class Birth:
     spawned: tuple[int, ...] = ()
     window: int = 0
     gate: tuple[Gate, Tensor] | None = None
+    entry: tuple[Gate, Tensor] | None = None
+    lora: bool = False
     gate_fpr: float = 0.0
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     pieces: Mapping[str, Pieces] | None = None

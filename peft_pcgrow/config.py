@@ -117,7 +117,8 @@ class PCGrowConfig(PeftConfig):
             alike. transformers leaves experts in 16 bit where a `BitsAndBytesConfig` quantizes everything else.
         lora (`peft.LoraConfig`, *optional*):
             LoRA beside the grown experts, on the attention for example, as part of this adapter: it is created, saved,
-            loaded, switched, disabled and merged with it. A dict of its settings will do.
+            loaded, switched, disabled and merged with it. Beside newborns it is behind gates like theirs, in the layers
+            that have newborns: tokens that do not pass keep their bits. A dict of its settings will do.
         verify (`bool`, `True`; to be set on a config, not given):
             Whether tensors loaded into the adapter must be sealed, unaltered, and for this locus and base. `False` is
             for files from before there were seals, and for bases with other weights; it is not saved.

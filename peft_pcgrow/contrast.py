@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,16 @@ from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, f
 from peft_pcgrow.newborns import nodes_of
 from peft_pcgrow.protect import MomentSketch
 from peft_pcgrow.separation import Separation
+from peft_pcgrow.sequence import entering
 
 # one text in so many is held out to set thresholds on
 HELD_OUT = 4
-# called for every layer of every batch, texts in rows of their own: row of the site, input [B, S, H], the nodes that
-# compute its rows [B, S, K] (an expert, or E + n: see `PCGrowExperts.nodes_of`), rows, texts held out [B]
-See = Callable[[int, Tensor, Tensor, Rows, Tensor], None]
+# a gate: its kind, of `given.GATES` ("gate" reads what enters the experts, "entry" what enters the attention), and the
+# row of its layer
+Key = tuple[str, int]
+# called for every gate of every batch, texts in rows of their own: input [B, S, H], the nodes that compute its rows
+# [B, S, K] (an expert, or E + n: see `PCGrowExperts.nodes_of`) if it enters experts, rows, texts held out [B]
+See = Callable[[Key, Tensor, Tensor | None, Rows, Tensor], None]
 
 
 def compare(
@@ -48,39 +54,48 @@ def compare(
                 f"the {name} batches hold {texts} texts, and a branch gate needs at least {HELD_OUT}: to be fitted on "
                 "some and measured on others; give more text, or cut it into shorter rows"
             )
-    moments = {name: _FeatureMoments(tree, window) for name in ("domain", "retain")}
+    moments = {name: _FeatureMoments(window) for name in ("domain", "retain")}
     inputs = _InputMoments(tree, MomentSketch(sketch_dim))
     scored: dict[str, _Scores] = {}
     bar = tqdm(total=2 * (len(domain) + len(retain)), unit="batch", desc="fitting gates", disable=not progress)
     with bar:
         _run(model, tree, domain, moments["domain"], bar)
         _run(model, tree, retain, lambda *seen: (moments["retain"](*seen), inputs(*seen)), bar)
-        both = zip(moments["domain"].sites, moments["retain"].sites, strict=True)
-        directions = torch.stack([discriminant(ours, theirs) for ours, theirs in both])
+        theirs = moments["retain"].held
+        directions = {key: discriminant(ours, theirs[key]) for key, ours in moments["domain"].held.items()}
         for name, batches in (("domain", domain), ("retain", retain)):
             scored[name] = _Scores(tree, directions, window)
             _run(model, tree, batches, scored[name], bar)
-    fitted = zip(scored["domain"].fitted, scored["retain"].fitted, strict=True)
-    laws = torch.stack([fit_law(texts, others, window) for texts, others in fitted])
-    threshold, recall, false_positive = [], [], []
-    for row in range(len(tree.sites)):
-        gate = Gate(directions[row], laws[row], window)
-        passed = {name: held.evidence(row, gate) for name, held in scored.items()}
+    gates = {
+        key: Gate(direction, fit_law(scored["domain"].fitted[key], scored["retain"].fitted[key], window), window)
+        for key, direction in directions.items()
+    }
+    limits: dict[Key, Tensor] = {}
+    shares: dict[str, list[Tensor]] = {"domain": [], "retain": []}
+    for key, gate in gates.items():
         # the rate of what lies above each is at most what is allowed
-        ordered = passed["retain"][0].sort().values
-        limits = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
-        threshold.append(limits)
-        nodes = len(scored["domain"].routed[row])
-        recall.append(_passing(*passed["domain"], limits, nodes))
-        false_positive.append(_passing(*passed["retain"], limits, nodes))
-    tables = {"recall": recall, "false_positive": false_positive}
+        ordered = scored["retain"].evidence(key, gate).sort().values
+        limits[key] = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
+        for name, held in scored.items() if key[0] == "gate" else ():
+            routed = len(held.routed[key[1]])
+            shares[name].append(_passing(held.evidence(key, gate), held.nodes(key), limits[key], routed))
+    tables = {"recall": shares["domain"], "false_positive": shares["retain"]}
     tables |= {f"{name}_rows": held.routed for name, held in scored.items()}
     experts_at = [site.experts for site in tree.sites]
     newborn = {n: torch.cat([t[e:] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()}
+    every = range(len(tree.sites))
+    unknown = Gate(torch.zeros_like(directions["gate", 0]), torch.zeros(4, device="cpu"), window)
+    entry = [gates.get(("entry", row), unknown) for row in every]
+    never = torch.full((len(RATES),), float("inf"), device="cpu")
     return Separation(
-        direction=directions,
-        law=laws,
-        threshold=torch.stack(threshold),
+        direction=torch.stack([directions["gate", row] for row in every]),
+        law=torch.stack([gates["gate", row].law for row in every]),
+        threshold=torch.stack([limits["gate", row] for row in every]),
+        entry={
+            "direction": torch.stack([gate.direction for gate in entry]),
+            "law": torch.stack([gate.law for gate in entry]),
+            "threshold": torch.stack([limits.get(("entry", row), never) for row in every]),
+        },
         **{n: torch.stack([t[:e] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()},
         newborns=newborn if len(newborn["domain_rows"]) else {},
         moment=inputs.moment,
@@ -128,18 +143,30 @@ def _texts(batch: Batch) -> int:
 def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator[None]:
     handles = []
     apart = texts_apart(rows)
+    entered: set[int] = set()
+
+    def seen(key: Key, x: Tensor, nodes: Tensor | None) -> None:
+        own = None if apart is None else apart.to(x.device)
+        x, index, real = (
+            None if values is None else spread(values.view(*rows.real.shape, -1), own)
+            for values in (x.detach(), nodes, rows.real.to(x.device))
+        )
+        see(key, x, index, Rows(real.squeeze(-1)), held)  # type: ignore
+
+    def routed(row: int, module: nn.Module, args: tuple) -> None:
+        seen(("gate", row), args[0], nodes_of(module, args))
+
+    def inside(row: int, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = entering(args, kwargs)
+        # of a layer that attends more than once, the first time
+        if x is not None and x.shape[:2] == rows.real.shape and row not in entered:
+            entered.add(row)
+            seen(("entry", row), x, None)
+
     for row, site in enumerate(tree.sites):
-
-        def routed(module: nn.Module, args: tuple, row=row) -> None:
-            device = args[0].device
-            own = None if apart is None else apart.to(device)
-            x, index, real = (
-                spread(values.view(*rows.real.shape, -1), own)
-                for values in (args[0].detach(), nodes_of(module, args), rows.real.to(device))
-            )
-            see(row, x, index, Rows(real.squeeze(-1)), held)
-
-        handles.append(site.module.register_forward_pre_hook(routed))
+        handles.append(site.module.register_forward_pre_hook(partial(routed, row)))
+        for child in site.decoder_layer.children():
+            handles.append(child.register_forward_pre_hook(partial(inside, row), with_kwargs=True))
     try:
         yield
     finally:
@@ -150,19 +177,17 @@ def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator
 class _FeatureMoments:
     """Moments of the running means of the texts that gates are fitted on."""
 
-    def __init__(self, tree: experts.Tree, window: int):
+    def __init__(self, window: int):
         self.window = window
-        self.tree = tree
-        self.sites: list[Moments] = []
+        self.held: dict[Key, Moments] = {}
 
-    def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
-        if row == len(self.sites):
-            self.sites.append(Moments(x.shape[-1]))
+    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
+        moments = self.held.setdefault(key, Moments(x.shape[-1]))
         if bool(held.all()):
             return
         mean, n = window_means(totals(x, rows), rows, self.window)
         use = rows.real & (n >= n.amax(dim=1, keepdim=True).clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
-        self.sites[row].add(mean[use])
+        moments.add(mean[use])
 
 
 class _InputMoments:
@@ -173,7 +198,10 @@ class _InputMoments:
         self.moment: dict[str, Tensor] = {}
         self.trace: dict[str, Tensor] = {}
 
-    def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
+    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
+        if index is None:
+            return
+        row = key[1]
         site = self.tree.sites[row]
         tokens, chosen = x[rows.real], index[rows.real]
         for n, (_, donor) in enumerate(getattr(site.module, "newborns", ())):  # type: ignore
@@ -182,44 +210,47 @@ class _InputMoments:
             mine = tokens[(chosen == expert).any(dim=1)]
             if not len(mine):
                 continue
-            for name, entering in experts.stack_inputs(site.base, mine, expert).items():
+            for name, rows_in in experts.stack_inputs(site.base, mine, expert).items():
                 if name not in self.moment:
-                    width = entering.shape[1]
+                    width = rows_in.shape[1]
                     shape = len(self.tree.sites), site.experts
                     self.moment[name] = torch.zeros(*shape, width, min(width, self.sketch.dim), device="cpu")
                     self.trace[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-                self.moment[name][row, expert] += self.sketch(entering).cpu()
-                self.trace[name][row, expert] += float(entering.double().square().sum())
+                self.moment[name][row, expert] += self.sketch(rows_in).cpu()
+                self.trace[name][row, expert] += float(rows_in.double().square().sum())
 
 
 class _Scores:
     """Scores of all texts under fitted directions, apart for those that the gates were fitted on and the others."""
 
-    def __init__(self, tree: experts.Tree, directions: Tensor, window: int):
-        self.gates = [Gate(direction, torch.zeros(4, device="cpu"), window) for direction in directions]
-        self.fitted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tree.sites]
-        self.held: list[list[tuple[Tensor, Rows, Tensor]]] = [[] for _ in tree.sites]
+    def __init__(self, tree: experts.Tree, directions: dict[Key, Tensor], window: int):
+        self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
+        self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
+        self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
         counts = [site.experts + len(getattr(site.module, "newborns", ())) for site in tree.sites]
         self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0
 
-    def __call__(self, row: int, x: Tensor, index: Tensor, rows: Rows, held: Tensor) -> None:
-        gate = self.gates[row]
+    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
+        gate = self.gates[key]
         scores = Gate(gate.direction.to(x.device), gate.law, gate.window).scores(x).cpu()
         real = rows.real.cpu()
-        index = index.cpu()
-        total = len(self.routed[row])
-        self.routed[row] += torch.bincount(index[real].flatten(), minlength=total)[:total]
-        if row == 0:
+        if index is not None:
+            index = index.cpu()
+            total = len(self.routed[key[1]])
+            self.routed[key[1]] += torch.bincount(index[real].flatten(), minlength=total)[:total]
+            index = index[held].to(torch.int16)
+        if key == ("gate", 0):
             self.tokens += int(real.sum())
         if not bool(held.all()):
-            self.fitted[row].append((scores[~held], real[~held]))
+            self.fitted[key].append((scores[~held], real[~held]))
         if bool(held.any()):
-            self.held[row].append((scores[held], Rows(real[held]), index[held].to(torch.int16)))
+            self.held[key].append((scores[held], Rows(real[held]), index))
 
-    def evidence(self, row: int, gate: Gate) -> tuple[Tensor, Tensor]:
-        """Evidence at each held-out token `[N]`, and the experts it was routed to `[N, K]`."""
-        found = [
-            (gate.evidence(scores, rows)[0][rows.real], index[rows.real]) for scores, rows, index in self.held[row]
-        ]
-        return torch.cat([evidence for evidence, _ in found]), torch.cat([index for _, index in found])
+    def evidence(self, key: Key, gate: Gate) -> Tensor:
+        """Evidence at each held-out token, `[N]`."""
+        return torch.cat([gate.evidence(scores, rows)[0][rows.real] for scores, rows, _ in self.held[key]])
+
+    def nodes(self, key: Key) -> Tensor:
+        """The experts that each of these was routed to, `[N, K]`."""
+        return torch.cat([index[rows.real] for _, rows, index in self.held[key] if index is not None])

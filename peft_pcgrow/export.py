@@ -23,6 +23,7 @@ from peft_pcgrow import experts
 from peft_pcgrow.adopted import kind_of
 from peft_pcgrow.batches import IGNORED, Batch, read_batches
 from peft_pcgrow.flat import COUNTS, check_flat, logit_bias, selection_bias
+from peft_pcgrow.gated_lora import is_gated
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.lora_beside import lora_layers
 from peft_pcgrow.model import PCGrowModel
@@ -82,6 +83,12 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
         raise ValueError("an adapter is merged, which switches newborns off: call unmerge_adapter() before export_flat")
     base: Any = tuner.model
     tree = experts.find_experts(base)
+    for name, lora in lora_layers(base):
+        if not lora.disable_adapters and any(is_gated(lora, adapter) for adapter in lora.active_adapters):
+            raise ValueError(
+                f"LoRA on {name} holds for tokens behind a gate, and a plain checkpoint has it for all tokens or none: "
+                "keep the adapter, or grow without lora="
+            )
     grown: dict[int, PCGrowExperts] = {}
     for layer in tuner.tuner_layers():
         if kind_of(layer.base_layer) == "routed":

@@ -10,9 +10,14 @@ from peft_pcgrow import parts
 from peft_pcgrow.birth import Birth
 from peft_pcgrow.gate import Gate, at_rate
 
+# gates of a layer: of what enters its experts, and of what enters its attention
+GATES = ("gate", "entry")
+# what each consists of: see `gate.Gate`, and the thresholds for `gate.RATES`
+GATE_TENSORS = ("direction", "law", "threshold")
+
 
 class Given(nn.Module):
-    """A layer whose buffers `pcgrow_gate_*` and `pcgrow_protect_*` hold these by adapter."""
+    """A layer whose buffers `pcgrow_gate_*`, `pcgrow_entry_*` and `pcgrow_protect_*` hold these by adapter."""
 
     layer_index: int
     births: dict[str, Birth]
@@ -40,26 +45,34 @@ class Given(nn.Module):
     def is_protected(self, adapter_name: str) -> bool:
         return bool(self.births[adapter_name].directions)
 
-    def gate(self, adapter_name: str) -> Gate:
-        """The branch gate of an adapter that spawned here."""
-        direction, law = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "law"))
+    def gates(self, adapter_name: str) -> tuple[str, ...]:
+        """Which of `GATES` an adapter has here."""
+        return tuple(kind for kind in GATES if adapter_name in self._buffers_of(f"{kind}_direction"))
+
+    def gate(self, adapter_name: str, kind: str = "gate") -> Gate:
+        """A gate of an adapter that spawned here."""
+        direction, law = (self._buffers_of(f"{kind}_{name}")[adapter_name] for name in ("direction", "law"))
         return Gate(direction, law, self.births[adapter_name].window)
 
-    def gate_is_known(self, adapter_name: str) -> bool:
-        """Whether the gate came with a map or an adapter file."""
-        direction, threshold = (self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold"))
+    def gates_are_known(self, adapter_name: str) -> bool:
+        """Whether the gates came with a map or an adapter file."""
+        direction, threshold = (
+            torch.cat([self._buffers_of(f"{kind}_{name}")[adapter_name] for kind in self.gates(adapter_name)])
+            for name in ("direction", "threshold")
+        )
         return bool(torch.isfinite(threshold).all() & direction.any())
 
     @torch.compiler.disable
     def check_gate(self, adapter_name: str) -> None:
         """Raise RuntimeError if newborns are behind a gate that was never set, where they would take nothing."""
-        held = [self._buffers_of(f"gate_{name}")[adapter_name] for name in ("direction", "threshold")]
+        kinds, names = self.gates(adapter_name), ("direction", "threshold")
+        held = [self._buffers_of(f"{kind}_{name}")[adapter_name] for kind in kinds for name in names]
         # looked at again when it was written to, not at every call: that would hold up a GPU
         state = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held]
         known = self._known.get(adapter_name, [])
-        if len(known) == 2 and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
+        if len(known) == len(state) and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
             return
-        if not self.gate_is_known(adapter_name):
+        if not self.gates_are_known(adapter_name):
             raise RuntimeError(
                 f"the branch gates of adapter {adapter_name!r} were never set (layer {self.layer_index}): its config "
                 "was resolved for another model or adapter. Make a new PCGrowConfig with error_map=, or load the "
@@ -68,17 +81,18 @@ class Given(nn.Module):
         self._known[adapter_name] = state
 
     def given_by(self, adapter_name: str, birth: Birth) -> Birth:
-        """`birth`, of nodes like those of an adapter here, with that one's gate and directions."""
+        """`birth`, of nodes like those of an adapter here, with that one's gates and directions."""
         theirs = self.births.get(adapter_name)
         if theirs is None or any(getattr(theirs, n) != getattr(birth, n) for n in ("grown", "spawned", "window")):
             return birth
-        gate = birth.gate
-        if birth.spawned and self.gate_is_known(adapter_name):
-            gate = self.gate(adapter_name), self._buffers_of("gate_threshold")[adapter_name]
-        return replace(birth, gate=gate, directions=self.kept_off(adapter_name))
+        found: dict[str, Any] = {}
+        if birth.spawned and self.gates_are_known(adapter_name):
+            for kind in self.gates(adapter_name):
+                found[kind] = self.gate(adapter_name, kind), self._buffers_of(f"{kind}_threshold")[adapter_name]
+        return replace(birth, directions=self.kept_off(adapter_name), **found)
 
-    def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True) -> Tensor:
-        """How far above the gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
+    def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True, kind: str = "gate") -> Tensor:
+        """How far above a gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.call.sequence
         if call is None or call.shape[0] * call.shape[1] != len(hidden):
             raise RuntimeError(
@@ -86,10 +100,11 @@ class Given(nn.Module):
                 "run the whole decoder layer, not its experts alone"
             )
         self.check_gate(adapter_name)  # type: ignore
-        gate, rate = self.gate(adapter_name), self.births[adapter_name].gate_fpr
+        gate, rate = self.gate(adapter_name, kind), self.births[adapter_name].gate_fpr
         scores = gate.scores(hidden).view(call.shape)
-        rows = call.rows(adapter_name, hidden.device)
+        name = adapter_name if kind == "gate" else f"{adapter_name}.{kind}"
+        rows = call.rows(name, hidden.device)
         evidence, running = gate.evidence(scores, rows)
         if remember:
-            call.remember(adapter_name, running, rows)
-        return evidence.reshape(-1) - at_rate(self._buffers_of("gate_threshold")[adapter_name].float(), rate)
+            call.remember(name, running, rows)
+        return evidence.reshape(-1) - at_rate(self._buffers_of(f"{kind}_threshold")[adapter_name].float(), rate)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.gate import RATES, Gate
-from peft_pcgrow.given import Given
+from peft_pcgrow.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.merged import write_merged
 from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.per_thread import PerThread
@@ -35,18 +36,20 @@ class Call(PerThread):
     Attributes:
         sequence: how its tokens stand in their texts. entered: whether the decoder layer said so itself.
         called: whether it has come to its grown experts yet.
+        passes: by adapter, which tokens the gate of what enters the attention lets pass, `[B, S]` bool.
     """
 
     sequence: TokenSequence | None = None
     entered = False
     called = False
+    passes: Mapping[str, Tensor] = MappingProxyType({})
 
     @torch.compiler.disable
     def begin(self) -> None:
         self.called = True
 
     def end(self) -> None:
-        self.entered, self.sequence = False, None
+        self.entered, self.sequence, self.passes = False, None, MappingProxyType({})
 
 
 class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
@@ -57,7 +60,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         layer_index: index of its decoder layer.
     """
 
-    other_param_names = ("pcgrow_seal", "pcgrow_gate_direction", "pcgrow_gate_law", "pcgrow_gate_threshold")
+    other_param_names = ("pcgrow_seal", *(f"pcgrow_{kind}_{name}" for kind in GATES for name in GATE_TENSORS))
 
     def __init__(self, base_layer: experts.ExpertsModule, layer_index: int):
         super().__init__()
@@ -75,8 +78,8 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         # weights composed once for all forwards, while `composed_once` says so
         self._composed: dict[str, dict[str, Tensor]] = {}
         # of each adapter that spawned here: see `gate.Gate`
-        for name in ("direction", "law", "threshold"):
-            setattr(self, f"pcgrow_gate_{name}", BufferDict({}, persistent=True))
+        for name in (f"{kind}_{name}" for kind in GATES for name in GATE_TENSORS):
+            setattr(self, f"pcgrow_{name}", BufferDict({}, persistent=True))
         # per stack, what an adapter's updates are kept off
         for name in stacks:
             setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
@@ -103,15 +106,15 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         self.pcgrow_seal[adapter_name] = SealHolder(partial(self.facts, adapter_name), adapter_name, verify)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
-        if birth.spawned:
+        for kind in GATES[: 1 + birth.lora] if birth.spawned else ():
             # a gate that is not known yet lets nothing pass
-            gate, threshold = birth.gate or (
+            gate, threshold = getattr(birth, kind) or (
                 Gate(torch.zeros(self.in_features, device="cpu"), torch.zeros(4, device="cpu"), birth.window),
                 torch.full((len(RATES),), float("inf"), device="cpu"),
             )
             # after the move, which casts to the base's dtype: gates stay in fp32
-            for name, tensor in (("direction", gate.direction), ("law", gate.law), ("threshold", threshold)):
-                self._buffers_of(f"gate_{name}")[adapter_name] = tensor.to(device, copy=True)
+            for name, tensor in zip(GATE_TENSORS, (gate.direction, gate.law, threshold), strict=True):
+                self._buffers_of(f"{kind}_{name}")[adapter_name] = tensor.to(device, copy=True)
         for name, directions in birth.directions.items():
             self._buffers_of(f"protect_{name}")[adapter_name] = directions.to(device, copy=True)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -283,6 +286,15 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         return deepen.forward(
             self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
         )
+
+    @torch.no_grad()
+    def note_entry(self, hidden: Tensor) -> None:
+        """Ask the gates of what enters the attention, `hidden [B, S, H]`, where LoRA is behind them."""
+        if self.call.sequence is None or self.disable_adapters or self.merged:
+            return
+        gated = [name for name in self.active_banks() if "entry" in self.gates(name)]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        self.call.passes = {name: (self.margin(name, flat, kind="entry") > 0).view(hidden.shape[:-1]) for name in gated}
 
     def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, deepen.Branch]]:
         """What computes the rows of grown experts, with its adapter, in the order of `asked`."""

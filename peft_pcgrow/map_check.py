@@ -28,6 +28,9 @@ SHAPES = {
     "separation.retain_rows": "LE",
     "separation.moment.*": "LEID",
     "separation.trace.*": "LE",
+    "separation.entry.direction": "LH",
+    "separation.entry.law": "L4",
+    "separation.entry.threshold": "LR",
     "separation.newborns.recall": "NR",
     "separation.newborns.false_positive": "NR",
     "separation.newborns.domain_rows": "N",
@@ -38,7 +41,9 @@ SHAPES = {
 # what is there in every map, with newborns, and where there is retain text
 ALWAYS = (*SUMS, "fold_labels")
 WITH_NEWBORNS = tuple(f"newborns.{name}" for name in SUMS)
-WITH_RETAIN = tuple(name for name in SHAPES if name.startswith("separation.") and name.count(".") == 1)
+WITH_RETAIN = tuple(
+    name for name in SHAPES if name.startswith("separation.") and "*" not in name and "newborns" not in name
+)
 
 
 def check_map(tensors: Mapping[str, Tensor], facts: Any) -> None:
@@ -82,7 +87,7 @@ def check_map(tensors: Mapping[str, Tensor], facts: Any) -> None:
             raise ValueError(f"base does not describe the stack of {name}")
         _check_shape(name, tensor, letters, sizes)
         # a gate that nothing passes has an infinite threshold
-        broken = tensor.isnan() if name == "separation.threshold" else ~torch.isfinite(tensor)
+        broken = tensor.isnan() if name.endswith("threshold") else ~torch.isfinite(tensor)
         if bool(broken.any()):
             raise ValueError(f"tensor {name} has values that are not finite")
     moment, trace = ({n for n in tensors if n.startswith(f"separation.{kind}.")} for kind in ("moment", "trace"))

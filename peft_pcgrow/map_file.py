@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_pcgrow.map_check import check_map
 
-FORMAT = 3
+FORMAT = 4
 FILE = "error_map.safetensors"
 # where format 2 kept its facts
 OLD = "error_map.json"

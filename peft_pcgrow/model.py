@@ -21,6 +21,7 @@ from peft_pcgrow.compress.quantize import check_quantizable, left_unpacked, quan
 from peft_pcgrow.config import PCGrowConfig, check_rate
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.flat import check_flat
+from peft_pcgrow.gated_lora import put_behind_gates
 from peft_pcgrow.guard import TrainingGuard
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.locus import Locus
@@ -194,6 +195,9 @@ class PCGrowModel(WholeSteps):
                 check_quantizable(experts.find_experts(model).sites, config.base_quantization)
             with unmerged(model), self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
                 super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+                if lora is not None and config.spawned:
+                    grown = [m for m in model.modules() if isinstance(m, PCGrowExperts) and m.spawned(adapter_name)]
+                    put_behind_gates(model, adapter_name, self._tree.layers, {m.layer_index: m for m in grown})
             config.lora = lora
             if (quantization := config.base_quantization) is not None:
                 # not before: the banks are copies of the experts as they were

@@ -11,6 +11,7 @@ from peft_pcgrow.birth import Birth
 from peft_pcgrow.config import PCGrowConfig
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.gate import Gate
+from peft_pcgrow.given import GATE_TENSORS
 from peft_pcgrow.locus import Locus, read_parts
 from peft_pcgrow.lora_beside import scales_of
 from peft_pcgrow.pieces import Pieces
@@ -76,7 +77,14 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
         config.gate_window = int(separation.facts["window"])
         for layer in map(int, config.spawned):
             row = emap.layers.index(layer)
-            given |= {f"{layer}.{name}": getattr(separation, name)[row] for name in ("direction", "law", "threshold")}
+            given |= {f"{layer}.{name}": getattr(separation, name)[row] for name in GATE_TENSORS}
+            if config.lora is not None:
+                if separation.entry_gate(row) is None:
+                    raise ValueError(
+                        "lora= beside newborns is behind a gate that reads what enters the attention, and layer "
+                        f"{layer} has none that could be followed: leave lora out, or use grow='deepen'"
+                    )
+                given |= {f"{layer}.entry.{name}": separation.entry[name][row] for name in GATE_TENSORS}
         config.lineage = lineage.noted(decisions, older)
     config.locus = locus.to_json()
     # the parts of what is left of the locus: those selected, or all
@@ -187,8 +195,9 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
     separation = emap.separation if emap is not None else None
     row = emap.layers.index(site.layer) if emap is not None else 0
     gate: tuple[Gate, Tensor] | None = None
+    entry: tuple[Gate, Tensor] | None = None
     if spawned and separation is not None:
-        gate = separation.gate(row), separation.threshold[row]
+        gate, entry = separation.gate(row), separation.entry_gate(row)
     pieces = _pieces(config, site.layer, site.base)
     ranks = (config.protected or {}).get(str(site.layer), {})
     if ranks and separation is not None:
@@ -213,8 +222,8 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
         "lora": None if config.lora is None else scales_of(config.lora),
     }
     return Birth(
-        grown, spawned, config.gate_window, gate, config.gate_fpr, directions, held, shrunk,
-        (config.fingerprint or "") if spawned else "", tuple(noted.get("elders", ())), parents, facts,
+        grown, spawned, config.gate_window, gate, entry, config.lora is not None, config.gate_fpr, directions, held,
+        shrunk, (config.fingerprint or "") if spawned else "", tuple(noted.get("elders", ())), parents, facts,
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ class Separation:
         trace: per expert stack, their summed squared norm, `[L, E]`.
         facts: window, sketch (longest side kept whole), domain_tokens, retain_tokens.
         newborns: recall, false_positive `[N, F]`, domain_rows and retain_rows `[N]` of newborns that were active.
+        entry: direction, law and threshold of gates that read what enters the attention (LoRA there is behind them);
+            zeros and infinite thresholds in layers where that could not be told.
     """
 
     direction: Tensor
@@ -45,9 +47,18 @@ class Separation:
     trace: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     newborns: dict[str, Tensor] = field(default_factory=dict)
+    entry: dict[str, Tensor] = field(default_factory=dict)
 
-    def gate(self, row: int) -> Gate:
-        return Gate(self.direction[row], self.law[row], int(self.facts["window"]))
+    def gate(self, row: int) -> tuple[Gate, Tensor]:
+        """A layer's gate and its thresholds, `[F]`."""
+        return Gate(self.direction[row], self.law[row], int(self.facts["window"])), self.threshold[row]
+
+    def entry_gate(self, row: int) -> tuple[Gate, Tensor] | None:
+        """The same of what enters a layer's attention; None: that could not be told there."""
+        threshold = self.entry["threshold"][row]
+        if not bool(torch.isfinite(threshold).all()):
+            return None
+        return Gate(self.entry["direction"][row], self.entry["law"][row], int(self.facts["window"])), threshold
 
     @property
     def contested(self) -> Tensor:
@@ -112,7 +123,7 @@ class Separation:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Separation":
         """Take what `to_tensors` gave out of `tensors`."""
-        given: dict[str, Any] = {"moment": {}, "trace": {}, "newborns": {}}
+        given: dict[str, Any] = {"moment": {}, "trace": {}, "newborns": {}, "entry": {}}
         for name in [name for name in tensors if name.startswith("separation.")]:
             key, _, stack = name.removeprefix("separation.").partition(".")
             if stack:

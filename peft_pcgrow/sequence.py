@@ -102,6 +102,14 @@ UNKNOWN_CACHE = (
 )
 
 
+def entering(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """What enters a module of a decoder layer, `[B, S, H]`, if it is an attention by what it is called with."""
+    if "attention_mask" not in kwargs:
+        return None
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    return hidden if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
+
+
 def attention_chunk(layer: nn.Module, index: int) -> int:
     """Tokens of the chunks that decoder layer `index` attends in; 0: it does not (Llama 4 does)."""
     config = next((module.config for module in layer.modules() if hasattr(module, "config")), None)

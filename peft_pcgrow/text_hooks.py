@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.recompute import by_name
-from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk, cache_place
+from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk, cache_place, entering
 
 # the method of transformers that every way of continuous batching begins with
 ASKED = "init_continuous_batching"
@@ -65,6 +65,7 @@ def _keep_all_tokens(
 def enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A run of `layer`'s decoder layer begins: let it know how the tokens stand in their texts."""
     gated = any(layer.spawned(name) for name in layer.active_banks())
+    layer.call.end()
     layer.call.entered, layer.call.called = True, False
     called = by_name(decoder_layer, args, kwargs)
     layer.call.sequence = Sequence.of(layer.place, *called, layer.chunk) if gated else None
@@ -81,5 +82,9 @@ def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch
 @torch.compiler.disable
 def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """The attention is handed all that the decoder layer is."""
-    if not layer.call.entered and "attention_mask" in kwargs:
-        layer.call.sequence = Sequence.of(layer.place, args, kwargs, layer.chunk)
+    if (hidden := entering(args, kwargs)) is None:
+        return
+    if not layer.call.entered:
+        layer.call.sequence, layer.call.passes = Sequence.of(layer.place, args, kwargs, layer.chunk), {}
+    if not layer.call.passes:
+        layer.note_entry(hidden)

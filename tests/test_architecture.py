@@ -60,6 +60,7 @@ FLOORS = [
         "sealed_layer",
         "merged",
         "layer",
+        "gated_lora",
         "whole_steps",
         "adapter_file",
         "what_trains",

@@ -135,9 +135,9 @@ def test_trainer_resumes(tmp_path):
 
 def test_newborns_beside_it(tmp_path):
     """Maps, newborns and their export see the model with its LoRA."""
-    config = spawning(lora=lora(), router="branch")
-    model = get_peft_model(build("gpt_oss"), spawning("gpt_oss", lora=lora(), router="branch"))
-    assert config.lora.r == 4
+    model = get_peft_model(build("gpt_oss"), spawning("gpt_oss", router="branch"))
+    model.add_adapter("deep", PCGrowConfig(locus={0: [7]}, lora=lora()))
+    model.base_model.set_adapter(["default", "deep"])
     train(model, texts=domain)
     emap = measure_errors(model, [domain()], progress=False)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_newborns_beside_it(tmp_path):
     assert report.reload_difference == 0
     # nothing of the attention is approximated
     state = model.base_model.model.model.layers[0].self_attn.q_proj
-    merged = state.base_layer.weight + state.get_delta_weight("default")
+    merged = state.base_layer.weight + state.get_delta_weight("deep")
     assert_close("q_proj", plain.model.layers[0].self_attn.q_proj.weight, merged, "fp32")
 
 

@@ -1,0 +1,101 @@
+"""LoRA behind the branch gate: beside newborns it holds for tokens that the domain's gate lets pass, and for no others.
+
+A gate of its own reads what enters a decoder layer's attention, as those of newborns read what enters the experts (see
+`gate`): it is asked before the attention's projections run, and what it says holds for all LoRA in that layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.lora_beside import lora_layers
+from peft_pcgrow.mixed_batch import names_for
+
+
+class BehindGate(LoraVariant):
+    """LoRA of one module, for tokens that pass; all others keep the bits of what the module computes without it.
+
+    Args:
+        layer: the grown experts of the same decoder layer, which ask the gate.
+    """
+
+    def __init__(self, layer: PCGrowExperts):
+        self.layer = layer
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def forward(  # type: ignore[override]
+        self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        a, b, dropout = (getattr(module, f"lora_{name}")[active_adapter] for name in ("A", "B", "dropout"))
+        added = b(a(dropout(x))) * module.scaling[active_adapter]
+        # not a product with zero, which would turn an infinite value into NaN, and -0.0 into 0.0
+        return torch.where(self._passes(module, active_adapter, x), result + added, result)
+
+    def _passes(self, module: nn.Module, adapter: str, x: Tensor) -> Tensor:
+        """Which of the tokens `x [..., I]` pass, `[..., 1]`."""
+        passes = self.layer.call.passes.get(adapter)
+        if passes is not None and (names := names_for(module)) is not None:
+            # PEFT runs one adapter's samples at a time
+            own = [place for place, name in enumerate(names.each(len(passes))) if name == adapter]
+            passes = passes[own]
+        if passes is None or passes.numel() * x.shape[-1] != x.numel():
+            raise RuntimeError(
+                f"LoRA of adapter {adapter!r} in layer {self.layer.layer_index} is behind a gate, which needs to know "
+                "which text each token belongs to: run the whole decoder layer, not its modules alone"
+            )
+        return passes.view(*x.shape[:-1], 1)
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        raise ValueError(f"LoRA of adapter {active_adapter!r} holds for tokens behind a gate, so it cannot be merged")
+
+    merge_unsafe = merge_safe  # type: ignore[assignment]
+
+
+def is_gated(layer: LoraLayer, adapter: str) -> bool:
+    return isinstance(layer.lora_variant.get(adapter), BehindGate)
+
+
+def put_behind_gates(
+    model: nn.Module, adapter: str, layers: Sequence[nn.Module], grown: Mapping[int, PCGrowExperts]
+) -> None:
+    """Put an adapter's LoRA behind the gates of its newborns; where there are none, it is taken out.
+
+    Args:
+        layers: the decoder layers. grown: by index, those of them where the adapter has newborns.
+
+    Raises:
+        ValueError: LoRA outside of the decoder layers, of a kind that rescales the base's weights, or nowhere beside
+            newborns.
+    """
+    inside = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
+    found = [(name, layer) for name, layer in lora_layers(model) if adapter in layer.lora_A]
+    for name, layer in found:
+        if adapter in layer.lora_variant:
+            raise ValueError(
+                f"lora=LoraConfig(use_dora=True) rescales the weights of {name} for all tokens, and beside newborns "
+                "LoRA holds for the domain's only: use plain LoRA, or grow='deepen'"
+            )
+        if id(layer) not in inside:
+            raise ValueError(
+                f"LoRA on {name} has no gate to be behind, which only decoder layers have: leave it out of "
+                "target_modules, or use grow='deepen'"
+            )
+    if found and not any(inside[id(layer)] in grown for _, layer in found):
+        raise ValueError(
+            f"none of the layers with newborns ({sorted(grown)}) has a module that lora= names, and LoRA is behind "
+            "their gates: name modules of those layers, or raise budget"
+        )
+    for name, layer in found:
+        if (experts := grown.get(inside[id(layer)])) is not None:
+            layer.lora_variant[adapter] = BehindGate(experts)
+        elif len(layer.lora_A) > 1:
+            layer.delete_adapter(adapter)
+        else:
+            model.set_submodule(name, layer.get_base_layer())
