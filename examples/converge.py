@@ -49,6 +49,7 @@ def setting_of(args: argparse.Namespace) -> str:
         named |= {"lora": args.rank, "lora lr": args.lora_lr} if args.rank else {}
         named |= {"layers": f"{args.layers[0]}-{args.layers[1]}"} if args.layers else {}
         named |= {"settle": args.settle} if args.settle != "sweep" else {}
+        named |= {"errors of": args.carry_tokens} if args.carry_tokens < 1 else {}
         named |= {"depth": args.settle_depth} if args.settle_depth else {}
     if args.replay:
         named["replay"] = args.replay
@@ -131,6 +132,33 @@ def descend(
             model.train()
 
 
+class OfSome(torch.autograd.Function):
+    """At a decoder layer's output y: errors go back through the layer for tokens that have the largest, and past it,
+    along the residual stream x, for all others. What carrying errors for some tokens only would give, at full cost."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, share: float) -> Tensor:  # type: ignore[override]
+        ctx.share = share
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, delta: Tensor):  # type: ignore[override]
+        norms = delta.float().norm(dim=-1)
+        limit = norms.flatten().kthvalue(max(1, int((1 - ctx.share) * norms.numel()))).values
+        some = (norms > limit).unsqueeze(-1)
+        return torch.where(some, delta, 0), torch.where(some, 0, delta), None
+
+
+def carry_some(model: nn.Module, share: float) -> None:
+    """Let every decoder layer hand errors down for a share of the tokens only; for settle="backprop"."""
+    for layer in find_experts(model).layers:
+
+        def handed(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return OfSome.apply(output, args[0], share) if output.requires_grad else output
+
+        layer.register_forward_hook(handed)
+
+
 def autocast(args: argparse.Namespace) -> Any:
     return torch.autocast("cuda", torch.bfloat16) if args.autocast else nullcontext()
 
@@ -196,8 +224,8 @@ def run(args: argparse.Namespace, task: corpora.Task) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     row = {"arm": args.arm, "setting": setting_of(args), "seed": args.seed}
     row["trained_parameters"] = sum(p.numel() for p in trained.values())
-    if args.arm == "spawn":
-        model.set_gate_fpr(args.train_fpr)
+    if args.carry_tokens < 1:
+        carry_some(model, args.carry_tokens)
     best, kept = float("inf"), {}
     for passed, seconds in descend(args, task, model, optimizer):
         with autocast(args):
@@ -268,6 +296,7 @@ def main() -> None:
     add("--protect", type=float, default=0.0, help="as in PCGrowConfig (default: %(default)s)")
     add("--settle", default="sweep", help="as in PCGrowConfig (default: %(default)s)")
     add("--settle-depth", type=int, default=0, help="as in PCGrowConfig (default: %(default)s)")
+    add("--carry-tokens", type=float, default=1.0, help="share of tokens that errors go through layers for")
     add("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="decoder layers that may grow (default: all)")
     add("--train-fpr", type=float, default=0.1, help="gate_fpr of the training (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=[0.1, 0.02, 0.005], help="gate_fpr in evaluation")
