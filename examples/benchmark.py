@@ -43,7 +43,7 @@ def grown(settle: str, budget: float, top_half: bool = False, packed: str | None
         options = {"settle": settle, "layers_to_transform": some, "base_quantization": packed}
         config = PCGrowConfig(select="random", budget=budget, **options)
         model = get_peft_model(model, config)
-        return model, create_pcgrow_optimizer(model)
+        return model, create_pcgrow_optimizer(model, lr=0.02)
 
     return build
 
@@ -56,7 +56,7 @@ def spawned(budget: float, protect: float) -> Callable:
         emap = measure_errors(model, [words], retain=[words + half], coherent=False, progress=False)
         options = {"select": "random", "budget": budget, "gate_fpr": 0.05, "protect": protect}
         model = get_peft_model(model, PCGrowConfig(error_map=emap, grow="spawn", **options))
-        return model, create_pcgrow_optimizer(model)
+        return model, create_pcgrow_optimizer(model, lr=0.02)
 
     return build
 

@@ -81,7 +81,7 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
     )
     model = get_peft_model(model, config)
     if args.optimizer == "muon":
-        return model, create_pcgrow_optimizer(model, lr=args.lr, adam_lr=args.lora_lr)
+        return model, create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.lora_lr)
     lora = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name]
     others = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     groups = [{"params": others, "lr": args.lr}, {"params": lora, "lr": args.lora_lr}]

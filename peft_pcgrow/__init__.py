@@ -11,6 +11,7 @@ from peft_pcgrow.diagnosis import Diagnosis
 from peft_pcgrow.error_map import ErrorMap
 from peft_pcgrow.experts import find_experts
 from peft_pcgrow.export import export_flat
+from peft_pcgrow.learning_rate import find_lr
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.measure import measure_errors
 from peft_pcgrow.model import PCGrowModel
@@ -31,6 +32,7 @@ __all__ = [
     "create_pcgrow_optimizer",
     "export_flat",
     "find_experts",
+    "find_lr",
     "measure_errors",
     "order_by_surprisal",
     "sample_text",

@@ -72,13 +72,22 @@ FLOORS = [
         "resolve",
         "model",
     ],
-    ["optimizer", "export", "compress.plain", "callback", "compress.moments", "compress.shrink", "__init__"],
+    [
+        "optimizer",
+        "learning_rate",
+        "export",
+        "compress.plain",
+        "callback",
+        "compress.moments",
+        "compress.shrink",
+        "__init__",
+    ],
 ]
 # what a floor may know of the world outside, by the lowest floor that may
 OUTSIDE = {"transformers": 4, "peft": 11, "accelerate": 12, "bitsandbytes": 8}
 ORDERED = 11
 LINES = 400
-TOTAL = 17000
+TOTAL = 17300
 
 
 def floor_of(name: str) -> int:

@@ -38,7 +38,7 @@ def loss_of(model: nn.Module, seed: int = 0, mask: Tensor | None = None) -> Tens
 OPTIMIZERS = {
     "AdamW": lambda model: torch.optim.AdamW(trainable(model), lr=1e-2),
     "SGD": lambda model: torch.optim.SGD(trainable(model), lr=1e-2, momentum=0.9),
-    "Muon": lambda model: create_pcgrow_optimizer(model),
+    "Muon": lambda model: create_pcgrow_optimizer(model, lr=0.02),
 }
 
 

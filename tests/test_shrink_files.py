@@ -225,7 +225,7 @@ def test_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is shrunk and cannot be trained"):
         model.set_requires_grad("default", True)
     with pytest.raises(ValueError, match="grown experts of this model are shrunk"):
-        create_pcgrow_optimizer(model)
+        create_pcgrow_optimizer(model, lr=0.02)
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="is shrunk and cannot be trained"):
         PeftModel.from_pretrained(fresh, tmp_path / "adapter", is_trainable=True)
