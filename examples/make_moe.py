@@ -9,7 +9,8 @@ sum to one, so that with all experts active the mixture is the dense model withi
 1. the neurons that contribute most on all of the text become the shared expert;
 2. the others are divided among the experts by what fires together (k-means of equal clusters on their correlations);
 3. the router is fitted in closed form, by ridge regression of the experts' contributions on the layer's input;
-4. all is distilled: the divergence of the mixture's predictions from the dense model's, by Adam.
+4. and so are the down projections, to make up for the experts that a token does not have;
+5. all is distilled: the divergence of the mixture's predictions from the dense model's, by Adam.
 
 Interrupted, the same command goes on. Losses are in nats per token.
 """
@@ -45,6 +46,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # cost SmolLM2-135M, all of its experts active, up to 0.95 nats; at 0.02, less than 0.01
 SPREAD = 0.02
 FEATURES = 64
+# of the products' mean diagonal, added where down projections are fitted anew
+REFIT_RIDGE = 1e-2
 ROUNDS = 20
 
 
@@ -206,6 +209,25 @@ def fit_router(x: Tensor, amounts: Tensor, groups: Tensor) -> Tensor:
     return (weights.T * SPREAD / (wide @ weights).std().clamp_min(1e-12)).to(x.dtype)
 
 
+def refit(x: Tensor, old: nn.Module, block: Any, common: Tensor, groups: Tensor, active: int) -> Tensor:
+    """Down projections `[H, I]` that make up for the experts a token does not have: ridge regression of the dense MLP's
+    output on the neurons that the router leaves, towards the dense model's own weights.
+
+    Args:
+        x: what enters, `[tokens, H]`. block: the mixture's, its router set. common, groups: as from `divide`.
+    """
+    hidden = nn.functional.silu(old.gate_proj(x)) * old.up_proj(x)
+    weights, chosen = torch.softmax(block.gate.weight.mm(x.mT).mT.float(), -1).topk(active, dim=-1)
+    share = torch.zeros(len(x), len(groups), device=x.device).scatter_(1, chosen, weights / weights.sum(-1, True))
+    left = torch.ones_like(hidden)
+    left[:, groups.flatten()] = (active * share).repeat_interleave(groups.shape[1], dim=1).to(left.dtype)
+    used, down = hidden * left, old.down_proj.weight
+    products = (used.mT @ used).double()
+    ridge = REFIT_RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=products.dtype, device=x.device)
+    missing = used.mT @ ((hidden - used) @ down.mT)
+    return down + torch.linalg.solve(products + ridge, missing.double()).mT.to(x.dtype)
+
+
 @torch.no_grad()
 def make(dense: PreTrainedModel, windows: Tensor, experts: int, active: int, shared: int) -> Qwen2MoeForCausalLM:
     """The mixture before it is distilled; with `active == experts`, the dense model within rounding."""
@@ -223,6 +245,8 @@ def make(dense: PreTrainedModel, windows: Tensor, experts: int, active: int, sha
         gate, up, down = (getattr(old.mlp, name).weight for name in PROJECTIONS)
         block = new.mlp
         block.gate.weight.copy_(fit_router(x, amounts, groups))
+        if active < experts:
+            down = refit(x, old.mlp, block, common, groups, active)
         block.experts.gate_up_proj.copy_(torch.cat([gate[groups], up[groups]], dim=1))
         # routing weights sum to one; in the dense model each neuron counts whole
         block.experts.down_proj.copy_(down.T[groups].mT * active)
@@ -297,7 +321,7 @@ def main() -> None:
     add("--text", metavar="DIR/NAME", action="append", default=[], help="DIR/NAME.{train,eval}.jsonl; repeatable")
     add("--experts", type=int, default=16, help="experts a layer (default: %(default)s)")
     add("--active", type=int, default=8, help="of them, those of a token (default: %(default)s)")
-    add("--shared", type=int, help="neurons that all tokens have (default: about a third)")
+    add("--shared", type=int, help="neurons that all tokens have (default: about a half)")
     add("--steps", type=int, default=2400, help="steps of distilling (default: %(default)s)")
     add("--batch", type=int, default=4, help="windows a step (default: %(default)s)")
     add("--length", type=int, default=128, help="tokens a window (default: %(default)s)")
@@ -312,7 +336,7 @@ def main() -> None:
     dense.to(args.device)
     if args.shared is None:
         step = 8 * args.experts
-        args.shared = dense.config.intermediate_size - max(1, round(dense.config.intermediate_size / 1.5 / step)) * step
+        args.shared = dense.config.intermediate_size - max(1, round(dense.config.intermediate_size / 2 / step)) * step
     mixture_config(dense.config, args.experts, args.active, args.shared)  # before any text is read
     texts = {
         split: {Path(spec).name: corpora.load_corpus(spec, split) for spec in args.text}

@@ -26,8 +26,9 @@ class Way:
         settle: `"sweep"` goes down layer by layer, exactly. `"relax"` lets the errors of all layers hop down at once
             and stops when they have settled; after at most as many hops as there are layers they equal the sweep's.
             `"direct"` is an approximation: the residual stream carries the top layer's error down as it is, and the
-            layers below only run again where something trains. On a small model that met a new domain, its errors had
-            cosines of 0.52 to 0.76 with the exact ones, depending on the layer.
+            layers below only run again where something trains. In a new domain its errors had
+            cosines of 0.52 to 0.76 with the exact ones on a model of 6 layers, and near none in the lower two thirds of
+            one of 30.
         depth: of `"direct"`: top layers that the error is carried through exactly; with all of them it is the sweep.
         tol: of `"relax"`: change of a layer's error, as a share of its norm, at which it has settled.
 

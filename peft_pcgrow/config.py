@@ -104,7 +104,8 @@ class PCGrowConfig(PeftConfig):
             through the model, with the same gradients (the control). `"relax"`: the sweep's errors by parallel hops,
             at most as many as there are layers, until they have settled; costs more than a sweep. `"direct"`: an
             approximation that costs less, the residual stream carries the top layer's error down unchanged (per layer,
-            cosines of 0.52 to 0.76 with the exact errors on a small model that met a new domain).
+            cosines of 0.52 to 0.76 with the exact errors on a model of 6 layers; on one of 30 the gradients have 0.13,
+            in the lowest third 0.02: for a locus in the uppermost layers).
         settle_depth (`int`, defaults to `0`):
             Of `settle="direct"`: top decoder layers that the error is carried through exactly, 0 or more; with all of
             them it is the sweep.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # a corpus is covered if a Muon step of this size at every node would remove at most this share of its loss. Text that a
-# model was trained on measured 0.3 to 0.8 %, text that it had never seen 3.6 % (see README)
+# model was trained on measured 0.3 to 0.8 %, text that it had never seen 3.6 % (see RESULTS.md)
 COVERED_STEP, COVERED_REMOVABLE = 0.02, 0.005
 # without weight gradients: below this share of a uniform guess's loss
 COVERED_SHARE = 0.1

@@ -59,6 +59,21 @@ def test_neurons_that_fire_together_are_one_expert():
     assert all(int(owner[groups[e]][0]) == int(k) for e, k in zip(chosen, kind, strict=True))
 
 
+def test_down_projections_make_up_for_what_is_left_out(monkeypatch):
+    """On the text that they were fitted on, each layer's MLP is nearer to the dense one, which only the router's own
+    choice of experts tells."""
+    torch.manual_seed(0)
+    model, ids = dense(), tokens(16, 32)
+    entered = make_moe.inputs_of_mlps(model, ids)
+    fitted = make_moe.make(model, ids, experts=4, active=2, shared=0)
+    monkeypatch.setattr(make_moe, "refit", lambda x, old, *_: old.down_proj.weight)
+    plain = make_moe.make(model, ids, experts=4, active=2, shared=0)
+    for index, x in enumerate(entered):
+        wanted = model.model.layers[index].mlp(x)
+        away = [float((mixture.model.layers[index].mlp(x[None])[0] - wanted).norm()) for mixture in (fitted, plain)]
+        assert away[0] < 0.95 * away[1]
+
+
 def test_refused(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(OSError, match="has no tokenizer that transformers reads"):
