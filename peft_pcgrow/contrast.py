@@ -147,11 +147,12 @@ def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator
 
     def seen(key: Key, x: Tensor, nodes: Tensor | None) -> None:
         own = None if apart is None else apart.to(x.device)
-        x, index, real = (
-            None if values is None else spread(values.view(*rows.real.shape, -1), own)
-            for values in (x.detach(), nodes, rows.real.to(x.device))
-        )
-        see(key, x, index, Rows(real.squeeze(-1)), held)  # type: ignore
+
+        def texts(values: Tensor) -> Tensor:
+            return spread(values.view(*rows.real.shape, -1), own)
+
+        real = texts(rows.real.to(x.device)).squeeze(-1)
+        see(key, texts(x.detach()), None if nodes is None else texts(nodes), Rows(real), held)
 
     def routed(row: int, module: nn.Module, args: tuple) -> None:
         seen(("gate", row), args[0], nodes_of(module, args))
