@@ -16,7 +16,7 @@ from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, f
 from peft_pcgrow.newborns import nodes_of
 from peft_pcgrow.protect import MomentSketch
 from peft_pcgrow.separation import Separation
-from peft_pcgrow.sequence import entering
+from peft_pcgrow.sequence import entering, modules_inside
 
 # one text in so many is held out to set thresholds on
 HELD_OUT = 4
@@ -166,7 +166,7 @@ def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator
 
     for row, site in enumerate(tree.sites):
         handles.append(site.module.register_forward_pre_hook(partial(routed, row)))
-        for child in site.decoder_layer.children():
+        for child in modules_inside(site.decoder_layer):
             handles.append(child.register_forward_pre_hook(partial(inside, row), with_kwargs=True))
     try:
         yield

@@ -15,6 +15,9 @@ from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.lora_beside import lora_layers
 from peft_pcgrow.mixed_batch import names_for
 
+# projections that run on what the KV cache holds too, so that there are more rows than tokens (DeepSeek's attention)
+CACHED = ("kv_b_proj",)
+
 
 class BehindGate(LoraVariant):
     """LoRA of one module, for tokens that pass; all others keep the bits of what the module computes without it.
@@ -32,6 +35,8 @@ class BehindGate(LoraVariant):
     def forward(  # type: ignore[override]
         self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
+        if self.layer.disable_adapters or self.layer.merged:
+            return result  # newborns are switched off, and what is behind their gates is too
         a, b, dropout = (getattr(module, f"lora_{name}")[active_adapter] for name in ("A", "B", "dropout"))
         added = b(a(dropout(x))) * module.scaling[active_adapter]
         # not a product with zero, which would turn an infinite value into NaN, and -0.0 into 0.0
@@ -44,12 +49,18 @@ class BehindGate(LoraVariant):
             # PEFT runs one adapter's samples at a time
             own = [place for place, name in enumerate(names.each(len(passes))) if name == adapter]
             passes = passes[own]
-        if passes is None or passes.numel() * x.shape[-1] != x.numel():
+        if passes is None:
             raise RuntimeError(
                 f"LoRA of adapter {adapter!r} in layer {self.layer.layer_index} is behind a gate, which needs to know "
                 "which text each token belongs to: run the whole decoder layer, not its modules alone"
             )
-        return passes.view(*x.shape[:-1], 1)
+        if passes.numel() * x.shape[-1] != x.numel():
+            raise RuntimeError(
+                f"a {type(module.get_base_layer()).__name__} in layer {self.layer.layer_index} runs on rows of shape "
+                f"{tuple(x.shape[:-1])}, the attention on tokens of shape {tuple(passes.shape)}: LoRA behind a gate "
+                "needs a row for each token; leave that module out of target_modules"
+            )
+        return passes.to(x.device).view(*x.shape[:-1], 1)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -71,12 +82,18 @@ def put_behind_gates(
         layers: the decoder layers. grown: by index, those of them where the adapter has newborns.
 
     Raises:
-        ValueError: LoRA outside of the decoder layers, of a kind that rescales the base's weights, or nowhere beside
-            newborns.
+        ValueError: LoRA outside of the decoder layers, of a kind that rescales the base's weights, on modules that have
+            no row for each token, or nowhere beside newborns.
     """
     inside = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
-    found = [(name, layer) for name, layer in lora_layers(model) if adapter in layer.lora_A]
+    found = [(name, layer) for name, layer in lora_layers(model) if adapter in layer.scaling]
     for name, layer in found:
+        if adapter not in layer.lora_A or name.rpartition(".")[2] in CACHED:
+            what = "runs on the tokens of the KV cache too" if adapter in layer.lora_A else "is an embedding"
+            raise ValueError(
+                f"{name} {what}, and LoRA beside newborns is behind a gate that needs a row for each token: leave it "
+                "out of target_modules, or use grow='deepen'"
+            )
         if adapter in layer.lora_variant:
             raise ValueError(
                 f"lora=LoraConfig(use_dora=True) rescales the weights of {name} for all tokens, and beside newborns "
@@ -87,7 +104,7 @@ def put_behind_gates(
                 f"LoRA on {name} has no gate to be behind, which only decoder layers have: leave it out of "
                 "target_modules, or use grow='deepen'"
             )
-    if found and not any(inside[id(layer)] in grown for _, layer in found):
+    if not any(inside[id(layer)] in grown for _, layer in found):
         raise ValueError(
             f"none of the layers with newborns ({sorted(grown)}) has a module that lora= names, and LoRA is behind "
             "their gates: name modules of those layers, or raise budget"

@@ -23,6 +23,9 @@ class Given(nn.Module):
     births: dict[str, Birth]
     call: Any
     pieces: Any
+    active_banks: Any
+    disable_adapters: bool
+    merged: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,11 +103,24 @@ class Given(nn.Module):
                 "run the whole decoder layer, not its experts alone"
             )
         self.check_gate(adapter_name)  # type: ignore
-        gate, rate = self.gate(adapter_name, kind), self.births[adapter_name].gate_fpr
+        gate, rate, device = self.gate(adapter_name, kind), self.births[adapter_name].gate_fpr, hidden.device
+        gate = replace(gate, direction=gate.direction.to(device), law=gate.law.to(device))
         scores = gate.scores(hidden).view(call.shape)
         name = adapter_name if kind == "gate" else f"{adapter_name}.{kind}"
         rows = call.rows(name, hidden.device)
         evidence, running = gate.evidence(scores, rows)
-        if remember:
+        if remember and kind == "gate":
             call.remember(name, running, rows)
-        return evidence.reshape(-1) - at_rate(self._buffers_of(f"{kind}_threshold")[adapter_name].float(), rate)
+        elif remember:
+            self.call.waiting += ((name, running, rows),)
+        threshold = at_rate(self._buffers_of(f"{kind}_threshold")[adapter_name].float(), rate)
+        return evidence.reshape(-1) - threshold.to(device)
+
+    @torch.no_grad()
+    def note_entry(self, hidden: Tensor) -> None:
+        """Ask the gates of what enters the attention, `hidden [B, S, H]`, where LoRA is behind them."""
+        if self.call.sequence is None or self.disable_adapters or self.merged:
+            return
+        gated = [name for name in self.active_banks() if "entry" in self.gates(name)]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        self.call.passes = {name: (self.margin(name, flat, kind="entry") > 0).view(hidden.shape[:-1]) for name in gated}

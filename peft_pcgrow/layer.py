@@ -16,7 +16,7 @@ from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
-from peft_pcgrow.gate import RATES, Gate
+from peft_pcgrow.gate import RATES, Gate, Rows
 from peft_pcgrow.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.merged import write_merged
 from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
@@ -37,19 +37,24 @@ class Call(PerThread):
         sequence: how its tokens stand in their texts. entered: whether the decoder layer said so itself.
         called: whether it has come to its grown experts yet.
         passes: by adapter, which tokens the gate of what enters the attention lets pass, `[B, S]` bool.
+        waiting: what these gates are to remember, once the attention has made its entry in the KV cache.
     """
 
     sequence: TokenSequence | None = None
     entered = False
     called = False
     passes: Mapping[str, Tensor] = MappingProxyType({})
+    waiting: tuple[tuple[str, Tensor, Rows], ...] = ()
 
     @torch.compiler.disable
     def begin(self) -> None:
         self.called = True
+        for name, running, rows in self.waiting if self.sequence is not None else ():
+            self.sequence.remember(name, running, rows)
+        self.waiting = ()
 
     def end(self) -> None:
-        self.entered, self.sequence, self.passes = False, None, MappingProxyType({})
+        self.entered, self.sequence, self.passes, self.waiting = False, None, MappingProxyType({}), ()
 
 
 class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
@@ -286,15 +291,6 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         return deepen.forward(
             self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
         )
-
-    @torch.no_grad()
-    def note_entry(self, hidden: Tensor) -> None:
-        """Ask the gates of what enters the attention, `hidden [B, S, H]`, where LoRA is behind them."""
-        if self.call.sequence is None or self.disable_adapters or self.merged:
-            return
-        gated = [name for name in self.active_banks() if "entry" in self.gates(name)]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        self.call.passes = {name: (self.margin(name, flat, kind="entry") > 0).view(hidden.shape[:-1]) for name in gated}
 
     def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, deepen.Branch]]:
         """What computes the rows of grown experts, with its adapter, in the order of `asked`."""

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.batches import Batch, check_causal, check_gradients, losses, read_batches, settle_batch
+from peft_pcgrow.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
+from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.optimizer import banks_of, update_of
 from peft_pcgrow.processes import gathered, together
+from peft_pcgrow.protect import keep_off
 
 # the rate as a share of the best single step
 SHARE = 1 / 8
@@ -23,6 +25,8 @@ SHARE = 1 / 8
 FIRST = 2.0**-12
 # doublings of it
 TRIES = 16
+# a rise of the loss, relative, beyond which no longer step is tried; routes that flip make small ones anywhere
+TOO_FAR = 0.02
 
 
 def find_lr(
@@ -45,21 +49,26 @@ def find_lr(
             step. batch_size: texts a batch, of those that are not batched yet. tokenizer: makes token ids of strings.
 
     Raises:
-        ValueError: nothing grown trains, fewer than two batches, or no step along the update lowers the loss (the
-            batches have nothing in common, or there is nothing left to learn from them).
+        ValueError: nothing grown trains, fewer than two batches, nothing to predict in them, no token of theirs that
+            reaches what trains, or no step along the update that lowers the loss (the batches have nothing in common,
+            or there is nothing left to learn from them).
     """
     with together("find_lr"):
         check_causal(model)
         check_gradients(model)
         banks = banks_of(model)
-        read = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
-        if len(read) < 2:
-            raise ValueError(
-                f"find_lr takes a step on some batches and looks at others, so it needs 2 at least, got {len(read)}"
-            )
-        half = len(read) // 2
         with _put_back(model, banks) as starts:
-            updates = _updates(model, banks, read[:half])
+            read = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
+            if len(read) < 2:
+                raise ValueError(
+                    f"find_lr takes a step on some batches and looks at others, so it needs 2 at least, got {len(read)}"
+                )
+            half = len(read) // 2
+            if not all(
+                any(bool((target != IGNORED).any()) for _, target, _ in part) for part in (read[:half], read[half:])
+            ):
+                raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
+            updates = _updates(model, read[:half])
 
             def loss(step: float) -> float:
                 with torch.no_grad():
@@ -72,20 +81,16 @@ def find_lr(
 
 
 def best_step(loss: Callable[[float], float]) -> float:
-    """Where the loss along a direction is least: the lowest of steps that double until it has risen twice, refined by
+    """Where the loss along a direction is least: the lowest of steps that double until it has risen too far, refined by
     the parabola through its neighbours.
 
     Raises:
         ValueError: no step lowers it.
     """
     tried = {0.0: loss(0.0)}
-    worse = 0
     for power in range(TRIES):
-        step = FIRST * 2**power
-        value = loss(step)
-        worse = worse + 1 if not value < min(tried.values()) else 0
-        tried[step] = value
-        if worse == 2 or not math.isfinite(value):
+        tried[FIRST * 2**power] = value = loss(FIRST * 2**power)
+        if not value <= (1 + TOO_FAR) * tried[0.0]:
             break
     least = min((value, step) for step, value in tried.items() if math.isfinite(value))[1]
     if not least:
@@ -102,12 +107,31 @@ def best_step(loss: Callable[[float], float]) -> float:
     return least if curved <= 0 else (x0 + x1) / 2 - fall * (x2 - x0) / (2 * curved)
 
 
-def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) -> list[Tensor]:
-    """The first update of each bank, as Muon would take it at a rate of one."""
+def _updates(model: nn.Module, batches: list[Batch]) -> list[Tensor]:
+    """The first update of each bank, as Muon would take it at a rate of one, off what is protected."""
     model.train()
     for inputs, target, _ in batches:
         settle_batch(model, inputs, target)
-    return [torch.zeros_like(bank) if bank.grad is None else update_of(bank.grad) for bank in banks]
+    found = {}
+    for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
+        for adapter in layer.active_banks():
+            for stack, bank in layer.bank(adapter).items():
+                if not bank.requires_grad or bank.dim() < 3 or id(bank) in found:
+                    continue
+                gradient = torch.zeros_like(bank) if bank.grad is None else bank.grad.clone()
+                directions = layer.directions(adapter, stack) if layer.is_protected(adapter) else None
+                transposed = layer.base_layer.is_transposed
+                if directions is not None:
+                    keep_off(gradient, directions, None, transposed)
+                found[id(bank)] = update = update_of(gradient)
+                if directions is not None:
+                    keep_off(update, directions, None, transposed)
+    if not any(bool(update.any()) for update in found.values()):
+        raise ValueError(
+            "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "
+            "check what the adapter grows"
+        )
+    return [found[id(bank)] if id(bank) in found else torch.zeros_like(bank) for bank in banks_of(model)]
 
 
 @contextmanager
@@ -116,11 +140,11 @@ def _put_back(model: nn.Module, banks: list[nn.Parameter]) -> Iterator[list[Tens
     modes = {module: module.training for module in model.modules()}
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     starts = [bank.detach().clone() for bank in banks]
-    devices = [bank.device for bank in banks if bank.device.type != "cpu"][:1]
+    devices = sorted({str(p.device) for p in model.parameters() if p.device.type not in ("cpu", "meta")})
     try:
         for p, _ in gradients:
             p.grad = None
-        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        with torch.random.fork_rng(devices, device_type=devices[0].split(":")[0] if devices else "cuda"):
             yield starts
     finally:
         with torch.no_grad():

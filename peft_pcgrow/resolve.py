@@ -220,6 +220,7 @@ def birth(config: PCGrowConfig, site: experts.ExpertsSite, emap: ErrorMap | None
         "protected": ranks,
         "lineage": config.lineage or {},
         "lora": None if config.lora is None else scales_of(config.lora),
+        **({"lora_behind_gates": True} if config.lora is not None and config.spawned else {}),
     }
     return Birth(
         grown, spawned, config.gate_window, gate, entry, config.lora is not None, config.gate_fpr, directions, held,

@@ -5,7 +5,7 @@ layer's own entry in the KV cache, so that whatever transformers does to a cache
 decoding crops it, parallel sampling repeats it) happens to the memory too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -100,6 +100,15 @@ UNKNOWN_CACHE = (
     "(generate_batch, use_transformers_continuous_batching) also mixes requests in one row: call generate(), disable "
     "the adapter, or pass use_cache=False"
 )
+
+
+def modules_inside(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a decoder layer calls: its children, or those of its lists (LongCat has two attentions)."""
+    for child in layer.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield child
 
 
 def entering(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_pcgrow.layer import PCGrowExperts
 from peft_pcgrow.recompute import by_name
-from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk, cache_place, entering
+from peft_pcgrow.sequence import UNKNOWN_CACHE, Sequence, attention_chunk, cache_place, entering, modules_inside
 
 # the method of transformers that every way of continuous batching begins with
 ASKED = "init_continuous_batching"
@@ -76,7 +76,7 @@ def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch
     recomputes it so, on whichever thread autograd uses."""
     layer.place, layer.chunk = (of(decoder_layer, layer.layer_index) for of in (cache_place, attention_chunk))
     inside = partial(_note_inside, layer)
-    return tuple(child.register_forward_pre_hook(inside, with_kwargs=True) for child in decoder_layer.children())
+    return tuple(child.register_forward_pre_hook(inside, with_kwargs=True) for child in modules_inside(decoder_layer))
 
 
 @torch.compiler.disable
@@ -85,6 +85,7 @@ def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[s
     if (hidden := entering(args, kwargs)) is None:
         return
     if not layer.call.entered:
-        layer.call.sequence, layer.call.passes = Sequence.of(layer.place, args, kwargs, layer.chunk), {}
+        layer.call.end()
+        layer.call.sequence = Sequence.of(layer.place, args, kwargs, layer.chunk)
     if not layer.call.passes:
         layer.note_entry(hidden)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from close import assert_all_close, assert_close
 from loaders import LOADERS
-from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, export_flat
+from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, export_flat, measure_errors
 from peft_pcgrow.gate import RATES, at_rate
 from test_bad_input import refused
 from tiny import (
@@ -280,12 +280,69 @@ def test_its_optimizer():
         ({"lora": lora(use_dora=True)}, r"rescales the weights of .*use plain LoRA"),
         ({"lora": lora(target_modules=["q_proj", "lm_head"])}, r"LoRA on lm_head has no gate"),
         ({"lora": lora(layers_to_transform=[0]), "locus": {1: [0]}}, r"none of the layers with newborns \(\[1\]\)"),
+        ({"lora": lora(target_modules=["q_proj", "embed_tokens"])}, r"embed_tokens is an embedding"),
+        ({"lora": lora(target_modules=["embed_tokens"])}, r"embed_tokens is an embedding"),
     ],
 )
 def test_refused(changes, message):
     model = build()
     with refused(model, ValueError, message):
         get_peft_model(model, spawning(**changes))
+
+
+def test_modules_that_run_on_the_cache():
+    model = build("deepseek_v3")
+    with refused(model, ValueError, r"kv_b_proj runs on the tokens of the KV cache too"):
+        get_peft_model(model, spawning("deepseek_v3", lora=lora(target_modules=["kv_b_proj", "q_b_proj"])))
+
+
+def test_rows_that_are_no_tokens():
+    """A module that runs on something else says which, and what to do."""
+    model = gated().eval()
+    (index, module), *_ = adapted(model)
+    layer = next(each for each in model.base_model.tuner_layers() if each.layer_index == index)
+    hidden = torch.randn(2, 3, module.in_features)
+    layer.call.passes = {"default": torch.ones(2, 3, dtype=torch.bool)}
+    assert module(hidden).shape[:2] == (2, 3)
+    with pytest.raises(RuntimeError, match=r"runs on rows of shape \(2, 2\).*leave that module out"):
+        module(hidden[:, :2])
+    layer.call.end()
+
+
+@pytest.mark.parametrize("name", ["minimax", "longcat_flash"])
+def test_other_caches_and_two_attentions(name):
+    """Caches that keep some layers elsewhere, and layers that attend twice: token by token as all at once."""
+    from architectures import build as conformance
+
+    model = conformance(name).eval()
+    texts = [domain(16, seed=n) for n in range(4)], [retain(16, seed=n) for n in range(4)]
+    emap = measure_errors(model, texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and "attn" in n}
+    targets = sorted(names & {"q_proj", "qkv_proj", "out_proj", "q_b_proj", "o_proj"})
+    config = PCGrowConfig(error_map=emap, grow="spawn", budget=0.3, gate_fpr=0.3, lora=lora(target_modules=targets))
+    torch.manual_seed(0)
+    model = get_peft_model(model, config).eval()
+    ids = mixed()
+    whole, cache, single = logits(model, ids), None, []
+    with torch.no_grad():
+        for place in range(ids.shape[1]):
+            out = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            single.append(out.logits)
+    assert_close("token by token", torch.cat(single, dim=1), whole, "fp32")
+
+
+def test_merging_a_deepening_adapter_switches_it_off():
+    """As it does newborns."""
+    model, ids = gated(), mixed()
+    model.add_adapter("deep", PCGrowConfig(locus={0: [1], 1: [5], 2: [1]}, init_weights=False))
+    model.base_model.set_adapter(["default", "deep"])
+    model.eval()
+    model.merge_adapter(["deep"])
+    found = logits(model, ids)
+    model.unmerge_adapter()
+    model.base_model.set_adapter(["deep"])
+    assert_close("deepened alone", found, logits(model, ids), "fp32")
 
 
 def test_a_map_without_entry_gates():
