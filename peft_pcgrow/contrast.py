@@ -141,7 +141,6 @@ def _texts(batch: Batch) -> int:
 
 @contextmanager
 def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator[None]:
-    handles = []
     apart = texts_apart(rows)
     entered: set[int] = set()
 
@@ -164,15 +163,19 @@ def _watched(tree: experts.Tree, see: See, held: Tensor, rows: Rows) -> Iterator
             entered.add(row)
             seen(("entry", row), x, None)
 
+    watched = [(site.module, partial(routed, row), False) for row, site in enumerate(tree.sites)]
     for row, site in enumerate(tree.sites):
-        handles.append(site.module.register_forward_pre_hook(partial(routed, row)))
-        for child in modules_inside(site.decoder_layer):
-            handles.append(child.register_forward_pre_hook(partial(inside, row), with_kwargs=True))
+        watched += [(child, partial(inside, row), True) for child in modules_inside(site.decoder_layer)]
     try:
+        for module, hook, with_kwargs in watched:
+            module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        # by what was to be watched: an interrupt may have come before a handle was at hand
+        for module, hook, _ in watched:
+            for key in [key for key, held in module._forward_pre_hooks.items() if held is hook]:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 class _FeatureMoments:

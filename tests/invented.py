@@ -23,9 +23,11 @@ def made(layers=4, experts=6, seed=0, first=1, **changes):
     count[0, 2] = 0
     mass = count * positive(layers, experts) * 1e-3
     recall, rows = positive(layers, experts, len(RATES)) / 1.1, count.clone()
+    gates = torch.zeros(layers, 8), torch.zeros(layers, 4), torch.zeros(layers, len(RATES))
     separation = Separation(
-        torch.zeros(layers, 8), torch.zeros(layers, 4), torch.zeros(layers, len(RATES)), recall, 0.1 * recall, rows,
-        rows.flip(1), facts={"window": 64, "sketch": 8, "domain_tokens": 900, "retain_tokens": 800},
+        *gates, recall, 0.1 * recall, rows, rows.flip(1),
+        facts={"window": 64, "sketch": 8, "domain_tokens": 900, "retain_tokens": 800},
+        entry=dict(zip(("direction", "law", "threshold"), (gate.clone() for gate in gates), strict=True)),
     )  # fmt: skip
     given = {
         "layers": tuple(range(first, first + layers)),

@@ -174,7 +174,7 @@ def test_nothing_to_choose_by():
 
 def test_optimizer_without_an_adapter():
     with pytest.raises(ValueError, match="get_peft_model"):
-        create_pcgrow_optimizer(build())
+        create_pcgrow_optimizer(build(), lr=0.02)
 
 
 # ---- measuring

@@ -49,9 +49,9 @@ def edit(path, before, after):
         (lambda path: edit(path, "[0, 1, 2], ", "[2, 1, 0], "), ValueError, "does not have the checksum"),
         (lambda path: edit(path, '\\"tokens\\": 6', '\\"tokens\\": 7'), ValueError, "does not have the checksum"),
         (
-            lambda path: edit(path, '\\"format\\": 3', '\\"format\\": 9'),
+            lambda path: edit(path, '\\"format\\": 4', '\\"format\\": 9'),
             ValueError,
-            "has format 9; this version reads 3",
+            "has format 9; this version reads 4",
         ),
         (lambda path: path.unlink(), FileNotFoundError, "no error map in .*expected error_map.safetensors there"),
     ],
@@ -92,7 +92,7 @@ def test_the_older_format(tmp_path):
 
     save_file(tensors, tmp_path / FILE)
     (tmp_path / "error_map.json").write_text("{}")
-    with pytest.raises(ValueError, match="has format 2; this version reads 3: measure it again"):
+    with pytest.raises(ValueError, match="has format 2; this version reads 4: measure it again"):
         ErrorMap.load(tmp_path)
     build_map.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]

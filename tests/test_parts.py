@@ -224,8 +224,12 @@ def test_all_parts_of_an_expert_are_the_expert(resolution):
     assert_all_close(merged[1], merged[0], "fp64")
 
 
+def muon(model):
+    return create_pcgrow_optimizer(model, lr=0.02)
+
+
 @pytest.mark.parametrize("resolution", PARTS)
-@pytest.mark.parametrize("make", [create_pcgrow_optimizer, lambda m: torch.optim.AdamW(trainable(m).values(), lr=1e-2)])
+@pytest.mark.parametrize("make", [muon, lambda m: torch.optim.AdamW(trainable(m).values(), lr=1e-2)])
 def test_optimizers(resolution, make):
     """Every piece moves and the loss falls; Muon orthogonalises each piece by itself."""
     model, ids = grown(resolution=resolution), tokens(8)
@@ -235,10 +239,10 @@ def test_optimizers(resolution, make):
     for _ in range(6):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        if not losses and make is create_pcgrow_optimizer:
+        if not losses and make is muon:
             alone = {name: p.grad.clone() for name, p in trainable(model).items()}
         optimizer.step()
-        if not losses and make is create_pcgrow_optimizer:
+        if not losses and make is muon:
             for name, p in trainable(model).items():
                 for place, gradient in enumerate(alone[name]):
                     single = nn.Parameter(before[name][place].clone())

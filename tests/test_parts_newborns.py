@@ -180,7 +180,11 @@ def test_directions_that_a_sketch_misses_are_spread_evenly():
     assert main_directions(sketch(0 * x), 0.0, 0.5, sketch, chosen).shape == (40, 0)
 
 
-@pytest.mark.parametrize("make", [create_pcgrow_optimizer, lambda m: torch.optim.AdamW(trainable(m).values(), lr=1e-2)])
+def muon(model):
+    return create_pcgrow_optimizer(model, lr=0.02)
+
+
+@pytest.mark.parametrize("make", [muon, lambda m: torch.optim.AdamW(trainable(m).values(), lr=1e-2)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
 def test_protected(resolution, name, make, tmp_path):
