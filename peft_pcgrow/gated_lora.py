@@ -42,7 +42,7 @@ class BehindGate(LoraVariant):
         # not a product with zero, which would turn an infinite value into NaN, and -0.0 into 0.0
         return torch.where(self._passes(module, active_adapter, x), result + added, result)
 
-    def _passes(self, module: nn.Module, adapter: str, x: Tensor) -> Tensor:
+    def _passes(self, module: Any, adapter: str, x: Tensor) -> Tensor:
         """Which of the tokens `x [..., I]` pass, `[..., 1]`."""
         passes = self.layer.call.passes.get(adapter)
         if passes is not None and (names := names_for(module)) is not None:

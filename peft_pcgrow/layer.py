@@ -49,8 +49,9 @@ class Call(PerThread):
     @torch.compiler.disable
     def begin(self) -> None:
         self.called = True
-        for name, running, rows in self.waiting if self.sequence is not None else ():
-            self.sequence.remember(name, running, rows)
+        if self.sequence is not None:
+            for gate in self.waiting:
+                self.sequence.remember(*gate)
         self.waiting = ()
 
     def end(self) -> None:
