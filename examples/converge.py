@@ -65,7 +65,6 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
     if args.arm == "lora":
         return compare.lora(args.rank, args.lr, experts=True)(model, args.seed)
     emap = measured(args, task)
-    found = range(find_experts(model).layers.__len__())
     config = PCGrowConfig(
         error_map=emap,
         grow=args.arm,
@@ -76,7 +75,7 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
         settle=args.settle,
         settle_depth=args.settle_depth,
         seed=args.seed,
-        layers_to_transform=[*found[args.layers[0] : args.layers[1] + 1]] if args.layers else None,
+        layers_to_transform=[*range(args.layers[0], args.layers[1] + 1)] if args.layers else None,
         lora=LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=compare.ATTENTION) if args.rank else None,
     )
     model = get_peft_model(model, config)

@@ -146,10 +146,14 @@ def inputs_of_mlps(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> l
     return [torch.cat(held) for held in found]
 
 
+def activations(mlp: Any, x: Tensor) -> Tensor:
+    """What the neurons of a dense MLP say to inputs `[tokens, H]`, `[tokens, I]`."""
+    return nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+
 def contributions(mlp: nn.Module, x: Tensor) -> Tensor:
     """How far each neuron moves the MLP's output, `[tokens, I]`: its activation times the length of its column."""
-    hidden = nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
-    return hidden.abs() * mlp.down_proj.weight.norm(dim=0)
+    return activations(mlp, x).abs() * mlp.down_proj.weight.norm(dim=0)
 
 
 def equal_clusters(vectors: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -209,14 +213,14 @@ def fit_router(x: Tensor, amounts: Tensor, groups: Tensor) -> Tensor:
     return (weights.T * SPREAD / (wide @ weights).std().clamp_min(1e-12)).to(x.dtype)
 
 
-def refit(x: Tensor, old: nn.Module, block: Any, common: Tensor, groups: Tensor, active: int) -> Tensor:
+def refit(x: Tensor, old: Any, block: Any, groups: Tensor, active: int) -> Tensor:
     """Down projections `[H, I]` that make up for the experts a token does not have: ridge regression of the dense MLP's
     output on the neurons that the router leaves, towards the dense model's own weights.
 
     Args:
-        x: what enters, `[tokens, H]`. block: the mixture's, its router set. common, groups: as from `divide`.
+        x: what enters, `[tokens, H]`. block: the mixture's, its router set. groups: as from `divide`.
     """
-    hidden = nn.functional.silu(old.gate_proj(x)) * old.up_proj(x)
+    hidden = activations(old, x)
     weights, chosen = torch.softmax(block.gate.weight.mm(x.mT).mT.float(), -1).topk(active, dim=-1)
     share = torch.zeros(len(x), len(groups), device=x.device).scatter_(1, chosen, weights / weights.sum(-1, True))
     left = torch.ones_like(hidden)
@@ -246,7 +250,7 @@ def make(dense: PreTrainedModel, windows: Tensor, experts: int, active: int, sha
         block = new.mlp
         block.gate.weight.copy_(fit_router(x, amounts, groups))
         if active < experts:
-            down = refit(x, old.mlp, block, common, groups, active)
+            down = refit(x, old.mlp, block, groups, active)
         block.experts.gate_up_proj.copy_(torch.cat([gate[groups], up[groups]], dim=1))
         # routing weights sum to one; in the dense model each neuron counts whole
         block.experts.down_proj.copy_(down.T[groups].mT * active)

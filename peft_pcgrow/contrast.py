@@ -12,7 +12,18 @@ from tqdm.auto import tqdm
 from peft_pcgrow import experts
 from peft_pcgrow.batches import Batch, moved
 from peft_pcgrow.borders import spread, texts_apart
-from peft_pcgrow.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.gate import (
+    ENOUGH,
+    RATES,
+    Gate,
+    Moments,
+    Rows,
+    discriminant,
+    fit_law,
+    totals,
+    unknown_gate,
+    window_means,
+)
 from peft_pcgrow.newborns import nodes_of
 from peft_pcgrow.protect import MomentSketch
 from peft_pcgrow.separation import Separation
@@ -73,20 +84,21 @@ def compare(
     limits: dict[Key, Tensor] = {}
     shares: dict[str, list[Tensor]] = {"domain": [], "retain": []}
     for key, gate in gates.items():
+        passed = {"retain": scored["retain"].evidence(key, gate)}
         # the rate of what lies above each is at most what is allowed
-        ordered = scored["retain"].evidence(key, gate).sort().values
+        ordered = passed["retain"].sort().values
         limits[key] = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
-        for name, held in scored.items() if key[0] == "gate" else ():
-            routed = len(held.routed[key[1]])
-            shares[name].append(_passing(held.evidence(key, gate), held.nodes(key), limits[key], routed))
+        if key[0] == "gate":
+            passed["domain"] = scored["domain"].evidence(key, gate)
+            for name, held in scored.items():
+                shares[name].append(_passing(passed[name], held.nodes(key), limits[key], len(held.routed[key[1]])))
     tables = {"recall": shares["domain"], "false_positive": shares["retain"]}
     tables |= {f"{name}_rows": held.routed for name, held in scored.items()}
     experts_at = [site.experts for site in tree.sites]
     newborn = {n: torch.cat([t[e:] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()}
     every = range(len(tree.sites))
-    unknown = Gate(torch.zeros_like(directions["gate", 0]), torch.zeros(4, device="cpu"), window)
+    unknown, never = unknown_gate(len(directions["gate", 0]), window)
     entry = [gates.get(("entry", row), unknown) for row in every]
-    never = torch.full((len(RATES),), float("inf"), device="cpu")
     return Separation(
         direction=torch.stack([directions["gate", row] for row in every]),
         law=torch.stack([gates["gate", row].law for row in every]),

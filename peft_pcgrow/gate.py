@@ -97,6 +97,12 @@ class Gate:
         return ((mean.squeeze(-1) - middle) * distance / scatter).float(), running
 
 
+def unknown_gate(size: int, window: int) -> tuple[Gate, Tensor]:
+    """What stands for a gate that is not known, with its thresholds: it lets nothing pass."""
+    never = torch.full((len(RATES),), float("inf"), device="cpu")
+    return Gate(torch.zeros(size, device="cpu"), torch.zeros(4, device="cpu"), window), never
+
+
 def at_rate(table: Tensor, rate: float) -> Tensor:
     """What a table over `RATES`, `[..., F]`, says for a false-positive rate, `[...]`; of the nearest one, if beyond."""
     place = min(max(-12 * math.log10(rate) - 4, 0.0), len(RATES) - 1.0)

@@ -16,7 +16,7 @@ from peft_pcgrow import deepen, experts, parts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.birth import Birth, asked, check_disjoint, parents_of, slots_of
-from peft_pcgrow.gate import RATES, Gate, Rows
+from peft_pcgrow.gate import Rows, unknown_gate
 from peft_pcgrow.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.merged import write_merged
 from peft_pcgrow.mixed_batch import adapters_in_use, for_their_samples
@@ -113,11 +113,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
         for kind in GATES[: 1 + birth.lora] if birth.spawned else ():
-            # a gate that is not known yet lets nothing pass
-            gate, threshold = getattr(birth, kind) or (
-                Gate(torch.zeros(self.in_features, device="cpu"), torch.zeros(4, device="cpu"), birth.window),
-                torch.full((len(RATES),), float("inf"), device="cpu"),
-            )
+            gate, threshold = getattr(birth, kind) or unknown_gate(self.in_features, birth.window)
             # after the move, which casts to the base's dtype: gates stay in fp32
             for name, tensor in zip(GATE_TENSORS, (gate.direction, gate.law, threshold), strict=True):
                 self._buffers_of(f"{kind}_{name}")[adapter_name] = tensor.to(device, copy=True)

@@ -68,7 +68,7 @@ def find_lr(
                 any(bool((target != IGNORED).any()) for _, target, _ in part) for part in (read[:half], read[half:])
             ):
                 raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
-            updates = _updates(model, read[:half])
+            updates = _updates(model, banks, read[:half])
 
             def loss(step: float) -> float:
                 with torch.no_grad():
@@ -107,7 +107,7 @@ def best_step(loss: Callable[[float], float]) -> float:
     return least if curved <= 0 else (x0 + x1) / 2 - fall * (x2 - x0) / (2 * curved)
 
 
-def _updates(model: nn.Module, batches: list[Batch]) -> list[Tensor]:
+def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) -> list[Tensor]:
     """The first update of each bank, as Muon would take it at a rate of one, off what is protected."""
     model.train()
     for inputs, target, _ in batches:
@@ -131,7 +131,7 @@ def _updates(model: nn.Module, batches: list[Batch]) -> list[Tensor]:
             "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "
             "check what the adapter grows"
         )
-    return [found[id(bank)] if id(bank) in found else torch.zeros_like(bank) for bank in banks_of(model)]
+    return [found[id(bank)] if id(bank) in found else torch.zeros_like(bank) for bank in banks]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from close import assert_all_close, assert_close
 from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, export_flat, measure_errors
-from peft_pcgrow.gate import RATES, at_rate
+from peft_pcgrow.gate import RATES
 from test_bad_input import refused
 from tiny import (
     LOCUS,
@@ -19,6 +19,7 @@ from tiny import (
     build,
     contrast,
     domain,
+    gate_passes,
     logits,
     mixed,
     retain,
@@ -52,17 +53,7 @@ def entry_passes(model: nn.Module, ids: Tensor, **inputs) -> dict[int, Tensor]:
     def look(layer: nn.Module):
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            middle, distance, between, within = layer.pcgrow_entry_law["default"].double().tolist()
-            birth = layer.births["default"]
-            limit = float(at_rate(layer.pcgrow_entry_threshold["default"], birth.gate_fpr))
-            scores = (hidden.float() * layer.pcgrow_entry_direction["default"]).sum(-1).double()
-            passes = torch.zeros(real.shape, dtype=torch.bool)
-            for row, place in real.nonzero().tolist():
-                span = slice(max(place + 1 - birth.window, 0), place + 1)
-                inside = scores[row, span][real[row, span]]
-                evidence = (float(inside.mean()) - middle) * distance / (between + within / len(inside))
-                passes[row, place] = evidence > limit
-            found[layer.layer_index] = passes
+            found[layer.layer_index] = gate_passes(layer, "default", hidden, real, kind="entry")
 
         return hook
 
@@ -204,9 +195,7 @@ def test_generation_with_a_cache(options):
     assert torch.equal(behind[:, 3:], model.generate(input_ids=ids, **settings))
 
 
-def test_tokens_one_by_one():
-    """Every token's logits with a cache are those of the whole text, within rounding."""
-    model, ids = gated().eval(), mixed()
+def assert_the_same_token_by_token(model: nn.Module, ids: Tensor) -> None:
     whole, cache, single = logits(model, ids), None, []
     with torch.no_grad():
         for place in range(ids.shape[1]):
@@ -214,6 +203,12 @@ def test_tokens_one_by_one():
             cache = out.past_key_values
             single.append(out.logits)
     assert_close("token by token", torch.cat(single, dim=1), whole, "fp32")
+
+
+def test_tokens_one_by_one():
+    """Every token's logits with a cache are those of the whole text, within rounding."""
+    model, ids = gated().eval(), mixed()
+    assert_the_same_token_by_token(model, ids)
 
 
 def test_samples_that_name_adapters():
@@ -323,13 +318,7 @@ def test_other_caches_and_two_attentions(name):
     torch.manual_seed(0)
     model = get_peft_model(model, config).eval()
     ids = mixed()
-    whole, cache, single = logits(model, ids), None, []
-    with torch.no_grad():
-        for place in range(ids.shape[1]):
-            out = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            single.append(out.logits)
-    assert_close("token by token", torch.cat(single, dim=1), whole, "fp32")
+    assert_the_same_token_by_token(model, ids)
 
 
 def test_merging_a_deepening_adapter_switches_it_off():

@@ -246,17 +246,20 @@ def taken(model: nn.Module, ids: Tensor, adapter: str = "default", **inputs) -> 
     return found
 
 
-def gate_passes(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor) -> Tensor:
+def gate_passes(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor, kind: str = "gate") -> Tensor:
     """Which tokens of `hidden [B, S, H]` have more evidence than an adapter's threshold at a layer, `[B, S]`."""
-    return gate_margin(layer, adapter, hidden, real) > 0
+    return gate_margin(layer, adapter, hidden, real, kind) > 0
 
 
-def gate_margin(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor) -> Tensor:
+def gate_margin(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor, kind: str = "gate") -> Tensor:
     """Evidence of the tokens of `hidden [B, S, H]` above an adapter's threshold at a layer, `[B, S]` fp64 nats."""
-    middle, distance, between, within = layer.pcgrow_gate_law[adapter].double().tolist()
+    law, threshold, direction = (
+        getattr(layer, f"pcgrow_{kind}_{name}")[adapter] for name in ("law", "threshold", "direction")
+    )
+    middle, distance, between, within = law.double().tolist()
     birth = layer.births[adapter]
-    threshold, window = float(at_rate(layer.pcgrow_gate_threshold[adapter], birth.gate_fpr)), birth.window
-    scores = (hidden.float() * layer.pcgrow_gate_direction[adapter]).sum(-1).double()
+    threshold, window = float(at_rate(threshold, birth.gate_fpr)), birth.window
+    scores = (hidden.float() * direction).sum(-1).double()
     margin = torch.full(real.shape, float("-inf"), dtype=torch.float64)
     for row, place in real.nonzero().tolist():
         span = slice(max(place + 1 - window, 0) if window else 0, place + 1)
