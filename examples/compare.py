@@ -163,16 +163,17 @@ def mixed_replay(task: corpora.Task, count: int, steps: int, seed: int) -> Itera
 
 
 def losses(model: nn.Module, task: corpora.Task) -> dict[str, float]:
-    held_out = {"domain": task.domain_eval, **{name: windows for name, (_, windows) in task.retain.items()}}
-    return {name: corpora.evaluate(model, windows) for name, windows in held_out.items()}
+    return {name: corpora.evaluate(model, windows) for name, windows in task.held_out.items()}
 
 
 def finish(row: dict[str, Any], before: dict[str, float]) -> dict[str, Any]:
     rises = {name: row["after"][name] - before[name] for name in before if name != "domain"}
+    unseen = [rise for name, rise in rises.items() if name.endswith(corpora.UNSEEN)]
     return {
         **row,
         "gain": before["domain"] - row["after"]["domain"],
-        "forgetting": statistics.mean(rises.values()),
+        "forgetting": statistics.mean(rise for name, rise in rises.items() if not name.endswith(corpora.UNSEEN)),
+        **({"forgetting, unseen": statistics.mean(unseen)} if unseen else {}),
         "rises": rises,
     }
 

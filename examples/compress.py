@@ -63,13 +63,11 @@ def rises(model: nn.Module, task: corpora.Task, before: dict[str, float]) -> dic
 def by_hand(
     survey: compress.Survey, base: Any, forms: dict[tuple[int, int], Form], calibrated: bool = True
 ) -> compress.CompressionPlan:
-    """A plan with these forms of some experts, the others whole."""
+    """A plan with these forms of some experts, the others whole; what it costs is not predicted."""
     nodes = []
     for layer, expert in product(survey.layers, range(survey.damage["fisher"].shape[1])):
         form = forms.get((layer, expert), WHOLE)
-        nodes.append(
-            compress.NodePlan(layer, expert, form, form_bytes(base, WHOLE), form_bytes(base, form), float("nan"))
-        )
+        nodes.append(compress.NodePlan(layer, expert, form, form_bytes(base, WHOLE), form_bytes(base, form), 0.0))
     calibration = survey.calibration if calibrated else None
     total = sum(node.before for node in nodes)
     return compress.CompressionPlan(nodes, [], 1.0, total, "hand", [], [], survey.base, calibration=calibration)
@@ -122,7 +120,8 @@ def budgets(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
             for arm, plan in plans.items():
                 packed, report = compress.apply(corpora.new_model(task), plan, progress=False)
                 forms = sorted({str(node.form) for node in plan.nodes})
-                row = {"study": "budgets", "seed": seed, "target": target, "arm": arm, "predicted": plan.predicted}
+                row = {"study": "budgets", "seed": seed, "target": target, "arm": arm}
+                row |= {"predicted": plan.predicted} if arm.startswith("plan") else {}
                 row |= {
                     "share": report.bytes_after / report.bytes_before,
                     "forms": forms if len(forms) < 3 else "mixed",

@@ -45,7 +45,8 @@ def setting_of(args: argparse.Namespace) -> str:
     if args.arm == "lora":
         named = {"r": args.rank, **named}
     elif args.arm != "full":
-        named = {"budget": args.budget, "by": args.select, args.optimizer: args.lr, "protect": args.protect}
+        named = {"budget": args.budget, args.optimizer: args.lr, "protect": args.protect}
+        named |= {"by": args.select} if args.select else {}
         named |= {"lora": args.rank, "lora lr": args.lora_lr} if args.rank else {}
         named |= {"layers": f"{args.layers[0]}-{args.layers[1]}"} if args.layers else {}
         named |= {"settle": args.settle} if args.settle != "sweep" else {}
@@ -189,11 +190,10 @@ def look(args: argparse.Namespace, task: corpora.Task, model: nn.Module) -> dict
         row["halves"] = halves({name: switch.token_losses(model, windows) for name, windows in texts.items()})
         if args.abilities:
             row["measures"] = {
-                name: abilities.measures(model, windows, task.tokenizer)
-                for name, windows in {"domain": task.domain_eval, **{n: w for n, (_, w) in task.retain.items()}}.items()
+                name: abilities.measures(model, windows, task.tokenizer) for name, windows in task.held_out.items()
             }
             row["cloze"] = abilities.cloze(model, task.tokenizer, abilities.read_facts())
-            row["instructions"] = abilities.instructions(model, task.tokenizer)
+            row["instructions"] = abilities.instructions(model, task.tokenizer, batch=128)
     return row
 
 
@@ -262,7 +262,15 @@ def table(path: Path) -> None:
     for row in rows:
         if "gain" in row:
             groups.setdefault(tuple(row.get(key) for key in SHOWN), []).append(row)
-    columns = ("gain", "forgetting", "identical", "cloze kept", "instructions kept", "seconds_per_step")
+    columns = (
+        "gain",
+        "forgetting",
+        "forgetting, unseen",
+        "identical",
+        "cloze kept",
+        "instructions kept",
+        "seconds_per_step",
+    )
     halved = ("first tokens", "to domain", "to retain")
     print("| arm | setting | gate_fpr | seeds | passes | " + " | ".join((*columns, *halved)) + " | parameters |")
     print("|---" * (6 + len(columns) + len(halved)) + "|")
@@ -290,7 +298,7 @@ def main() -> None:
     add("--lora-lr", type=float, default=1e-3, help="of LoRA beside grown experts (default: %(default)s)")
     add("--replay", type=int, default=0, help="retain windows added to each step (default: %(default)s)")
     add("--budget", type=float, default=0.5, help="share of the experts grown (default: %(default)s)")
-    add("--select", default="error", help="as in PCGrowConfig (default: %(default)s)")
+    add("--select", help="as in PCGrowConfig (default: %(default)s)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of grown experts (default: %(default)s)")
     add("--protect", type=float, default=0.0, help="as in PCGrowConfig (default: %(default)s)")
     add("--settle", default="sweep", help="as in PCGrowConfig (default: %(default)s)")

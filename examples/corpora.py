@@ -14,7 +14,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -29,6 +29,8 @@ EMBEDDED_MODEL = Path(__file__).resolve().parent / "embedded-moe"
 SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings")
 )
+# after the name of a text that is only evaluated
+UNSEEN = " (unseen)"
 SKIPPED_PREFIX = "_sysconfigdata"  # written when Python is built: paths and flags of the building machine
 
 
@@ -201,6 +203,17 @@ class Task:
     domain_eval: torch.LongTensor
     retain: dict[str, tuple[torch.LongTensor, torch.LongTensor]]  # name: (train, eval)
     device: str = "cpu"
+    unseen: dict[str, torch.LongTensor] = field(default_factory=dict)  # name: eval
+
+    @property
+    def held_out(self) -> dict[str, torch.LongTensor]:
+        """All held-out windows: "domain", the retain texts, and those that nothing was trained or fitted on."""
+        retain = {name: windows for name, (_, windows) in self.retain.items()}
+        return {
+            "domain": self.domain_eval,
+            **retain,
+            **{name + UNSEEN: windows for name, windows in self.unseen.items()},
+        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +227,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="keep what DIR/NAME.{train,eval}.jsonl need; repeatable (default: standard library source)",
+    )
+    add(
+        "--unseen",
+        metavar="DIR/NAME",
+        action="append",
+        default=[],
+        help="evaluate on DIR/NAME.eval.jsonl too, a text that is neither replayed nor shown to gates; repeatable",
     )
     add("--steps", type=int, default=80, help="optimizer steps (default: %(default)s)")
     add("--batch", type=int, default=8, help="windows a step (default: %(default)s)")
@@ -253,7 +273,11 @@ def load_task(args: argparse.Namespace) -> Task:
         retain[name] = pair({s: load_corpus(spec, s) for s in splits})
     if not retain:
         retain["source"] = pair({s: stdlib_source(s) for s in splits})
-    return Task(args.model, tokenizer, *domain, retain, args.device)
+    unseen = {
+        Path(spec).name: spread(windows(tokenizer, load_corpus(spec, "eval"), args.length), args.eval_windows)
+        for spec in args.unseen
+    }
+    return Task(args.model, tokenizer, *domain, retain, args.device, unseen)
 
 
 def new_model(task: Task, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -168,10 +168,9 @@ def equal_clusters(vectors: Tensor, count: int, seed: int = 0) -> Tensor:
     for _ in range(ROUNDS):
         likeness = (vectors @ centres.T).cpu()
         best = likeness.topk(min(2, count), dim=1).values
-        order, room = (best[:, 0] - best[:, -1]).argsort(descending=True).tolist(), torch.full((count,), size)
-        chosen = torch.zeros_like(chosen)
-        for row in order:
-            cluster = int(likeness[row].masked_fill(room == 0, -torch.inf).argmax())
+        preferred, room = likeness.argsort(dim=1, descending=True).tolist(), [size] * count
+        for row in (best[:, 0] - best[:, -1]).argsort(descending=True).tolist():
+            cluster = next(one for one in preferred[row] if room[one])
             chosen[row] = cluster
             room[cluster] -= 1
         sums = torch.zeros_like(centres).index_add_(0, chosen.to(vectors.device), vectors)

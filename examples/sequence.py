@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import compare
+import converge
 import corpora
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
 
@@ -38,18 +39,25 @@ def load_domains(task: corpora.Task, args: argparse.Namespace) -> list[Domain]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Tensor, args, seed: int) -> None:
+    """Steps at rates that fall to zero."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / args.steps))
     model.train()
     for batch in corpora.batches(windows, args.batch, args.steps, seed):
-        model(input_ids=batch, labels=batch).loss.backward()
+        batch = batch.to(args.device)
+        with converge.autocast(args):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        schedule.step()
 
 
-def evaluate(model: nn.Module, task: corpora.Task, domains: list[Domain]) -> dict[str, float]:
+def evaluate(model: nn.Module, task: corpora.Task, domains: list[Domain], args) -> dict[str, float]:
     texts = {name: held_out for name, _, held_out in domains}
-    texts |= {name: held_out for name, (_, held_out) in task.retain.items()}
-    return {name: corpora.evaluate(model, windows) for name, windows in texts.items()}
+    texts |= {name: held_out for name, held_out in task.held_out.items() if name != "domain"}
+    with converge.autocast(args):
+        return {name: corpora.evaluate(model, windows) for name, windows in texts.items()}
 
 
 def lora(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -57,7 +65,7 @@ def lora(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterator
     model, optimizer = compare.lora(args.rank, args.lora_lr, experts=True)(corpora.new_model(task), seed)
     for _, windows, _ in domains:
         train(model, optimizer, windows, args, seed)
-        yield "lora", evaluate(model, task, domains)
+        yield "lora", evaluate(model, task, domains, args)
 
 
 def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -72,7 +80,11 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
         mixed = torch.cat(retain)[torch.randperm(sum(map(len, retain)))]
         mine = next(corpora.batches(windows, args.map_windows, 1, seed))
         emap = measure_errors(model, mine.split(args.batch), retain=mixed.split(args.batch))
-        options = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
+        options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
+        options |= {"settle": args.settle}
+        if args.beside:
+            rank = args.beside
+            options["lora"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=compare.ATTENTION)
         config = PCGrowConfig(error_map=emap, grow="spawn", **options)
         if stage == 0:
             model = get_peft_model(model, config, adapter_name=name)
@@ -81,18 +93,20 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
             earlier = [other for other, _, _ in domains[:stage]]
             model.base_model.set_adapter([*earlier, name])
             model.set_requires_grad(earlier, False)
-        train(model, create_pcgrow_optimizer(model, lr=args.lr), windows, args, seed)
+        optimizer = create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.beside_lr)
+        train(model, optimizer, windows, args, seed)
         model.set_gate_fpr(args.gate_fpr)
         seen.append(mine)
         names = [other for other, _, _ in domains[: stage + 1]]
-        yield "spawn, oldest first", evaluate(model, task, domains)
+        found = evaluate(model, task, domains, args)
+        yield "spawn, oldest first", found
         if stage:
             # whose gate is asked first: the same newborns in the other order
             model.base_model.set_adapter(names[::-1])
-            yield "spawn, newest first", evaluate(model, task, domains)
+            yield "spawn, newest first", evaluate(model, task, domains, args)
             model.base_model.set_adapter(names)
         else:
-            yield "spawn, newest first", evaluate(model, task, domains)
+            yield "spawn, newest first", found
         model.set_gate_fpr(args.train_fpr)
 
 
@@ -132,6 +146,10 @@ def main() -> None:
     add("--train-fpr", type=float, default=0.1, help="gate_fpr of the training (default: %(default)s)")
     add("--gate-fpr", type=float, default=0.02, help="gate_fpr of the evaluation (default: %(default)s)")
     add("--protect", type=float, default=0.8)
+    add("--settle", default="sweep", help="as in PCGrowConfig (default: %(default)s)")
+    add("--beside", type=int, default=0, help="rank of LoRA on the attention beside newborns, behind gates; 0: none")
+    add("--beside-lr", type=float, default=3e-3, help="its rate (default: %(default)s)")
+    add("--autocast", action="store_true", help="compute in bf16 where CUDA does (weights stay in fp32)")
     add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     args = parser.parse_args()
@@ -142,7 +160,7 @@ def main() -> None:
         parser.error("name at least one more domain with --then DIR/NAME (or --then reference, --then source)")
     task = corpora.load_task(args)
     domains = load_domains(task, args)
-    before = evaluate(corpora.new_model(task), task, domains)
+    before = evaluate(corpora.new_model(task), task, domains, args)
     corpora.emit({"machine": corpora.machine(), "before": before}, args.json)
     for seed in args.seeds:
         for arm in args.arms:

@@ -68,7 +68,7 @@ def losses(model: PeftModel, task: corpora.Task, count: int) -> dict[str, Any]:
     retain = torch.cat([corpora.spread(train, each) for train, _ in task.retain.values()])
     switch = Switch(model, corpora.spread(task.domain_train, count), retain)
     after, share = {}, {}
-    for name, windows in {"domain": task.domain_eval, **{n: held for n, (_, held) in task.retain.items()}}.items():
+    for name, windows in task.held_out.items():
         on = switch.on(model, windows)
         adapted = token_losses(model, windows)
         with model.disable_adapter():

@@ -36,7 +36,7 @@ _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "target_parame
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 _DICTS = ("protected", "shrunk", "base", "spawned", "auto_mapping")
 _WORDS: dict[str, tuple[Any, ...]] = {
-    "select": SELECTIONS,
+    "select": (*SELECTIONS, None),
     "settle": SETTLING,
     "grow": GROWTHS,
     "router": ROUTERS,
@@ -57,12 +57,13 @@ class PCGrowConfig(PeftConfig):
             the adapter is created; the locus that it leads to is stored, so no map is needed to load the adapter.
         budget (`float`, defaults to `0.12`):
             Share of the expert parameters to grow, in (0, 1].
-        select (`str`, defaults to `"error"`):
-            What the map ranks nodes by: `"error"`, `"square"`, `"coherent"`, `"removable"` (the loss decrease that a
-            step there would bring), `"joint"` (the same, greedily, counting what several nodes would fix alike once),
-            or the controls `"gate"`, `"frequency"` (both need a map) and `"random"` (needs none; at a finer resolution,
-            a map). For spawning, also the donor rules `"lowest"` (least error), `"contested"` (used by domain and
-            retain text alike) and `"separable"` (error that its gate lets through).
+        select (`str`, *optional*):
+            What the map ranks nodes by: `"removable"` (the loss decrease that a step there would bring; the default of
+            maps with weight gradients), `"error"` (that of all others), `"square"`, `"coherent"`, `"joint"` (removable,
+            greedily, counting what several nodes would fix alike once), or the controls `"gate"`, `"frequency"` (both
+            need a map) and `"random"` (needs none; at a finer resolution, a map). For spawning, also the donor rules
+            `"lowest"` (least error), `"contested"` (used by domain and retain text alike) and `"separable"` (error that
+            its gate lets through).
         grow (`str`, defaults to `"deepen"`):
             `"deepen"`: located experts are refined for all of their rows. `"spawn"`: each gets a newborn, a clone that
             takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
@@ -136,7 +137,10 @@ class PCGrowConfig(PeftConfig):
 
     error_map: Optional[Any] = field(default=None, metadata={"help": "Error map, or the folder it was saved in."})
     budget: float = field(default=0.12, metadata={"help": "Share of the expert parameters to grow, in (0, 1]."})
-    select: str = field(default="error", metadata={"help": f"What nodes are ranked by: {', '.join(SELECTIONS)}."})
+    select: Optional[str] = field(
+        default=None,
+        metadata={"help": f"What nodes are ranked by: {', '.join(SELECTIONS)}. None: the best that the map can tell."},
+    )
     grow: str = field(default="deepen", metadata={"help": f"What growing does: {', '.join(GROWTHS)}."})
     gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
     protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy kept off, in [0, 1)."})

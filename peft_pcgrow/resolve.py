@@ -38,13 +38,14 @@ def resolve(config: PCGrowConfig, sites: list[experts.ExpertsSite], emap: ErrorM
             "parts=), or select='random'"
         )
     else:
+        config.select = select = config.select or ("removable" if emap is not None and emap.has_parts else "error")
         here = emap.restrict(layers) if emap is not None else None
         follows = here is not None and lineage.follows_newborns(config)
         choice = plan.choose(
             layers,
             experts_at[layers[0]],
             config.budget,
-            config.select,
+            select,
             here,
             config.seed,
             config.gate_fpr,
