@@ -37,8 +37,8 @@ import frontier
 from locate import correlation
 from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
 from peft_pcgrow.compress.form_survey import SELECTIONS
-from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
-from peft_pcgrow.compress.quantize import storage_bytes
+from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
+from peft_pcgrow.packed.quantize import storage_bytes
 
 STUDIES = ("budgets", "predictors", "lifecycle", "adapter", "base", "order")
 UNIFORM = {"int8": 8, "nf4": 4, "3bit": 3, "2bit": 2}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import corpora
 from peft_pcgrow import find_experts
-from peft_pcgrow.gate import RIDGE, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.gates.gate import RIDGE, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
 
 RATES = (0.1, 0.05, 0.01, 0.002)
 # a gate: takes fitting features of domain and retain `[N, S, D]`, gives scores `[N, S]` of features

@@ -32,7 +32,7 @@ from torch import nn
 import compare
 import corpora
 from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
-from peft_pcgrow.settle import LayerStack
+from peft_pcgrow.settling.layer_stack import LayerStack
 
 STUDIES = ("select", "damage", "verdicts", "stability", "hops", "cost")
 # arm: (select, resolution)

@@ -25,7 +25,7 @@ from architectures import build, exact_dtype, moe_architectures, small_config
 from checks import check, check_close, check_same, one_line
 from operations import domain, gradients, language_loss, logits, retain, tokens
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.experts import read_experts
+from peft_pcgrow.architectures.experts import read_experts
 
 KINDS = ("dense", "shared")
 # parameters of what may count as a miniature

@@ -15,7 +15,7 @@ from peft import get_peft_model
 
 import corpora
 from peft_pcgrow import PCGrowConfig, find_lr, measure_errors
-from peft_pcgrow.optimizer import banks_of, update_of
+from peft_pcgrow.training.muon import banks_of, update_of
 
 
 def by_weights(model: torch.nn.Module) -> float:

@@ -3,22 +3,23 @@
 Importing the package registers the method `PCGROW` with PEFT, and checkpoints of packed experts with transformers.
 """
 
-from peft_pcgrow.callback import ErrorMapCallback
-from peft_pcgrow.compress.persist import register_packed
-from peft_pcgrow.config import PCGrowConfig
-from peft_pcgrow.curriculum import order_by_surprisal
-from peft_pcgrow.diagnosis import Diagnosis
-from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.experts import find_experts
-from peft_pcgrow.export import export_flat
-from peft_pcgrow.learning_rate import find_lr
+from peft_pcgrow import compress
+from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.adapter.model import PCGrowModel
+from peft_pcgrow.adapter.model_card import SPELLED_OUT
+from peft_pcgrow.adapter.register import register
+from peft_pcgrow.architectures.find import find_experts
+from peft_pcgrow.export.flat import export_flat
 from peft_pcgrow.locus import Locus
-from peft_pcgrow.measure import measure_errors
-from peft_pcgrow.model import PCGrowModel
-from peft_pcgrow.model_card import SPELLED_OUT
-from peft_pcgrow.optimizer import Muon, create_pcgrow_optimizer
-from peft_pcgrow.register import register
-from peft_pcgrow.sample import sample_text
+from peft_pcgrow.maps.diagnosis import Diagnosis
+from peft_pcgrow.maps.error_map import ErrorMap
+from peft_pcgrow.maps.measure import measure_errors
+from peft_pcgrow.maps.sample import sample_text
+from peft_pcgrow.packed.checkpoint import register_packed
+from peft_pcgrow.training.callback import ErrorMapCallback
+from peft_pcgrow.training.curriculum import order_by_surprisal
+from peft_pcgrow.training.learning_rate import find_lr
+from peft_pcgrow.training.muon import Muon, create_pcgrow_optimizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Muon",
     "PCGrowConfig",
     "PCGrowModel",
+    "compress",
     "create_pcgrow_optimizer",
     "export_flat",
     "find_experts",

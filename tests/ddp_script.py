@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, compress, measure_errors, order_by_surprisal
-from peft_pcgrow.error_map import COUNTERS, SUMS
+from peft_pcgrow.maps.error_map import COUNTERS, SUMS
 from tiny import build, domain, mixed, retain, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}

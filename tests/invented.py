@@ -3,8 +3,8 @@
 import torch
 
 from peft_pcgrow import ErrorMap, Locus
-from peft_pcgrow.gate import RATES
-from peft_pcgrow.separation import Separation
+from peft_pcgrow.gates.gate import RATES
+from peft_pcgrow.gates.separation import Separation
 
 LOCUS = Locus({2: [1, 3], 3: [0]})
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from close import assert_close
 from mlp_models import CASES, grown, made
 from peft_pcgrow import compress
-from peft_pcgrow.compress.forms import Form
+from peft_pcgrow.packed.forms import Form
 from tiny import COMMON, assert_same, dense, domain, logits, retain, snapshot, tokens, train
 
 

@@ -18,10 +18,10 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from close import assert_all_close, assert_close
 from foreign import FOREIGN, LAYERS, foreign, llama4, own_stacks
 from peft_pcgrow import PCGrowConfig, export_flat, find_experts, measure_errors
-from peft_pcgrow.adopted import AdoptedBlock
-from peft_pcgrow.compress.quantize import quantize_experts
-from peft_pcgrow.error_map import SUMS
-from peft_pcgrow.experts import expert_stacks
+from peft_pcgrow.architectures.adopted_experts import AdoptedBlock
+from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.maps.error_map import SUMS
+from peft_pcgrow.packed.quantize import quantize_experts
 from tiny import EXPERTS, assert_same, build, domain, logits, mixed, retain, snapshot, taken, tokens, train
 
 DTYPES = [torch.float32, torch.bfloat16]

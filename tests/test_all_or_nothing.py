@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import peft_pcgrow
-from peft_pcgrow import PCGrowConfig, compress, experts, find_experts
+from peft_pcgrow import PCGrowConfig, compress, find_experts
+from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures import experts
 from peft_pcgrow.atomic import all_or_nothing, completed
-from peft_pcgrow.compress.forms import Form
-from peft_pcgrow.layer import PCGrowExperts
+from peft_pcgrow.packed.forms import Form
 from tiny import LOCUS, build, dense, grown, logits, tokens, train
 
 OURS = str(Path(peft_pcgrow.__file__).parent)

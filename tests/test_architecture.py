@@ -2,144 +2,56 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+import floors
 import peft_pcgrow
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
-# imports go strictly down; within the list of one floor, only to the left
-FLOORS = [
-    ["pcgrow_kernels"],
-    [
-        "atomic",
-        "locus",
-        "energy",
-        "heatmap",
-        "per_thread",
-        "newborns",
-        "conditions",
-        "same_base",
-        "gate",
-        "protect",
-        "handover",
-        "model_parts",
-        "lifecycle",
-        "page",
-        "stack_view",
-        "pieces",
-        "corpus",
-        "plain_weight",
-        "setting",
-    ],
-    ["map_check", "seal", "diagnosis", "recompute", "staging", "say", "borders", "node_weights"],
-    ["map_file", "separation", "relax", "removable", "page_html", "node_table", "batches"],
-    ["error_map", "carry", "inner_outputs"],
-    ["tape"],
-    ["settle", "plan", "processes", "adopted"],
-    ["adopt", "adopted_moe"],
-    ["experts", "sequence", "compress.codec", "compress.grouped", "compress.thin", "compress.allocate"],
-    ["rows", "flat", "parts", "bank", "identity", "compress.forms", "compress.packed_seal"],
-    ["deepen", "spawn", "sample", "contrast", "compress.packed"],
-    ["probe", "resume", "compress.persist"],
-    ["measure", "compress.quantize"],
-    ["compress.calibrate"],
-    ["compress.candidates", "compress.skip", "compress.compression_plan"],
-    ["compress.form_survey", "compress.apply_plan"],
-    [
-        "register",
-        "lora_beside",
-        "model_card",
-        "config",
-        "birth",
-        "given",
-        "mixed_batch",
-        "sealed_layer",
-        "merged",
-        "layer",
-        "gated_lora",
-        "whole_steps",
-        "adapter_file",
-        "what_trains",
-        "text_hooks",
-        "curriculum",
-        "without_rows",
-        "guard",
-        "lineage",
-        "resolve",
-        "model",
-    ],
-    [
-        "optimizer",
-        "learning_rate",
-        "export",
-        "compress.plain",
-        "callback",
-        "compress.moments",
-        "compress.shrink",
-        "__init__",
-    ],
-]
-# what a floor may know of the world outside, by the lowest floor that may
-OUTSIDE = {"transformers": 4, "peft": 11, "accelerate": 12, "bitsandbytes": 8}
-ORDERED = 11
-LINES = 400
-TOTAL = 17400
+LINES = 401
+TOTAL = 17500
+# a breach of each kind: file, text to find there (None: a new file), and what stands there instead
+BREACHES = {
+    "peft in maps": ("maps/measure.py", "import torch\n", "import peft\nimport torch\n"),
+    "transformers in settling": ("settling/layer_stack.py", "import torch\n", "import torch\nimport transformers\n"),
+    "an import inside a function": ("gates/gate.py", None, "def f():\n    from peft import PeftModel\n"),
+    "upward": ("gates/gate.py", None, "from peft_pcgrow.maps import measure\n"),
+    "upward, a name": ("settling/relax.py", None, "from peft_pcgrow.adapter.layer import PCGrowExperts\n"),
+    "upward, the package": ("locus.py", None, "from peft_pcgrow import ErrorMap\n"),
+    "a circle": ("locus.py", None, "from peft_pcgrow import say\n"),
+    "a room without a floor": ("cellar/wine.py", None, "import torch\n"),
+    "a new public name": ("__init__.py", '    "Diagnosis",\n', '    "Diagnosis",\n    "Locus2",\n'),
+    "a removed public name": ("__init__.py", '    "sample_text",\n', ""),
+    "a public name not imported": ("__init__.py", "from peft_pcgrow.maps.sample import sample_text\n", ""),
+}
 
 
-def floor_of(name: str) -> int:
-    return next(i for i, names in enumerate(FLOORS) if name in names)
+def test_floors_and_public_names():
+    assert floors.problems(PACKAGE) == []
+    assert floors.kernels(KERNELS) == []
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level packages, and modules of ours, that a file imports anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
-            module = node.module or ""
-            package = module in ("peft_pcgrow", "peft_pcgrow.compress")
-            names = [f"{module}.{a.name}" for a in node.names] if package else [module]
-        else:
-            continue
-        for name in names:
-            top, *rest = name.split(".")
-            depth = 2 if rest[:1] == ["compress"] else 1
-            found.add(".".join(rest[:depth]) if top == "peft_pcgrow" and rest else top)
-    return found
-
-
-def named(path: Path) -> str:
-    """A module's name in `FLOORS`."""
-    return f"compress.{path.stem}" if path.parent.name == "compress" else path.stem
-
-
-def test_imports_go_down():
-    paths = [*PACKAGE.glob("*.py"), *(PACKAGE / "compress").glob("[!_]*.py")]
-    names = {named(path) for path in paths} | {"pcgrow_kernels"}
-    assert names == {name for floor in FLOORS for name in floor}, "a module has no floor, or a floor no module"
-    wrong = []
-    for path in paths:
-        mine = floor_of(named(path))
-        for name in imported(path) & names:
-            theirs = floor_of(name)
-            row = FLOORS[mine]
-            to_the_left = theirs == mine and mine >= ORDERED and row.index(name) < row.index(named(path))
-            if not (theirs < mine or to_the_left):
-                wrong.append(f"{named(path)} (floor {mine}) imports {name} (floor {theirs})")
-        for name, lowest in OUTSIDE.items():
-            if name in imported(path) and mine < lowest:
-                wrong.append(f"{named(path)} (floor {mine}) imports {name}, which only floor {lowest} and up may know")
-    for path in KERNELS.glob("*.py"):
-        extra = imported(path) - {"torch", "triton", "pcgrow_kernels"} - set(sys.stdlib_module_names)
-        if extra:
-            wrong.append(f"kernel file {path.name} imports {extra}")
-    assert not wrong, wrong
+@pytest.mark.parametrize("breach", BREACHES)
+def test_floors_guard(breach, tmp_path):
+    """Each kind of breach, planted in a copy, is found."""
+    package = tmp_path / "peft_pcgrow"
+    shutil.copytree(PACKAGE, package)
+    name, old, new = BREACHES[breach]
+    if breach == "a circle":
+        (package / "say.py").write_text("from peft_pcgrow import locus\n" + (package / "say.py").read_text())
+    path = package / name
+    path.parent.mkdir(exist_ok=True)
+    source = path.read_text() if path.exists() else ""
+    assert old is None or source.count(old) == 1
+    path.write_text(source.replace(old, new) if old else new + source.replace("from __future__ import annotations", ""))
+    assert floors.problems(package), breach
 
 
 def test_tensors_are_made_on_a_device():
@@ -161,8 +73,7 @@ def test_folder_kernels_shadows_nothing():
     assert not [root for root in roots if (root / "__init__.py").exists()]
 
 
-def test_public_names():
-    assert len(peft_pcgrow.__all__) <= 14
+def test_public_names_are_documented():
     assert all(getattr(peft_pcgrow, name).__doc__ for name in peft_pcgrow.__all__)
 
 
@@ -184,7 +95,7 @@ def test_importing_registers_and_costs_little():
     code = (
         "import sys, peft_pcgrow, importlib, peft;"
         "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m;"
-        "from peft_pcgrow.register import register;"
+        "from peft_pcgrow.adapter.register import register;"
         "register(peft_pcgrow.PCGrowConfig, peft_pcgrow.PCGrowModel);"
         "assert m[peft.PeftType('PCGROW')] is peft_pcgrow.PCGrowModel;"
         "assert list(peft.PeftType).count('PCGROW') == 1;"

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from close import assert_all_close
 from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
-from peft_pcgrow.compress.forms import Form, form_bytes
-from peft_pcgrow.compress.quantize import BITS, quantize_experts
-from peft_pcgrow.experts import expert_stacks, is_packed
+from peft_pcgrow.architectures.experts import expert_stacks, is_packed
+from peft_pcgrow.packed.forms import Form, form_bytes
+from peft_pcgrow.packed.quantize import BITS, quantize_experts
 from test_parts import PARTS, config
 from tiny import (
     ARCHITECTURES,

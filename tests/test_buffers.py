@@ -92,7 +92,7 @@ def test_buffers_are_those_of_the_forward(kind, settle):
 @pytest.mark.parametrize("when", ["in the forward", "between"])
 def test_large_buffers_that_are_written_to_are_refused(when, monkeypatch):
     """No copy is kept of them."""
-    monkeypatch.setattr("peft_pcgrow.conditions.SMALL", 4)
+    monkeypatch.setattr("peft_pcgrow.settling.conditions.SMALL", 4)
     model = grown(name="deepseek_v3").train()
     if when == "in the forward":
         balanced(model)

@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, measure_errors
-from peft_pcgrow.error_map import SUMS
+from peft_pcgrow.maps.error_map import SUMS
 from test_trainer import LOCUS, fit, grow, logged, rows, sft
 from tiny import assert_same, build, snapshot, tokens
 
@@ -247,7 +247,7 @@ class Clock(TrainerCallback):
 def test_stretched_interval(tmp_path, monkeypatch, caplog):
     """By hand: share 0/10, 2/22, 4/34 (skip), 4/44, 6/56 (skip), 6/66."""
     clock = Clock()
-    monkeypatch.setattr("peft_pcgrow.callback.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("peft_pcgrow.training.callback.time", SimpleNamespace(perf_counter=lambda: clock.now))
     callback = watch(clock.batches, every=1, max_share=0.1, at_start=False)
     with caplog.at_level(logging.INFO, logger="peft_pcgrow"):
         trainer = fit(build(), tmp_path, callbacks=[clock, callback])

@@ -15,13 +15,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from close import assert_close
+from pcgrow_kernels import lowbit
 from peft_pcgrow import compress, find_experts
-from peft_pcgrow.compress import codec
+from peft_pcgrow.architectures.experts import expert_stacks, first_matrix, is_packed, matrices, neuron_places
+from peft_pcgrow.architectures.fingerprint import describe_base
 from peft_pcgrow.compress.candidates import candidates
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
-from peft_pcgrow.experts import expert_stacks, first_matrix, is_packed, matrices, neuron_places
-from peft_pcgrow.identity import describe_base
+from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from test_compress_plan import state_of
 from tiny import ARCHITECTURES, EXPERTS, assert_same, build, grown, logits, retain, snapshot, tokens, train
 
@@ -63,7 +63,7 @@ def stored(model: nn.Module) -> int:
 
 def staged(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     """A dense copy with the same experts: each form made alone, neurons that are gone silenced where they stood."""
-    whole, half = copy.deepcopy(model), codec.half_of(model.dtype)
+    whole, half = copy.deepcopy(model), lowbit.half_of(model.dtype)
     forms = plan.forms()
     for site in find_experts(whole).sites:
         base = site.base
@@ -85,7 +85,7 @@ def staged(model: nn.Module, plan: CompressionPlan) -> nn.Module:
                 elif form.neurons:
                     columns = made.kept[form][expert]
                 data = made.data[form][name][expert]
-                found = codec.decode(data, len(rows), len(columns), form.width, form.sparsity, stack.dtype, half)
+                found = lowbit.decode(data, len(rows), len(columns), form.width, form.sparsity, stack.dtype, half)
                 if name == "down_proj":
                     matrix[:] = 0
                 matrix[rows[:, None], columns] = found
@@ -371,7 +371,7 @@ import sys
 sys.modules["bitsandbytes"] = None
 import torch
 from peft_pcgrow import compress
-from peft_pcgrow.compress.codec import bitsandbytes_kernels
+from pcgrow_kernels.lowbit import bitsandbytes_kernels
 from tiny import build, tokens
 assert bitsandbytes_kernels() is None
 model = build("qwen3_moe", torch.bfloat16)

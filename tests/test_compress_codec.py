@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from close import assert_close
-from peft_pcgrow.compress import codec
+from pcgrow_kernels import lowbit
 
 # no multiple of a block, of a byte, of sixteen bytes
 SHAPES = [(1, 1), (3, 5), (7, 12), (16, 32), (5, 64), (33, 65), (48, 100)]
@@ -37,16 +37,16 @@ def bits(data: Tensor, width: int, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("width", codec.WIDTHS)
+@pytest.mark.parametrize("width", lowbit.WIDTHS)
 def test_sizes_and_levels(width, shape):
     """As many bytes as said, read back as the nearest levels of the scales that are stored."""
     outputs, inputs = shape
     weights, count = drawn(3, *shape), outputs * inputs
-    data = codec.encode(weights, width)
+    data = lowbit.encode(weights, width)
     assert data.dtype == torch.uint8
-    assert data.shape == (3, codec.size(*shape, width))
+    assert data.shape == (3, lowbit.size(*shape, width))
     for one, row in zip(weights, data, strict=True):
-        found = codec.decode(row, *shape, width)
+        found = lowbit.decode(row, *shape, width)
         if width == 16:
             assert torch.equal(found, one.bfloat16())
             continue
@@ -57,7 +57,7 @@ def test_sizes_and_levels(width, shape):
             levels, spread = torch.arange(-127, 128).double() / 127, scales[:outputs, None].expand(shape).reshape(-1)
             codes = (codes + 128) % 256 - 1
         else:
-            levels, spread = codec.levels(width).double(), scales.repeat_interleave(64)[:count]
+            levels, spread = lowbit.levels(width).double(), scales.repeat_interleave(64)[:count]
         assert_close("read back", found.reshape(-1), levels[codes] * spread, "fp32")
         nearest = (one.double().reshape(-1, 1) / spread[:, None] - levels).abs().amin(1)
         chosen = (one.double().reshape(-1) / spread - levels[codes]).abs()
@@ -70,16 +70,16 @@ def test_sizes_and_levels(width, shape):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 4), (3, 12), (16, 32), (33, 100)])
-@pytest.mark.parametrize("sparsity", codec.SPARSITIES)
+@pytest.mark.parametrize("sparsity", lowbit.SPARSITIES)
 def test_sparse(sparsity, shape, half):
     """Half of the weights, the largest ones of the matrix or of each four, with their own bits."""
     weights = drawn(2, *shape).to(half).float()
-    data = codec.encode(weights, 16, sparsity, half=half)
+    data = lowbit.encode(weights, 16, sparsity, half=half)
     count = shape[0] * shape[1]
-    assert data.shape == (2, codec.size(*shape, 16, sparsity))
+    assert data.shape == (2, lowbit.size(*shape, 16, sparsity))
     assert data.shape[1] == sixteens(count // 2 * 2) + sixteens(-(-count // 8))
     for one, row in zip(weights, data, strict=True):
-        found = codec.decode(row, *shape, 16, sparsity, torch.float32, half)
+        found = lowbit.decode(row, *shape, 16, sparsity, torch.float32, half)
         assert torch.equal(found, torch.where(found.ne(0), one, 0.0))
         kept, size = [each.reshape((1, -1) if sparsity == "half" else (-1, 4)) for each in (found.ne(0), one.abs())]
         assert bool((kept.sum(1) == kept.shape[1] // 2).all())
@@ -90,77 +90,77 @@ def test_sparse(sparsity, shape, half):
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1)])
 def test_half_of_an_odd_number(shape):
-    found = codec.rounded(drawn(1, *shape), 16, "half")
+    found = lowbit.rounded(drawn(1, *shape), 16, "half")
     assert int(found.ne(0).sum()) == shape[0] * shape[1] // 2
 
 
 def test_fours_are_needed():
     with pytest.raises(ValueError, match="inputs in fours; got 6"):
-        codec.encode(drawn(1, 4, 6), 16, "2:4")
+        lowbit.encode(drawn(1, 4, 6), 16, "2:4")
 
 
 def test_sparse_mask_weighs_inputs():
     """By size times the norm of the input: of weights that are alike, those of the loud inputs stay."""
     loud = torch.tensor([1.0, 10.0, 10.0, 1.0] * 4)
     moment = torch.diag(loud.square())[None]
-    for sparsity in codec.SPARSITIES:
-        found = codec.rounded(drawn(1, 8, 16).sign(), 16, sparsity, moment)
+    for sparsity in lowbit.SPARSITIES:
+        found = lowbit.rounded(drawn(1, 8, 16).sign(), 16, sparsity, moment)
         assert torch.equal(found[0].ne(0), loud.gt(5).expand(8, 16))
 
 
-@pytest.mark.parametrize(("width", "sparsity"), [*((w, None) for w in codec.WIDTHS), (16, "half"), (16, "2:4")])
+@pytest.mark.parametrize(("width", "sparsity"), [*((w, None) for w in lowbit.WIDTHS), (16, "half"), (16, "2:4")])
 def test_strides_do_not_matter(width, sparsity):
     """Transposed stacks are read as views."""
     weights, moment = drawn(2, 16, 24), torch.eye(16)[None].repeat(2, 1, 1)
     for second in (None, moment):
-        turned = codec.encode(weights.mT, width, sparsity, second)
-        assert torch.equal(turned, codec.encode(weights.mT.contiguous(), width, sparsity, second))
+        turned = lowbit.encode(weights.mT, width, sparsity, second)
+        assert torch.equal(turned, lowbit.encode(weights.mT.contiguous(), width, sparsity, second))
 
 
 def test_codes_are_those_of_bitsandbytes():
     """Equal scales, equal bytes: blocks near the levels, whose largest weight is the best scale."""
     kernels = pytest.importorskip("bitsandbytes.functional")
-    table = codec.levels(4)
+    table = lowbit.levels(4)
     generator = torch.Generator().manual_seed(0)
     place = torch.randint(0, 16, (40, 64), generator=generator)
     # less than half of the smallest gap between two levels
     weights = table[place] + 0.06 * (torch.rand(40, 64, generator=generator) - 0.5)
     weights[:, 7] = 1.0
     weights = weights.clamp(-1, 1) * drawn(40, 1).abs().bfloat16().float()
-    data = codec.encode(weights.view(1, 40, 64), 4)[0]
+    data = lowbit.encode(weights.view(1, 40, 64), 4)[0]
     codes, state = kernels.quantize_4bit(weights.view(-1), blocksize=64, quant_type="nf4")
     assert torch.equal(state.absmax, data[40 * 32 :].view(torch.bfloat16)[:40].float())
     assert torch.equal(data[: 40 * 32], codes.view(-1))
-    assert_close("values", codec.decode(data, 40, 64, 4), kernels.dequantize_4bit(codes, state).view(40, 64), "fp32")
+    assert_close("values", lowbit.decode(data, 40, 64, 4), kernels.dequantize_4bit(codes, state).view(40, 64), "fp32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", codec.WIDTHS)
+@pytest.mark.parametrize("width", lowbit.WIDTHS)
 def test_read_in_a_type_is_one_rounding(width, dtype):
-    data = codec.encode(drawn(1, 24, 64), width)[0]
-    assert torch.equal(codec.decode(data, 24, 64, width, dtype=dtype), codec.decode(data, 24, 64, width).to(dtype))
+    data = lowbit.encode(drawn(1, 24, 64), width)[0]
+    assert torch.equal(lowbit.decode(data, 24, 64, width, dtype=dtype), lowbit.decode(data, 24, 64, width).to(dtype))
 
 
-@pytest.mark.parametrize("width", codec.WIDTHS)
+@pytest.mark.parametrize("width", lowbit.WIDTHS)
 def test_zeros_stay_zeros(width):
     # 3 and 2 bits have no level of zero, but a scale that is next to nothing
-    assert float(codec.rounded(torch.zeros(2, 5, 70), width).abs().max()) < (1e-29 if width in (3, 2) else 1e-45)
+    assert float(lowbit.rounded(torch.zeros(2, 5, 70), width).abs().max()) < (1e-29 if width in (3, 2) else 1e-45)
     if width == 4:
-        assert torch.equal(codec.encode(torch.zeros(1, 1, 64), 4)[0][:32], torch.full((32,), 0x77, dtype=torch.uint8))
+        assert torch.equal(lowbit.encode(torch.zeros(1, 1, 64), 4)[0][:32], torch.full((32,), 0x77, dtype=torch.uint8))
 
 
 def test_16_bits_are_the_types_own():
     weights = drawn(1, 9, 11).half()
-    data = codec.encode(weights, 16, half=codec.half_of(weights.dtype))[0]
-    assert torch.equal(codec.decode(data, 9, 11, 16, half=torch.float16), weights[0])
-    assert [codec.half_of(dtype) for dtype in (torch.bfloat16, torch.float32)] == [torch.bfloat16] * 2
+    data = lowbit.encode(weights, 16, half=lowbit.half_of(weights.dtype))[0]
+    assert torch.equal(lowbit.decode(data, 9, 11, 16, half=torch.float16), weights[0])
+    assert [lowbit.half_of(dtype) for dtype in (torch.bfloat16, torch.float32)] == [torch.bfloat16] * 2
 
 
 def obq(weights: Tensor, moment: Tensor, stored) -> Tensor:
     """Optimal Brain Quantization in the order of the inputs, in fp64, the inverse taken anew for what is left:
     `stored(column, i)` is what becomes of an input's weights."""
     weights, inputs = weights.double().clone(), len(moment)
-    damped = moment.double() + codec.DAMP * moment.double().diagonal().mean() * torch.eye(inputs).double()
+    damped = moment.double() + lowbit.DAMP * moment.double().diagonal().mean() * torch.eye(inputs).double()
     for i in range(inputs):
         inverse = torch.linalg.inv(damped[i:, i:])
         kept = stored(weights[:, i].clone(), i)
@@ -177,22 +177,22 @@ def test_compensated_rounding_is_optimal_brain_quantization(inputs, width):
     weights, x = drawn(1, 6, inputs), correlated(300, inputs)
     moment = x.mT @ x
     count = 6 * inputs
-    data = codec.encode(weights, width, moment=moment[None])[0]
+    data = lowbit.encode(weights, width, moment=moment[None])[0]
     scales = data[sixteens(-(-count * width // 8)) :].view(torch.bfloat16).double()
     spread = scales[:6, None].expand(6, inputs) if width == 8 else scales.repeat_interleave(64)[:count].view(6, inputs)
-    levels = torch.arange(-127, 128).double() / 127 if width == 8 else codec.levels(width).double()
+    levels = torch.arange(-127, 128).double() / 127 if width == 8 else lowbit.levels(width).double()
 
     def nearest(column: Tensor, i: int) -> Tensor:
         return levels[(column[:, None] / spread[:, i, None] - levels).abs().argmin(1)] * spread[:, i]
 
-    assert_close("weights", codec.decode(data, 6, inputs, width), obq(weights[0], moment, nearest), "fp32")
+    assert_close("weights", lowbit.decode(data, 6, inputs, width), obq(weights[0], moment, nearest), "fp32")
 
 
-@pytest.mark.parametrize("sparsity", codec.SPARSITIES)
+@pytest.mark.parametrize("sparsity", lowbit.SPARSITIES)
 def test_compensated_pruning_is_optimal_brain_surgery(sparsity):
     weights, x = drawn(1, 6, 72), correlated(300, 72)
     moment = x.mT @ x
-    found = codec.rounded(weights, 16, sparsity, moment[None])[0]
+    found = lowbit.rounded(weights, 16, sparsity, moment[None])[0]
     mask = found.ne(0)
     want = obq(weights[0], moment, lambda column, i: torch.where(mask[:, i], column, 0.0))
     # stored in bf16
@@ -204,7 +204,7 @@ def test_compensation_lowers_the_error_of_the_outputs(width, sparsity):
     weights, x = drawn(4, 24, 64), torch.stack([correlated(500, 64, seed) for seed in range(4)])
     moment = x.mT @ x
     error = {
-        name: ((codec.rounded(weights, width, sparsity, given) - weights).double() @ x.mT).square().sum((1, 2))
+        name: ((lowbit.rounded(weights, width, sparsity, given) - weights).double() @ x.mT).square().sum((1, 2))
         for name, given in (("plain", None), ("compensated", moment))
     }
     assert bool((error["compensated"] < (0.5 if sparsity is None else 0.7) * error["plain"]).all())
@@ -214,14 +214,14 @@ def test_compensation_lowers_the_error_of_the_outputs(width, sparsity):
 def test_uncorrelated_inputs_have_nothing_to_make_up(width):
     weights = drawn(2, 8, 64)
     moment = torch.diag_embed(drawn(2, 64).abs() + 0.1)
-    assert torch.equal(codec.encode(weights, width, moment=moment), codec.encode(weights, width))
+    assert torch.equal(lowbit.encode(weights, width, moment=moment), lowbit.encode(weights, width))
     # no text: the plain answer
-    assert torch.equal(codec.encode(weights, width, moment=torch.zeros(2, 64, 64)), codec.encode(weights, width))
+    assert torch.equal(lowbit.encode(weights, width, moment=torch.zeros(2, 64, 64)), lowbit.encode(weights, width))
 
 
 def test_fewer_bits_more_error():
     weights = drawn(1, 64, 64)
-    errors = [float((codec.rounded(weights, width) - weights).square().mean()) for width in codec.WIDTHS]
+    errors = [float((lowbit.rounded(weights, width) - weights).square().mean()) for width in lowbit.WIDTHS]
     assert errors == sorted(errors)
     # Max (1960): a Gaussian in 4 and 8 levels, with a scale for all; those of 64 weights are a little coarser
     assert errors[4] < 1.25 * 0.1175

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress.forms import Form
-from peft_pcgrow.compress.persist import note_packing
-from peft_pcgrow.compress.plain import export_plain
-from peft_pcgrow.experts import expert_stacks, intermediate_size
-from peft_pcgrow.flat import COUNTS
+from peft_pcgrow.architectures.experts import expert_stacks, intermediate_size
+from peft_pcgrow.architectures.router_capacity import COUNTS
+from peft_pcgrow.export.plain import export_plain
+from peft_pcgrow.packed.checkpoint import note_packing
+from peft_pcgrow.packed.forms import Form
 from test_packed import FORMS, packed
 from tiny import ARCHITECTURES, EXPERTS, LOCUS, assert_same, build, dense, logits, snapshot, tokens
 

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from close import assert_close
-from peft_pcgrow import batches, compress, find_experts, measure_errors
-from peft_pcgrow.compress import codec
+from pcgrow_kernels import lowbit
+from peft_pcgrow import compress, find_experts, measure_errors
+from peft_pcgrow.architectures.experts import expert_stacks, first_matrix, matrices, neuron_places
+from peft_pcgrow.architectures.fingerprint import describe_base
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan
-from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.compress.skip import skip_damage
-from peft_pcgrow.experts import expert_stacks, first_matrix, matrices, neuron_places
-from peft_pcgrow.identity import describe_base
+from peft_pcgrow.maps import batches
+from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.say import ends
 from tiny import ARCHITECTURES, EXPERTS, HIDDEN, assert_same, build, domain, grown, retain, snapshot, tokens
 
@@ -140,7 +141,7 @@ def written(base: nn.Module, data: dict[str, list[Tensor]], form: Form, kept: Te
             rows = neuron_places(base, name, kept)[1]
         elif form.neurons is not None:
             columns = kept
-        matrix = codec.decode(data[name][expert], len(rows), len(columns), form.width, form.sparsity, torch.float32)
+        matrix = lowbit.decode(data[name][expert], len(rows), len(columns), form.width, form.sparsity, torch.float32)
         # a view: of what neurons do that are gone, nothing comes out
         if name == "down_proj":
             whole[:] = 0

@@ -15,10 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress.forms import Form
-from peft_pcgrow.compress.packed import PREFIX
-from peft_pcgrow.compress.packed_seal import facts_digest
-from peft_pcgrow.compress.persist import (
+from peft_pcgrow.architectures.experts import is_packed, is_quantized
+from peft_pcgrow.packed.checkpoint import (
     VERSION,
     PackedQuantizer,
     note_packing,
@@ -26,7 +24,9 @@ from peft_pcgrow.compress.persist import (
     register_packed,
     write_forms,
 )
-from peft_pcgrow.experts import is_packed, is_quantized
+from peft_pcgrow.packed.forms import Form
+from peft_pcgrow.packed.packed_experts import PREFIX
+from peft_pcgrow.packed.packed_seal import facts_digest
 from test_packed import FORMS, packed
 from tiny import ARCHITECTURES, EXPERTS, LOCUS, assert_same, build, logits, needs_native, snapshot, tokens, train
 

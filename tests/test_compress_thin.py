@@ -8,8 +8,8 @@ from torch import Tensor
 
 from close import assert_close
 from peft_pcgrow.compress.allocate import allocate
-from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.thin import RIDGE, compensated, elimination_order
+from peft_pcgrow.packed.forms import Form
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, ErrorMapCallback, measure_errors, order_by_surprisal, sample_text
-from peft_pcgrow.batches import read_batches
-from peft_pcgrow.corpus import read_corpus
-from peft_pcgrow.error_map import SUMS
+from peft_pcgrow.maps.batches import read_batches
+from peft_pcgrow.maps.corpus import read_corpus
+from peft_pcgrow.maps.error_map import SUMS
 from tiny import VOCABULARY, build, tokens
 
 LENGTHS = (5, 12, 3, 9, 12, 7, 4, 11, 8, 6)

@@ -5,9 +5,9 @@ import torch
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, Locus
-from peft_pcgrow.gate import RATES
-from peft_pcgrow.plan import choose
-from peft_pcgrow.separation import Separation
+from peft_pcgrow.gates.gate import RATES
+from peft_pcgrow.gates.separation import Separation
+from peft_pcgrow.locate.budget import choose
 
 
 def constructed(domain_rows, retain_rows, recall=None):

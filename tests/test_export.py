@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, PCGrowConfig, export_flat, find_experts, measure_errors
-from peft_pcgrow.export import CLIP, RIDGE, FlatReport
-from peft_pcgrow.flat import COUNTS
+from peft_pcgrow.architectures.router_capacity import COUNTS
+from peft_pcgrow.export.flat import CLIP, RIDGE, FlatReport
 from test_bad_input import facts
 from tiny import (
     EXPERTS,

@@ -8,10 +8,10 @@ from peft import get_peft_model
 
 from peft_pcgrow import Locus, PCGrowConfig
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.forms import Form
-from peft_pcgrow.heatmap import draw
+from peft_pcgrow.locate.decide import Decision, report
+from peft_pcgrow.maps.heatmap import draw
+from peft_pcgrow.packed.forms import Form
 from peft_pcgrow.say import ends
-from peft_pcgrow.spawn import Decision, report
 from tiny import build, contrast
 
 VERDICT = (

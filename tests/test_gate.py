@@ -8,7 +8,7 @@ from torch.distributions import Normal
 from torch.nn.functional import cosine_similarity, pad
 
 from close import assert_close
-from peft_pcgrow.gate import (
+from peft_pcgrow.gates.gate import (
     LEAST_BETWEEN,
     RATES,
     RIDGE,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from close import assert_all_close, assert_close
 from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, export_flat, measure_errors
-from peft_pcgrow.gate import RATES
+from peft_pcgrow.gates.gate import RATES
 from test_bad_input import refused
 from tiny import (
     LOCUS,

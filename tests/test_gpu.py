@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.error_map import SUMS
+from peft_pcgrow.maps.error_map import SUMS
 from tiny import build, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

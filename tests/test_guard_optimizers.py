@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig
-from peft_pcgrow.guard import PATIENCE
+from peft_pcgrow.adapter.training_guard import PATIENCE
 from test_guard import grow, loss_of, trainable
 from tiny import assert_same, build, domain, grown, snapshot, spawned, spawning
 

@@ -11,8 +11,8 @@ from peft import get_peft_model
 import architectures
 from close import assert_all_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.handover import swap, tensors, written
-from peft_pcgrow.tape import Tape
+from peft_pcgrow.settling.side_tensors import swap, tensors, written
+from peft_pcgrow.settling.tape import Tape
 from tiny import build, tokens, trainable
 
 

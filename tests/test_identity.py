@@ -7,9 +7,9 @@ import torch
 from peft import get_peft_model
 
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.experts import expert_stacks
-from peft_pcgrow.identity import SAMPLES, describe_base
-from peft_pcgrow.same_base import difference
+from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.architectures.fingerprint import SAMPLES, describe_base
+from peft_pcgrow.architectures.same_base import difference
 from tiny import ARCHITECTURES, LOCUS, build, dense, tokens, train
 
 

@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_kernels_available
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, compress, find_experts
-from peft_pcgrow.experts import expert_stacks
+from peft_pcgrow.architectures.experts import expert_stacks
 from test_spawn import any_taken
 from test_spawn import trained as spawn_trained
 from tiny import (

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_lr
-from peft_pcgrow.learning_rate import FIRST, SHARE, TRIES, best_step
+from peft_pcgrow.training.learning_rate import FIRST, SHARE, TRIES, best_step
 from tiny import LOCUS, build, domain, grown, snapshot, spawned
 
 EMBEDDED = Path(__file__).parent.parent / "examples" / "embedded-moe"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from invented import made
 from peft_pcgrow import ErrorMap, measure_errors
-from peft_pcgrow.map_file import FILE, write
+from peft_pcgrow.maps.map_file import FILE, write
 from test_bad_input import grow, refused
 from tiny import build, contrast, tokens
 

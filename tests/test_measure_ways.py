@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, find_experts, measure_errors
-from peft_pcgrow.error_map import FOLDS, OPTIONAL, SUMS
+from peft_pcgrow.maps.error_map import FOLDS, OPTIONAL, SUMS
 from tiny import ARCHITECTURES, PAD, build, retain, tokens
 
 

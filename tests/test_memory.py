@@ -23,8 +23,8 @@ from transformers.masking_utils import flex_attention_mask, sliding_window_causa
 
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, measure_errors
-from peft_pcgrow.borders import Told
-from peft_pcgrow.sequence import Sequence
+from peft_pcgrow.gates.text_borders import Told
+from peft_pcgrow.gates.text_position import Sequence
 from test_generation import CACHES, TOLERANCE, grown, stepwise
 from test_packing import additive, block, numbers, places
 from tiny import PAD, build, domain, logits, mixed, retain, taken, train

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, Locus, find_experts, measure_errors
-from peft_pcgrow.error_map import SUMS
-from peft_pcgrow.experts import expert_stacks
+from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.maps.error_map import SUMS
 from tiny import LOCUS, build, domain, gate_passes, mixed, retain, spawned, train
 
 NODES = tuple((layer, donor, "default") for layer, donors in LOCUS.items() for donor in donors)

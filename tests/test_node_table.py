@@ -10,8 +10,8 @@ import torch
 from close import assert_close
 from invented import made
 from peft_pcgrow import Locus
-from peft_pcgrow.gate import at_rate
-from peft_pcgrow.lifecycle import STAGES
+from peft_pcgrow.gates.gate import at_rate
+from peft_pcgrow.maps.lifecycle import STAGES
 
 # per node: rows and error per row before, rows and error per row now, whether located, and its stage. The mean error
 # per row before is near 1 and the mean error now near 10, so that above 20 is heavy

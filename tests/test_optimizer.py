@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model
 
 from close import assert_close
+from pcgrow_kernels.orthogonalize import orthogonalize
 from peft_pcgrow import Muon, PCGrowConfig, create_pcgrow_optimizer
-from peft_pcgrow.optimizer import orthogonalize
 from tiny import build, tokens
 
 

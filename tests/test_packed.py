@@ -8,11 +8,11 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from close import assert_all_close, assert_close
+from pcgrow_kernels import lowbit
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.forms import WHOLE, Form, form_bytes, matrix_shape
-from peft_pcgrow.compress.packed import pack
-from peft_pcgrow.experts import expert_stacks, matrices
+from peft_pcgrow.architectures.experts import expert_stacks, matrices
+from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes, matrix_shape
+from peft_pcgrow.packed.packed_experts import pack
 from tiny import ARCHITECTURES, EXPERTS, LOCUS, backward, build, logits, tokens, train
 
 FORMS = [Form(), Form(8), Form(4), Form(3), Form(2), Form(neurons=8), Form(4, neurons=8), Form(neurons=0)]
@@ -37,7 +37,7 @@ def packed(model: nn.Module, forms=FORMS, layers=None) -> nn.Module:
                 if form.neurons is not None and stack != "down_proj" and site.base.is_concatenated:
                     half = len(matrix) // 2
                     matrix = torch.cat([matrix[: form.neurons], matrix[half : half + form.neurons]])
-                data[stack] += codec.encode(matrix[None, :outputs, :inputs], form.width, form.sparsity)
+                data[stack] += lowbit.encode(matrix[None, :outputs, :inputs], form.width, form.sparsity)
         pack(site.base, forms, data)
     return model
 

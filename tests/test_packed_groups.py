@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
 from close import assert_all_close, assert_close
+from pcgrow_kernels import lowbit
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress import codec, packed
-from peft_pcgrow.compress.forms import Form
-from peft_pcgrow.compress.quantize import quantize_experts
-from peft_pcgrow.experts import expert_stacks
+from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.packed import packed_experts
+from peft_pcgrow.packed.forms import Form
+from peft_pcgrow.packed.quantize import quantize_experts
 from test_packed import FORMS
 from test_packed import packed as pack_model
 from tiny import ARCHITECTURES, LOCUS, build, domain, logits, mixed, spawned, tokens
@@ -59,16 +60,16 @@ def routed(rows: int = 40, choices: int = 3) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("width", "sparsity"), BITS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 def test_several_matrices_are_decoded_as_one_is(dtype, width, sparsity, shape):
-    data = codec.encode(torch.randn(5, *shape), width, sparsity)
-    one_by_one = torch.stack([codec.decode(row, *shape, width, sparsity, dtype) for row in data])
-    assert torch.equal(codec.decode(data, *shape, width, sparsity, dtype), one_by_one)
+    data = lowbit.encode(torch.randn(5, *shape), width, sparsity)
+    one_by_one = torch.stack([lowbit.decode(row, *shape, width, sparsity, dtype) for row in data])
+    assert torch.equal(lowbit.decode(data, *shape, width, sparsity, dtype), one_by_one)
 
 
 @pytest.mark.parametrize("sparsity", ["half", "2:4"])
 def test_sparse_matrices(sparsity):
     """What is kept has its own bits and place, the rest is zero; by the masks that fours or halves have."""
     weights = torch.randn(3, 6, 20).bfloat16().float()
-    found = codec.rounded(weights, 16, sparsity)
+    found = lowbit.rounded(weights, 16, sparsity)
     kept = found != 0
     assert torch.equal(found, torch.where(kept, weights, 0.0))
     groups = kept.view(3, -1, 4) if sparsity == "2:4" else kept.view(3, 1, -1)
@@ -87,9 +88,9 @@ def test_norms_biases_sentinels_and_no_gate():
         for whole, form in zip(expert_stacks(module)[name].detach(), FORMS, strict=True):
             left = NEURONS if form.neurons is None else form.neurons
             cut = whole[:, :left] if name == "down_proj" else whole[:left]
-            data[name] += codec.encode(cut[None], form.width, form.sparsity)
+            data[name] += lowbit.encode(cut[None], form.width, form.sparsity)
     dense = copy.deepcopy(module)
-    packed.pack(module, FORMS, data)
+    packed_experts.pack(module, FORMS, data)
     for name, stack in expert_stacks(module).items():
         dense.get_parameter(name).data = stack[torch.arange(EXPERTS)].detach()
     index, weight = routed()
@@ -130,17 +131,17 @@ def test_bits_do_not_depend_on_how_many_are_decoded_at_a_time(monkeypatch, dtype
     forms = [Form(4), Form(4), Form(8), Form(4), Form(), Form(), Form(neurons=8), Form(neurons=8)]
     model = pack_model(build(name, dtype), forms)
     sizes: list[int] = []
-    decode = codec.decode
+    decode = lowbit.decode
 
     def noted(*args) -> Tensor:
         found = decode(*args)
         sizes.append(found.numel() * found.element_size())
         return found
 
-    monkeypatch.setattr(codec, "decode", noted)
+    monkeypatch.setattr(lowbit, "decode", noted)
     found, calls = [], []
     for bound in (1, 2 * 32 * 32 * dtype.itemsize, 2**20):
-        monkeypatch.setattr(packed, "DECODED_ON_CPU", bound)
+        monkeypatch.setattr(packed_experts, "DECODED_ON_CPU", bound)
         embedded = model.get_input_embeddings()(tokens()).detach().requires_grad_(True)
         sizes.clear()
         output = model(inputs_embeds=embedded, labels=tokens())

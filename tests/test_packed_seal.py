@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.compress.packed import PREFIX
-from peft_pcgrow.compress.quantize import quantize_experts
+from peft_pcgrow.packed.packed_experts import PREFIX
+from peft_pcgrow.packed.quantize import quantize_experts
 from test_compress_saving import compressed, saved, written
 from tiny import LOCUS, build, dense, logits, train
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from close import assert_close
 from invented import LOCUS, PARTS, made
 from peft_pcgrow import ErrorMap, Locus, measure_errors
-from peft_pcgrow.gate import RATES, at_rate
-from peft_pcgrow.lifecycle import STAGES
-from peft_pcgrow.page import Column, limits, outline
+from peft_pcgrow.gates.gate import RATES, at_rate
+from peft_pcgrow.maps.draw import Column, limits, outline
+from peft_pcgrow.maps.lifecycle import STAGES
 from tiny import build, domain, retain
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
-from peft_pcgrow.experts import expert_stacks, stack_inputs
-from peft_pcgrow.parts import compose, pieces_of, placed
+from peft_pcgrow.architectures.experts import expert_stacks, stack_inputs
+from peft_pcgrow.locate.parts import compose, pieces_of, placed
 from tiny import ARCHITECTURES, assert_same, build, logits, snapshot, tokens, train, trainable
 
 BLOCK = 4

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from close import assert_all_close, assert_close
 from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
-from peft_pcgrow.experts import expert_stacks
+from peft_pcgrow.architectures.experts import expert_stacks
 from test_parts import PARTS, config, grown
 from test_trainer import banks, fit, logged
 from tiny import (

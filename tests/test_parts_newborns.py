@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, export_flat, find_experts
-from peft_pcgrow.experts import expert_stacks, neuron_places
-from peft_pcgrow.protect import MomentSketch, main_directions
+from peft_pcgrow.architectures.experts import expert_stacks, neuron_places
+from peft_pcgrow.gates.directions import MomentSketch, main_directions
 from test_export import batches, text_map
 from test_parts import BLOCK, PARTS, config, grown
 from tiny import (

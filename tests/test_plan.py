@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_pcgrow import ErrorMap, Locus
-from peft_pcgrow.plan import choose
+from peft_pcgrow.locate.budget import choose
 
 LAYERS = (1, 2, 5)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from close import assert_close
-from peft_pcgrow.protect import MomentSketch, keep_off, main_directions
-from peft_pcgrow.separation import Separation
+from pcgrow_kernels.keep_off import keep_off
+from peft_pcgrow.gates.directions import MomentSketch, main_directions
+from peft_pcgrow.gates.separation import Separation
 
 SHARES = (0.3, 0.8, 0.95, 0.999)
 

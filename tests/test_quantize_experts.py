@@ -10,14 +10,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from close import assert_all_close, assert_close
+from pcgrow_kernels import lowbit
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.forms import Form, form_bytes
-from peft_pcgrow.compress.quantize import BITS, quantize_experts, storage_bytes
-from peft_pcgrow.error_map import SUMS
-from peft_pcgrow.experts import expert_stacks, matrices
-from peft_pcgrow.identity import describe_base
-from peft_pcgrow.same_base import same_model
+from peft_pcgrow.architectures.experts import expert_stacks, matrices
+from peft_pcgrow.architectures.fingerprint import describe_base
+from peft_pcgrow.architectures.same_base import same_model
+from peft_pcgrow.maps.error_map import SUMS
+from peft_pcgrow.packed.forms import Form, form_bytes
+from peft_pcgrow.packed.quantize import BITS, quantize_experts, storage_bytes
 from test_packed import plain, unpacked
 from tiny import (
     ARCHITECTURES,
@@ -43,7 +43,7 @@ def test_quantize_experts(name, to):
     """Every matrix reads back as rounded, biases stay, the report counts what is stored."""
     model = build(name, torch.bfloat16)
     want = {
-        (site.layer, stack): codec.rounded(plain(site.base, stack), BITS[to]).to(torch.bfloat16)
+        (site.layer, stack): lowbit.rounded(plain(site.base, stack), BITS[to]).to(torch.bfloat16)
         for site in find_experts(model).sites
         for stack in matrices(site.base)
     }
@@ -73,8 +73,8 @@ def test_quantize_experts(name, to):
 def test_a_real_experts_matrix_takes_its_bits():
     """Of matrices wide enough, a weight takes its bits and its share of a scale."""
     for to, bits in BITS.items():
-        shared = 16 / codec.BLOCK if to != "int8" else 16 / 2048
-        assert codec.size(1536, 2048, BITS[to]) == 1536 * 2048 * (bits + shared) / 8
+        shared = 16 / lowbit.BLOCK if to != "int8" else 16 / 2048
+        assert lowbit.size(1536, 2048, BITS[to]) == 1536 * 2048 * (bits + shared) / 8
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -142,17 +142,17 @@ SHAPES = [(1, 64), (8, 32), (5, 7), (3, 30), (32, 96), (192, 192), (40, 2048)]
 def test_bitsandbytes_reads_what_torch_reads(shape, dtype, monkeypatch):
     """The same values to the bit; without bitsandbytes, torch alone reads them."""
     pytest.importorskip("bitsandbytes")
-    data = codec.encode(torch.randn(1, *shape), 4)[0]
-    found = codec.decode(data, *shape, 4, dtype=dtype)
-    assert codec.bitsandbytes_kernels() is not None
+    data = lowbit.encode(torch.randn(1, *shape), 4)[0]
+    found = lowbit.decode(data, *shape, 4, dtype=dtype)
+    assert lowbit.bitsandbytes_kernels() is not None
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    codec.bitsandbytes_kernels.cache_clear()
+    lowbit.bitsandbytes_kernels.cache_clear()
     try:
-        assert codec.bitsandbytes_kernels() is None
-        assert torch.equal(codec.decode(data, *shape, 4, dtype=dtype), found)
+        assert lowbit.bitsandbytes_kernels() is None
+        assert torch.equal(lowbit.decode(data, *shape, 4, dtype=dtype), found)
     finally:
-        codec.bitsandbytes_kernels.cache_clear()
+        lowbit.bitsandbytes_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -160,14 +160,14 @@ def test_bitsandbytes_reads_what_torch_reads(shape, dtype, monkeypatch):
 def test_decoding(width, shape):
     """Code by code, in plain Python."""
     outputs, inputs = shape
-    data = codec.encode(torch.randn(1, *shape), width)[0]
+    data = lowbit.encode(torch.randn(1, *shape), width)[0]
     weights = outputs * inputs
     packed = -(-weights * width // 8)
     bits = "".join(f"{byte:08b}" for byte in data[:packed].tolist())
     scales = data[-(-packed // 16) * 16 :].view(torch.bfloat16).float()
     codes = torch.tensor([int(bits[i * width : (i + 1) * width], 2) for i in range(weights)])
-    want = codec.levels(width)[codes] * scales[torch.arange(weights) // 64]
-    assert torch.equal(codec.decode(data, outputs, inputs, width), want.view(shape))
+    want = lowbit.levels(width)[codes] * scales[torch.arange(weights) // 64]
+    assert torch.equal(lowbit.decode(data, outputs, inputs, width), want.view(shape))
 
 
 # ---- error maps

@@ -7,8 +7,9 @@ from torch.nn.functional import cross_entropy
 from close import assert_close
 from invented import made
 from peft_pcgrow import find_experts, measure_errors
-from peft_pcgrow.experts import expert_stacks, stack_layouts
-from peft_pcgrow.removable import StackLayout, cross_fitted, polar, removable
+from peft_pcgrow.architectures.experts import expert_stacks, stack_layouts
+from peft_pcgrow.architectures.layout import StackLayout
+from peft_pcgrow.maps.removable import cross_fitted, polar, removable
 from tiny import ARCHITECTURES, build, tokens
 
 LABELS = torch.tensor([10.0, 20.0, 15.0, 5.0], dtype=torch.float64)

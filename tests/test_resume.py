@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, measure_errors
-from peft_pcgrow.resume import CHUNK, weights_in_use
+from peft_pcgrow.maps.resume import CHUNK, weights_in_use
 from tiny import LOCUS, build, domain, spawned, tokens
 
 OTHER = tokens(12, 16, seed=77).split(2)

@@ -9,9 +9,9 @@ from torch.nn.functional import sigmoid, silu
 
 from close import TOLERANCE, assert_all_close, assert_close
 from peft_pcgrow import ErrorMap, find_experts, measure_errors
-from peft_pcgrow.error_map import SUMS
-from peft_pcgrow.gate import ENOUGH, RATES, RIDGE
-from peft_pcgrow.protect import MomentSketch
+from peft_pcgrow.gates.directions import MomentSketch
+from peft_pcgrow.gates.gate import ENOUGH, RATES, RIDGE
+from peft_pcgrow.maps.error_map import SUMS
 from tiny import PAD, build, domain, retain
 
 TABLES = ("threshold", "recall", "false_positive")

@@ -21,7 +21,7 @@ from transformers import (
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.experts import expert_stacks, is_packed
+from peft_pcgrow.architectures.experts import expert_stacks, is_packed
 from tiny import COMMON, EXPERTS, LOCUS, build, domain, gate_passes, logits, mixed, spawned, tokens, train, trainable
 from tiny import qwen3_moe as qwen3
 

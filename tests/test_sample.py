@@ -6,7 +6,7 @@ from torch import nn
 
 from close import assert_close
 from peft_pcgrow import measure_errors
-from peft_pcgrow.sample import sample_text
+from peft_pcgrow.maps.sample import sample_text
 from tiny import EXPERTS, VOCABULARY, build, domain
 
 BOS, EOS = 1, 2

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig
-from peft_pcgrow.experts import expert_stacks, find_experts
+from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.architectures.find import find_experts
 from test_trainer import fit
 from tiny import LOCUS, assert_same, build, grown, logits, snapshot, spawned, train
 

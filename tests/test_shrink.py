@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from close import TOLERANCE, assert_close
-from peft_pcgrow.compress import codec
+from pcgrow_kernels import lowbit
+from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.compress.shrink import shrink_adapter
-from peft_pcgrow.layer import PCGrowExperts
 from tiny import (
     assert_same,
     build,
@@ -81,7 +81,7 @@ def test_computes_base_plus_rounded_delta(name, bits):
             want = delta.to(torch.bfloat16).float()
         else:
             turned = delta.mT if transposed else delta
-            rounded = torch.cat([codec.rounded(matrix[None], bits) for matrix in turned])
+            rounded = torch.cat([lowbit.rounded(matrix[None], bits) for matrix in turned])
             want = rounded.mT if transposed else rounded
         assert torch.equal(weight, base[key] + want), key
         lost += float((want - delta).double().square().sum())
@@ -206,7 +206,7 @@ def test_target_goes_by_effect():
     model = trained()
     before, base = banks(model), bases(model)
     report = shrink_adapter(model, target=0.24)
-    step = max(codec.size(*w.shape[1:], 4) - codec.size(*w.shape[1:], 3) for w in before.values())
+    step = max(lowbit.size(*w.shape[1:], 4) - lowbit.size(*w.shape[1:], 3) for w in before.values())
     assert 0.24 * report.before - step < report.after <= 0.24 * report.before
     saved = {3: [], 4: []}
     for key, weight in before.items():
@@ -214,8 +214,8 @@ def test_target_goes_by_effect():
         delta = weight - base[key]
         widths = model.peft_config["default"].shrunk["layers"][layer][stack].split()
         for matrix, width in zip(delta, widths, strict=True):
-            errors = [float((codec.rounded(matrix[None], w)[0] - matrix).square().sum()) for w in (3, 4)]
-            cost = codec.size(*matrix.shape, 4) - codec.size(*matrix.shape, 3)
+            errors = [float((lowbit.rounded(matrix[None], w)[0] - matrix).square().sum()) for w in (3, 4)]
+            cost = lowbit.size(*matrix.shape, 4) - lowbit.size(*matrix.shape, 3)
             saved[int(width)].append(((errors[0] - errors[1]) / cost, cost))
     assert min(len(saved[3]), len(saved[4])) > 0
     for gain, cost in saved[3]:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from close import assert_close
 from loaders import LOADERS
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
+from peft_pcgrow.architectures.experts import expert_stacks
 from peft_pcgrow.compress.shrink import shrink_adapter
-from peft_pcgrow.experts import expert_stacks
 from test_packed import packed
 from test_shrink import NAMES, PARTS, banks, bases, layers, trained
 from tiny import ARCHITECTURES, LOCUS, assert_same, backward, build, grown, logits, snapshot, tokens, train

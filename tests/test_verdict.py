@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, Locus, measure_errors
-from peft_pcgrow.diagnosis import CORPUS, COVERED_STEP, HELD_OUT, context_free, judge, on_heldout
-from peft_pcgrow.error_map import SUMS
+from peft_pcgrow.maps.diagnosis import CORPUS, COVERED_STEP, HELD_OUT, context_free, judge, on_heldout
+from peft_pcgrow.maps.error_map import SUMS
 from tiny import VOCABULARY, build, tokens
 
 WORDS = 57

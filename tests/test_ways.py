@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from close import assert_all_close, assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
-from peft_pcgrow.carry import Probe, Way
-from peft_pcgrow.recompute import LayerRun
-from peft_pcgrow.settle import LayerStack
+from peft_pcgrow.settling.descent import Probe, Way
+from peft_pcgrow.settling.layer_run import LayerRun
+from peft_pcgrow.settling.layer_stack import LayerStack
 from tiny import ARCHITECTURES, LOCUS, backward, build, grown, spawned, tokens, trainable
 
 DEPTH = 5

@@ -33,8 +33,8 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts, measure_errors
-from peft_pcgrow.experts import expert_stacks
-from peft_pcgrow.gate import at_rate
+from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.gates.gate import at_rate
 
 # transformers 5.24 came out before the PEFT that its own integration asks for
 needs_native = pytest.mark.skipif(

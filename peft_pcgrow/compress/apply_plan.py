@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_pcgrow import experts, identity, same_base
+from pcgrow_kernels import lowbit
+from peft_pcgrow.architectures import experts, fingerprint, same_base
+from peft_pcgrow.architectures.find import Tree, find_experts
 from peft_pcgrow.atomic import all_or_nothing
-from peft_pcgrow.batches import losses
-from peft_pcgrow.compress import codec
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.forms import WHOLE, Form, first_neurons, form_bytes
-from peft_pcgrow.compress.packed import as_it_is, pack
-from peft_pcgrow.compress.persist import note_packing, noted
-from peft_pcgrow.compress.quantize import storage_bytes
 from peft_pcgrow.compress.skip import drop_layers, layers_in_use
-from peft_pcgrow.processes import from_first
+from peft_pcgrow.maps.batches import losses
+from peft_pcgrow.maps.distributed import from_first
+from peft_pcgrow.packed.checkpoint import note_packing, noted
+from peft_pcgrow.packed.forms import WHOLE, Form, first_neurons, form_bytes
+from peft_pcgrow.packed.packed_experts import as_it_is, pack
+from peft_pcgrow.packed.quantize import storage_bytes
 
 STAGES = 8
 
@@ -97,7 +98,7 @@ def apply(
         ValueError: a plan for another model, experts that are packed or have adapters, a limit without text to measure
             it on, or losses that exceed the limit before anything is done. The model is as it was then.
     """
-    tree = experts.find_experts(model)
+    tree = find_experts(model)
     _check_model(model, tree, plan)
     numeric = isinstance(max_loss_rise, (int, float)) and not isinstance(max_loss_rise, bool)
     if max_loss_rise is not None and not (numeric and max_loss_rise >= 0):
@@ -134,7 +135,7 @@ def apply(
                 break
             after, done, skipped = found, done + nodes, (*skipped, *gone)
             predicted += sum(node.predicted for node in nodes) + (plan.skipping if gone else 0.0)
-        sites = experts.find_experts(model).sites
+        sites = find_experts(model).sites
         if any(experts.is_packed(site.base) for site in sites):
             note_packing(model)
     report = CompressionReport(
@@ -158,14 +159,14 @@ def _measured(model: nn.Module, calibration: Calibration | None) -> list[float]:
     return from_first(losses(model, calibration.batches)) if calibration is not None else []
 
 
-def _check_model(model: nn.Module, tree: experts.Tree, plan: CompressionPlan) -> None:
+def _check_model(model: nn.Module, tree: Tree, plan: CompressionPlan) -> None:
     if not isinstance(plan, CompressionPlan):
         raise ValueError(
             f"apply takes a CompressionPlan, got {type(plan).__name__}: CompressionPlan.load(path) reads one"
         )
     plan.check()
     check_whole(tree)
-    if unlike := same_base.difference(plan.base, identity.describe_base(model, tree)):
+    if unlike := same_base.difference(plan.base, fingerprint.describe_base(model, tree)):
         raise ValueError(f"this plan was made for another model ({unlike}): plan(model, ...) on this one")
     nodes = sorted((node.layer, node.expert) for node in plan.nodes)
     kept = [(site.layer, e) for site in tree.sites if site.layer not in plan.skipped for e in range(site.experts)]
@@ -211,7 +212,7 @@ def _stored(base: experts.ExpertsModule) -> int:
 class _Writer:
     """Packs a model's experts layer by layer into the forms of a plan, and can take back what it did."""
 
-    def __init__(self, model: nn.Module, tree: experts.Tree, plan: CompressionPlan, calibration: Calibration | None):
+    def __init__(self, model: nn.Module, tree: Tree, plan: CompressionPlan, calibration: Calibration | None):
         self.model, self.calibration = model, calibration
         self.bases = {site.layer: site.base for site in tree.sites if site.layer not in plan.skipped}
         self.planned: dict[int, dict[int, Form]] = {}
@@ -280,14 +281,14 @@ class _Writer:
     def _pack(self, layer: int, forms: tuple[Form, ...]) -> None:
         base = self.bases[layer]
         self.whole[layer]()
-        half = codec.half_of(experts.expert_stacks(base)["down_proj"].dtype)
+        half = lowbit.half_of(experts.expert_stacks(base)["down_proj"].dtype)
         data: dict[str, list[Tensor]] = {}
         for name in experts.matrices(base):
             stack, data[name] = experts.expert_stacks(base)[name].detach(), []
             for expert, form in enumerate(forms):
                 if form == WHOLE:
                     matrix = stack[expert].mT if base.is_transposed else stack[expert]
-                    data[name] += codec.encode(matrix[None], 16, half=half)
+                    data[name] += lowbit.encode(matrix[None], 16, half=half)
                 else:
                     data[name].append(self.data[layer][expert][name])
         for name, values in _biases(base).items():

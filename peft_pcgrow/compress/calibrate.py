@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_pcgrow import experts
-from peft_pcgrow.batches import IGNORED, Batch, check_gradients, held_still, settle_batch
-from peft_pcgrow.carry import Probe
-from peft_pcgrow.corpus import whole_number
-from peft_pcgrow.processes import check_same, read_everywhere
-from peft_pcgrow.recompute import hidden_of
-from peft_pcgrow.settle import LayerStack
+from peft_pcgrow.architectures.find import Tree, find_experts
+from peft_pcgrow.maps.batches import IGNORED, Batch, check_gradients, held_still, settle_batch
+from peft_pcgrow.maps.corpus import whole_number
+from peft_pcgrow.maps.distributed import check_same, read_everywhere
+from peft_pcgrow.settling.descent import Probe
+from peft_pcgrow.settling.layer_run import hidden_of
+from peft_pcgrow.settling.layer_stack import LayerStack
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Calibration:
 class _NodeProbe(Probe):
     """Collects `LayerSample`s while layers are settled."""
 
-    def __init__(self, tree: experts.Tree):
+    def __init__(self, tree: Tree):
         self.sites = {site.layer: site for site in tree.sites}
         self.found: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in self.sites}
         self.keep = self.rows = torch.ones(0, device="cpu")
@@ -133,7 +133,7 @@ def calibrate(
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, "tokens")
     check_gradients(model)
-    tree = experts.find_experts(model)
+    tree = find_experts(model)
     probe = _NodeProbe(tree)
     labels, losses, read, row = [], [], [], 0
     check_same("calibrating", {"the texts": tuple(texts)})

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_pcgrow import experts
-from peft_pcgrow.compress import codec
+from pcgrow_kernels import lowbit
+from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.find import Tree
 from peft_pcgrow.compress.calibrate import LayerSample
-from peft_pcgrow.compress.forms import MULTIPLE, WHOLE, Form, form_bytes, matrix_shape
 from peft_pcgrow.compress.thin import compensated, elimination_order
+from peft_pcgrow.packed.forms import MULTIPLE, WHOLE, Form, form_bytes, matrix_shape
 
 # what can predict the change of the loss, see `Candidates.damage`
 STATISTICS = ("fisher", "output", "isotropic", "weights", "gradient")
@@ -52,7 +53,7 @@ class Candidates:
 def forms_of(base: experts.ExpertsModule, methods: Sequence[str]) -> tuple[Form, ...]:
     """The forms that some methods offer, `WHOLE` first."""
     neurons = experts.intermediate_size(base)
-    widths = codec.WIDTHS if "quantize" in methods else (16,)
+    widths = lowbit.WIDTHS if "quantize" in methods else (16,)
     counts: list[int | None] = [None]
     if "thin" in methods:
         shares = (0.75, 0.5, 0.25)
@@ -62,11 +63,11 @@ def forms_of(base: experts.ExpertsModule, methods: Sequence[str]) -> tuple[Form,
         found.append(Form(neurons=0))
     if "sparsify" in methods:
         fours = all(matrix_shape(base, name, WHOLE)[1] % 4 == 0 for name in experts.matrices(base))
-        found += [Form(sparsity=kind) for kind in codec.SPARSITIES if kind != "2:4" or fours]
+        found += [Form(sparsity=kind) for kind in lowbit.SPARSITIES if kind != "2:4" or fours]
     return tuple(dict.fromkeys([WHOLE, *found]))
 
 
-def check_whole(tree: experts.Tree) -> None:
+def check_whole(tree: Tree) -> None:
     """Raise ValueError unless all experts of a model can be compressed together."""
     for site in tree.sites:
         stacks = experts.expert_stacks(site.base)
@@ -108,7 +109,7 @@ def candidates(
     plain = {name: (w.mT if base.is_transposed else w).float() for name, w in stacks.items()}
     rows = [_rows(base, sample, expert) for expert in range(base.num_experts)] if sample is not None else []
     moments = _moments(base, rows) if sample is not None else {}
-    half = codec.half_of(stacks["down_proj"].dtype)
+    half = lowbit.half_of(stacks["down_proj"].dtype)
     first, count = experts.first_matrix(base), base.num_experts
     order = _order(plain["down_proj"], moments)
     damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in STATISTICS}
@@ -130,10 +131,10 @@ def candidates(
             moment = inner if name == "down_proj" else moments.get(name)
             data[form][name] = [weight.new_empty(0, dtype=torch.uint8)] * count
             if form.neurons != 0:
-                encoded = codec.encode(weight, form.width, form.sparsity, moment, half)
+                encoded = lowbit.encode(weight, form.width, form.sparsity, moment, half)
                 data[form][name] = list(encoded)
                 shape = weight.shape[1], weight.shape[2]
-                weights[name] = codec.decode(encoded, *shape, form.width, form.sparsity, torch.float32, half)
+                weights[name] = lowbit.decode(encoded, *shape, form.width, form.sparsity, torch.float32, half)
         for expert in range(count):
             left = 1.0 if form.neurons is None else form.neurons / experts.intermediate_size(base)
             if left:

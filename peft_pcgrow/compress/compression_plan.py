@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_pcgrow.architectures.same_base import WEIGHTS
 from peft_pcgrow.compress.calibrate import Calibration
-from peft_pcgrow.compress.forms import Form
-from peft_pcgrow.same_base import WEIGHTS
+from peft_pcgrow.packed.forms import Form
 from peft_pcgrow.say import ends
 
 FORMAT = 1

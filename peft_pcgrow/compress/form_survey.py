@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow import experts, identity, same_base
+from peft_pcgrow.architectures import fingerprint, same_base
+from peft_pcgrow.architectures.find import Tree, find_experts
 from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import STATISTICS, candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.forms import Form
 from peft_pcgrow.compress.skip import can_skip, skip_damage
-from peft_pcgrow.error_map import ErrorMap
-from peft_pcgrow.processes import from_first
+from peft_pcgrow.maps.distributed import from_first
+from peft_pcgrow.maps.error_map import ErrorMap
+from peft_pcgrow.packed.forms import Form
 
 METHODS = ("quantize", "thin", "sparsify", "skip")
 # what forms are chosen by: predicted damage, or at random (the control)
@@ -168,7 +169,7 @@ def survey(
     sizes = torch.stack([each.bytes for each in found])
     # on accelerators sums are rounded in an order of their own
     damage, by_map, skips = from_first((damage, by_map, skips))
-    base = identity.describe_base(model, tree)
+    base = fingerprint.describe_base(model, tree)
     return Survey(layers, forms, sizes, damage, by_map, skips, calibration, tuple(methods), base)
 
 
@@ -215,12 +216,12 @@ def check_target(target: float) -> None:
         raise ValueError(f"target must be a share of the experts' bytes in 16 bit, in (0, 1]; got {target!r}")
 
 
-def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> experts.Tree:
+def _check(model: nn.Module, emap: ErrorMap | None, methods: Sequence[str]) -> Tree:
     unknown = [method for method in methods if method not in METHODS]
     if isinstance(methods, str) or unknown or not methods:
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, as a tuple or list; got {methods!r}")
-    tree = experts.find_experts(model)
+    tree = find_experts(model)
     check_whole(tree)
-    if emap is not None and not same_base.same_model(emap.base, identity.describe_base(model, tree)):
+    if emap is not None and not same_base.same_model(emap.base, fingerprint.describe_base(model, tree)):
         raise ValueError("the error map was measured on another model: measure_errors(model, batches) on this one")
     return tree

@@ -1,7 +1,7 @@
 """Shrink an adapter: store what its experts add to the base's in few bits, or as thin factors, instead of whole.
 
 A delta is a grown slice minus the base's own. Quantized, each slice has a width; with text, the error that rounding one
-input's weights makes is made up for by the inputs after it (see `codec.encode`), for the text that the experts really
+input's weights makes is made up for by the inputs after it (see `lowbit.encode`), for the text that the experts really
 meet. Shapes: N slices of a bank, O outputs, I inputs, H hidden, T tokens, R rows.
 """
 
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcgrow_kernels import lowbit
+from peft_pcgrow.adapter.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
+from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.atomic import all_or_nothing
-from peft_pcgrow.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
-from peft_pcgrow.batches import IGNORED, Batch, losses
-from peft_pcgrow.compress import codec
-from peft_pcgrow.compress.moments import Moments, Place, input_moments
-from peft_pcgrow.config import PCGrowConfig
-from peft_pcgrow.layer import PCGrowExperts
-from peft_pcgrow.model import PCGrowModel
-from peft_pcgrow.processes import read_everywhere
+from peft_pcgrow.compress.bank_moments import Moments, Place, input_moments
+from peft_pcgrow.maps.batches import IGNORED, Batch, losses
+from peft_pcgrow.maps.distributed import read_everywhere
 
 # widths of matrices, narrowest first
-LADDER = tuple(sorted(codec.WIDTHS))
+LADDER = tuple(sorted(lowbit.WIDTHS))
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _wider(deltas: dict[Place, Delta], moments: Moments, low: int, high: int, sp
             continue
         cost = slice_bytes(*delta.size, "bits", high) - slice_bytes(*delta.size, "bits", low)
         given, moment = delta.matrices, moments.get(place)
-        errors = [_squared(codec.rounded(given, width, moment=moment) - given, moment) for width in (low, high)]
+        errors = [_squared(lowbit.rounded(given, width, moment=moment) - given, moment) for width in (low, high)]
         ranked += [(float(saved) / cost, cost, place, n) for n, saved in enumerate(errors[0] - errors[1])]
     wider: dict[Place, set[int]] = {}
     for _, cost, place, n in sorted(ranked, key=lambda entry: -entry[0]):

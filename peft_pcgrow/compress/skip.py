@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow import experts
+from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.atomic import all_or_nothing, completed
 from peft_pcgrow.compress.calibrate import Calibration
 
@@ -77,7 +78,7 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> None:
 
 def can_skip(model: nn.Module) -> bool:
     """Whether `drop_layers` works on this architecture; tried on the layer in the middle, which is put back."""
-    layers = len(experts.find_experts(model).layers)
+    layers = len(find_experts(model).layers)
     back = layers_in_use(model)
     try:
         drop_layers(model, [layers // 2])
@@ -89,7 +90,7 @@ def can_skip(model: nn.Module) -> bool:
 
 
 def _layer_list(model: nn.Module) -> nn.ModuleList:
-    wanted = experts.find_experts(model).layers
+    wanted = find_experts(model).layers
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tuple(m) == wanted)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft_pcgrow import parts
+from peft_pcgrow.locate import parts
 
 
 def write_nothing(*_: Any) -> None:

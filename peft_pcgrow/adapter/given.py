@@ -1,0 +1,126 @@
+"""What adapters have from a map beside their weights: branch gates, and directions that updates are kept off."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow.adapter.birth import Birth
+from peft_pcgrow.gates.gate import Gate, at_rate
+from peft_pcgrow.locate import parts
+
+# gates of a layer: of what enters its experts, and of what enters its attention
+GATES = ("gate", "entry")
+# what each consists of: see `gate.Gate`, and the thresholds for `gate.RATES`
+GATE_TENSORS = ("direction", "law", "threshold")
+
+
+class Given(nn.Module):
+    """A layer whose buffers `pcgrow_gate_*`, `pcgrow_entry_*` and `pcgrow_protect_*` hold these by adapter."""
+
+    layer_index: int
+    births: dict[str, Birth]
+    call: Any
+    pieces: Any
+    active_banks: Any
+    disable_adapters: bool
+    merged: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        # gates that were found to be set, as they were then
+        self._known: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def _buffers_of(self, name: str) -> Any:
+        return getattr(self, f"pcgrow_{name}")
+
+    def directions(self, adapter_name: str, stack: str) -> Tensor | None:
+        """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
+        kept = dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
+        return kept if kept is None else parts.spread(self.pieces(self.births[adapter_name])[stack], kept)
+
+    def kept_off(self, adapter_name: str) -> dict[str, Tensor]:
+        """What an adapter's updates are kept off, by stack, as it is held."""
+        stacks = self.births[adapter_name].directions
+        return {stack: self._buffers_of(f"protect_{stack}")[adapter_name] for stack in stacks}
+
+    def is_protected(self, adapter_name: str) -> bool:
+        return bool(self.births[adapter_name].directions)
+
+    def gates(self, adapter_name: str) -> tuple[str, ...]:
+        """Which of `GATES` an adapter has here."""
+        return tuple(kind for kind in GATES if adapter_name in self._buffers_of(f"{kind}_direction"))
+
+    def gate(self, adapter_name: str, kind: str = "gate") -> Gate:
+        """A gate of an adapter that spawned here."""
+        direction, law = (self._buffers_of(f"{kind}_{name}")[adapter_name] for name in ("direction", "law"))
+        return Gate(direction, law, self.births[adapter_name].window)
+
+    def gates_are_known(self, adapter_name: str) -> bool:
+        """Whether the gates came with a map or an adapter file."""
+        direction, threshold = (
+            torch.cat([self._buffers_of(f"{kind}_{name}")[adapter_name] for kind in self.gates(adapter_name)])
+            for name in ("direction", "threshold")
+        )
+        return bool(torch.isfinite(threshold).all() & direction.any())
+
+    @torch.compiler.disable
+    def check_gate(self, adapter_name: str) -> None:
+        """Raise RuntimeError if newborns are behind a gate that was never set, where they would take nothing."""
+        kinds, names = self.gates(adapter_name), ("direction", "threshold")
+        held = [self._buffers_of(f"{kind}_{name}")[adapter_name] for kind in kinds for name in names]
+        # looked at again when it was written to, not at every call: that would hold up a GPU
+        state = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        known = self._known.get(adapter_name, [])
+        if len(known) == len(state) and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
+            return
+        if not self.gates_are_known(adapter_name):
+            raise RuntimeError(
+                f"the branch gates of adapter {adapter_name!r} were never set (layer {self.layer_index}): its config "
+                "was resolved for another model or adapter. Make a new PCGrowConfig with error_map=, or load the "
+                "adapter's weights"
+            )
+        self._known[adapter_name] = state
+
+    def given_by(self, adapter_name: str, birth: Birth) -> Birth:
+        """`birth`, of nodes like those of an adapter here, with that one's gates and directions."""
+        theirs = self.births.get(adapter_name)
+        if theirs is None or any(getattr(theirs, n) != getattr(birth, n) for n in ("grown", "spawned", "window")):
+            return birth
+        found: dict[str, Any] = {}
+        if birth.spawned and self.gates_are_known(adapter_name):
+            for kind in self.gates(adapter_name):
+                found[kind] = self.gate(adapter_name, kind), self._buffers_of(f"{kind}_threshold")[adapter_name]
+        return replace(birth, directions=self.kept_off(adapter_name), **found)
+
+    def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True, kind: str = "gate") -> Tensor:
+        """How far above a gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
+        call = self.call.sequence
+        if call is None or call.shape[0] * call.shape[1] != len(hidden):
+            raise RuntimeError(
+                f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
+                "run the whole decoder layer, not its experts alone"
+            )
+        self.check_gate(adapter_name)  # type: ignore
+        gate, rate, device = self.gate(adapter_name, kind), self.births[adapter_name].gate_fpr, hidden.device
+        gate = replace(gate, direction=gate.direction.to(device), law=gate.law.to(device))
+        scores = gate.scores(hidden).view(call.shape)
+        name = adapter_name if kind == "gate" else f"{adapter_name}.{kind}"
+        rows = call.rows(name, hidden.device)
+        evidence, running = gate.evidence(scores, rows)
+        if remember and kind == "gate":
+            call.remember(name, running, rows)
+        elif remember:
+            self.call.waiting += ((name, running, rows),)
+        threshold = at_rate(self._buffers_of(f"{kind}_threshold")[adapter_name].float(), rate)
+        return evidence.reshape(-1) - threshold.to(device)
+
+    @torch.no_grad()
+    def note_entry(self, hidden: Tensor) -> None:
+        """Ask the gates of what enters the attention, `hidden [B, S, H]`, where LoRA is behind them."""
+        if self.call.sequence is None or self.disable_adapters or self.merged:
+            return
+        gated = [name for name in self.active_banks() if "entry" in self.gates(name)]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        self.call.passes = {name: (self.margin(name, flat, kind="entry") > 0).view(hidden.shape[:-1]) for name in gated}

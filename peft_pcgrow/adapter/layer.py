@@ -1,0 +1,392 @@
+"""PCGrowExperts: a PEFT tuner layer around an experts module, owner of the grown banks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_pcgrow.adapter import dispatch
+from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
+from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of, slots_of
+from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
+from peft_pcgrow.adapter.merged import write_merged
+from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
+from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
+from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.slices import Pieces
+from peft_pcgrow.atomic import all_or_nothing
+from peft_pcgrow.gates.gate import Rows, unknown_gate
+from peft_pcgrow.gates.text_position import Sequence as TokenSequence
+from peft_pcgrow.locate import parts
+from peft_pcgrow.per_thread import PerThread
+from peft_pcgrow.say import ends
+
+# relative size of the perturbation that init_weights=False asks for
+PERTURBATION = 0.5
+
+
+class Call(PerThread):
+    """The run of a decoder layer that a thread is in the middle of; the model keeps it up to date.
+
+    Attributes:
+        sequence: how its tokens stand in their texts. entered: whether the decoder layer said so itself.
+        called: whether it has come to its grown experts yet.
+        passes: by adapter, which tokens the gate of what enters the attention lets pass, `[B, S]` bool.
+        waiting: what these gates are to remember, once the attention has made its entry in the KV cache.
+    """
+
+    sequence: TokenSequence | None = None
+    entered = False
+    called = False
+    passes: Mapping[str, Tensor] = MappingProxyType({})
+    waiting: tuple[tuple[str, Tensor, Rows], ...] = ()
+
+    @torch.compiler.disable
+    def begin(self) -> None:
+        self.called = True
+        if self.sequence is not None:
+            for gate in self.waiting:
+                self.sequence.remember(*gate)
+        self.waiting = ()
+
+    def end(self) -> None:
+        self.entered, self.sequence, self.passes, self.waiting = False, None, MappingProxyType({}), ()
+
+
+class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
+    """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
+
+    Args:
+        base_layer: an experts module (see `experts`).
+        layer_index: index of its decoder layer.
+    """
+
+    other_param_names = ("pcgrow_seal", *(f"pcgrow_{kind}_{name}" for kind in GATES for name in GATE_TENSORS))
+
+    def __init__(self, base_layer: experts.ExpertsModule, layer_index: int):
+        super().__init__()
+        self.base_layer: experts.ExpertsModule = base_layer
+        self.layer_index = layer_index
+        stacks = experts.expert_stacks(base_layer)
+        for name in stacks:
+            setattr(self, f"pcgrow_{name}", nn.ModuleDict())
+        self.adapter_layer_names = tuple(f"pcgrow_{name}" for name in stacks)
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._originals: dict[str, dict[str, Tensor]] = {}
+        self._slots: dict[tuple[str, torch.device], dict[str | None, Tensor]] = {}
+        self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
+        # weights composed once for all forwards, while `composed_once` says so
+        self._composed: dict[str, dict[str, Tensor]] = {}
+        # of each adapter that spawned here: see `gate.Gate`
+        for name in (f"{kind}_{name}" for kind in GATES for name in GATE_TENSORS):
+            setattr(self, f"pcgrow_{name}", BufferDict({}, persistent=True))
+        # per stack, what an adapter's updates are kept off
+        for name in stacks:
+            setattr(self, f"pcgrow_protect_{name}", BufferDict({}, persistent=True))
+        self.other_param_names += tuple(f"pcgrow_protect_{name}" for name in stacks)
+        # of its decoder layer: see `sequence.cache_place` and `sequence.attention_chunk`
+        self.place, self.chunk = layer_index, 0
+        self.call = Call()
+        hidden = next(stack for name, stack in stacks.items() if name == "down_proj")
+        self.in_features = self.out_features = hidden.shape[2 if getattr(base_layer, "is_transposed", False) else 1]
+
+    def update_layer(
+        self, adapter_name: str, birth: Birth, init_weights: bool, inference_mode: bool, verify: bool = True
+    ) -> None:
+        """Give `adapter_name` a bank with copies of what it grows of the experts in use (perturbed unless
+        `init_weights`); `verify` what is loaded into it."""
+        if birth.shrunk is not None and not inference_mode:
+            raise ValueError(SHRUNK.format(adapter_name))
+        self.births[adapter_name] = birth
+        for name, weights in self.donors(birth).items():
+            if not init_weights:
+                weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
+            coding = None if birth.shrunk is None else birth.shrunk[name]
+            self._banks(name)[adapter_name] = make_bank(weights, self.base_layer.is_transposed, coding)
+        self.pcgrow_seal[adapter_name] = SealHolder(partial(self.facts, adapter_name), adapter_name, verify)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        device = self._get_base_layer_device_and_dtype(self.base_layer)[0]
+        for kind in GATES[: 1 + birth.lora] if birth.spawned else ():
+            gate, threshold = getattr(birth, kind) or unknown_gate(self.in_features, birth.window)
+            # after the move, which casts to the base's dtype: gates stay in fp32
+            for name, tensor in zip(GATE_TENSORS, (gate.direction, gate.law, threshold), strict=True):
+                self._buffers_of(f"{kind}_{name}")[adapter_name] = tensor.to(device, copy=True)
+        for name, directions in birth.directions.items():
+            self._buffers_of(f"protect_{name}")[adapter_name] = directions.to(device, copy=True)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def donors(self, birth: Birth) -> dict[str, Tensor]:
+        """Copies of the chosen experts, or their pieces; of a newborn's donor, as an active adapter deepened it, and of
+        a newborn's parent."""
+        weights = experts.read_pieces(self.base_layer, self.pieces(birth))
+        if birth.pieces is not None:
+            return weights  # the rest of an expert is the base's, so its pieces are too
+        parents = parents_of("", {"": birth, **{name: self.births[name] for name in self.active_banks()}})
+        for other in self.active_banks():
+            theirs = self.births[other]
+            deepened = set(birth.spawned) & (set(theirs.grown) - set(theirs.spawned)) - set(birth.parents)
+            for expert in deepened | {donor for donor, parent in parents.items() if parent == other}:
+                for name, weight in self.weights(other).items():
+                    copied = weight.detach()[theirs.grown.index(expert)]
+                    weights[name][birth.grown.index(expert)] = copied.to(weights[name].device, weights[name].dtype)
+        return weights
+
+    @property
+    def grown(self) -> dict[str, tuple[int, ...]]:
+        """Experts that each adapter grows here, in the order of its bank."""
+        return {name: birth.grown for name, birth in self.births.items()}
+
+    def _banks(self, stack: str) -> Any:
+        return getattr(self, f"pcgrow_{stack}")
+
+    def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece; decoded, if shrunk."""
+        names = [name.removeprefix("pcgrow_") for name in self.adapter_layer_names]
+        stacks = experts.expert_stacks(self.base_layer)
+        return {
+            name: self._banks(name)[adapter_name].read(stacks[name], partial(self.born, adapter_name, name))
+            for name in names
+            if adapter_name in self._banks(name)
+        }
+
+    def born(self, adapter_name: str, stack: str) -> Tensor:
+        """The base's own slices of what an adapter grows of a stack, also while they are merged over."""
+        if adapter_name in self._originals:
+            return self._originals[adapter_name][stack]
+        return experts.read_pieces(self.base_layer, {stack: self.pieces(self.births[adapter_name])[stack]})[stack]
+
+    def shrink(self, adapter_name: str, banks: Mapping[str, ShrunkBank]) -> None:
+        """Put shrunk banks, by stack, in the place of an adapter's."""
+        shrunk = {name: bank.coding for name, bank in banks.items()}
+        self.put(adapter_name, replace(self.births[adapter_name], shrunk=shrunk), banks)
+
+    def put(self, adapter_name: str, birth: Birth, banks: Mapping[str, nn.Module]) -> None:
+        """Make these an adapter's banks, by stack."""
+        for name, bank in banks.items():
+            self._banks(name)[adapter_name] = bank
+        self.births[adapter_name] = birth
+
+    def holding(self, adapter_name: str) -> Callable[[], None]:
+        """What puts back the banks that an adapter has now."""
+        names = [name.removeprefix("pcgrow_") for name in self.adapter_layer_names]
+        banks = {name: self._banks(name)[adapter_name] for name in names if adapter_name in self._banks(name)}
+        return partial(self.put, adapter_name, self.births[adapter_name], banks)
+
+    def is_shrunk(self, adapter_name: str) -> bool:
+        return self.births.get(adapter_name, Birth(())).shrunk is not None
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if requires_grad and self.is_shrunk(name):
+                raise ValueError(SHRUNK.format(name))
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def pieces(self, birth: Birth) -> Mapping[str, Pieces]:
+        """What a bank holds, by stack."""
+        return birth.pieces if birth.pieces is not None else parts.whole(self.base_layer, birth.grown)
+
+    def weights(self, adapter_name: str) -> Mapping[str, Tensor]:
+        """An adapter's experts, whole, `[G, ...]` by stack: its bank, or composed of that and the base."""
+        bank, birth = self.bank(adapter_name), self.births[adapter_name]
+        if birth.pieces is None:
+            return bank
+        if adapter_name in self._composed:
+            return self._composed[adapter_name]
+        key = (adapter_name, next(iter(bank.values())).device)
+        if key not in self._placed:
+            slot = dispatch.slots(birth.grown, self.base_layer.num_experts, key[1])
+            self._placed[key] = parts.placed(birth.pieces, slot)
+        return parts.compose(self.base_layer, birth.grown, self._placed[key], bank)
+
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
+        for."""
+        try:
+            self._composed = {
+                name: {stack: weight.detach() for stack, weight in self.weights(name).items()}
+                for name in self.active_banks()
+                if self.births[name].pieces is not None
+            }
+            with self.base_layer.composed_once() if hasattr(self.base_layer, "composed_once") else nullcontext():
+                yield
+        finally:
+            self._composed = {}
+
+    def node(self, adapter_name: str, weight: nn.Parameter, place: int) -> tuple[int, int, str]:
+        """Layer, expert and name of a slice of a bank parameter: `2.5`, `2.5 down_proj` or `2.5 neurons 16-31`."""
+        held = self.pieces(self.births[adapter_name])[self.stack_of(adapter_name, weight)]
+        expert = int(held.experts[place])
+        return self.layer_index, expert, f"{self.layer_index}.{expert} {held.labels[place]}".rstrip()
+
+    def spawned(self, adapter_name: str) -> tuple[int, ...]:
+        """Donors of an adapter's newborns here."""
+        return self.births.get(adapter_name, Birth(())).spawned
+
+    def stack_of(self, adapter_name: str, weight: nn.Parameter) -> str:
+        """Name of the stack that one of an adapter's bank parameters is."""
+        return next(name for name, held in self.bank(adapter_name).items() if held is weight)
+
+    def active_banks(self) -> list[str]:
+        """Active adapters, or those that the call at hand names, that grow experts here."""
+        return [name for name in adapters_in_use(self) if name in self.births]
+
+    def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
+        """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
+        None for all experts).
+
+        Composed weights are in use only inside `composed_once`.
+        """
+        in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
+            name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()
+        }
+        newborns = {newborn: self.base_layer.num_experts + n for n, newborn in enumerate(self.newborns)}
+        for adapter in [] if self.disable_adapters or self.merged else self.active_banks():
+            nodes = tuple(newborns.get((adapter, expert), expert) for expert in self.grown[adapter])
+            for name, weight in self.weights(adapter).items():
+                in_use[name].append((weight, nodes))
+        return in_use
+
+    @property
+    def newborns(self) -> list[tuple[str, int]]:
+        """(adapter, donor) of each newborn in use."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [(name, donor) for name in self.active_banks() for donor in self.spawned(name)]
+
+    @torch.no_grad()
+    def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
+        nobody's is E + N.
+
+        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
+        """
+        newborns, total = self.newborns, self.base_layer.num_experts
+        if not newborns:
+            return index
+        branches = self._branches(hidden, remember=False)
+        owners = [name if branch.passes is not None else "" for name, branch in branches]
+        return dispatch.nodes([branch for _, branch in branches], owners, newborns, index, total)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.call.begin()
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)
+        active = [] if self.merged else self.active_banks()
+        if not active:
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)
+        branches = [branch for _, branch in self._branches(hidden_states)]
+        # training needs no bits, and computes no row twice
+        return dispatch.forward(
+            self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
+        )
+
+    def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, dispatch.Branch]]:
+        """What computes the rows of grown experts, with its adapter, in the order of `asked`."""
+        births = {name: self.births[name] for name in self.active_banks()}
+        for name in births:
+            if (key := (name, hidden.device)) not in self._slots:
+                found = slots_of(births[name], self.base_layer.num_experts)
+                self._slots[key] = {parent: slot.to(hidden.device) for parent, slot in found.items()}
+        branches = asked(
+            births,
+            slots={name: self._slots[name, hidden.device] for name in births},
+            banks={name: self.weights(name) for name in births},
+            passes={n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned},
+        )
+        return for_their_samples(self, branches, hidden)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.check_disjoint(names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def check_disjoint(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError if these adapters cannot be active together here (see `birth.check_disjoint`)."""
+        births = {name: self.births[name] for name in adapter_names if name in self.births}
+        check_disjoint(births, self.layer_index)
+
+    def deepened(self) -> dict[int, str]:
+        """Which active adapter deepens an expert here."""
+        births = {name: self.births[name] for name in self.active_banks()}
+        return {e: name for name, birth in births.items() for e in birth.grown if e not in birth.spawned}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.births.pop(adapter_name, None)
+        self._known.pop(adapter_name, None)
+        self._slots = {key: slot for key, slot in self._slots.items() if key[0] != adapter_name}
+        self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write what has grown over the base's; where several adapters grow the same expert, their changes add up."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.births]
+        self.check_merge(safe_merge, names)
+        self._merge_only([*self.merged_adapters, *names])
+
+    def unmerge(self) -> None:
+        """Put back, bit for bit, what the merges replaced.
+
+        Several threads may: all write the same values, and none finds the layer unmerged before one has written all.
+        """
+        if self.merged:
+            self._merge_only([])
+
+    def _merge_only(self, names: Sequence[str]) -> None:
+        with all_or_nothing() as undo:
+            undo.append(self.merging())
+            write_merged(self, names)
+
+    def merging(self) -> Callable[[], None]:
+        """What merges again, from any state, exactly what is merged now."""
+        return partial(write_merged, self, tuple(self.merged_adapters))
+
+    def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError if merging these adapters here would fail; writes nothing."""
+        names = [name for name in adapter_names if name in self.births and name not in self.merged_adapters]
+        for name in names:
+            if self.births[name].spawned:
+                raise ValueError(
+                    f"adapter {name!r} has newborns (layer {self.layer_index}: {list(self.births[name].spawned)}): "
+                    "they take only part of their donors' rows, so no expert of the base can hold them. Keep the "
+                    "adapter, or write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
+                )
+        if names and experts.is_packed(self.base_layer):
+            raise ValueError(
+                "the base's experts are packed, and what merges into them could not be kept in so few bits: load the "
+                "base in bf16 or fp32 and the adapter onto it with a config whose base_quantization is None, and merge "
+                "there"
+            )
+        if names and experts.is_quantized(self.base_layer):
+            raise ValueError(
+                "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "
+                "the base in bf16 or fp32, load the adapter onto it, and merge there"
+            )
+        for name in names if safe_merge else ():
+            if not all(bool(torch.isfinite(weight).all()) for weight in self.bank(name).values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        stack = next(iter(experts.expert_stacks(base_layer).values()))
+        return stack.device, stack.dtype
+
+    def extra_repr(self) -> str:
+        nodes = ", ".join(
+            f"{name!r}: [{', '.join(ends([f'{e} (newborn)' if e in birth.spawned else e for e in birth.grown]))}]"
+            for name, birth in self.births.items()
+        )
+        held = {name: parts.count(birth.pieces) for name, birth in self.births.items() if birth.pieces is not None}
+        return f"layer={self.layer_index}, grown={{{nodes}}}" + (f", parts={held}" if held else "")
+
+    def __repr__(self) -> str:
+        return "pcgrow." + super().__repr__()

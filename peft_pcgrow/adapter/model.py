@@ -1,0 +1,399 @@
+"""PCGrowModel: places grown banks on the experts of a model and settles their errors."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from peft_pcgrow.adapter import adapter_file
+from peft_pcgrow.adapter.bank import SHRUNK
+from peft_pcgrow.adapter.birth import check_deletable, check_donors
+from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
+from peft_pcgrow.adapter.gated_lora import put_behind_gates
+from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.adapter.lora_beside import check_alone, injected, key_in_file, without_others
+from peft_pcgrow.adapter.mixed_batch import adapters_named, check_samples
+from peft_pcgrow.adapter.resolve import birth, check_base, check_resolved, check_tokens, resolve
+from peft_pcgrow.adapter.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
+from peft_pcgrow.adapter.training_guard import TrainingGuard
+from peft_pcgrow.adapter.what_trains import what_trains
+from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
+from peft_pcgrow.architectures import experts, fingerprint
+from peft_pcgrow.architectures.decoder import UNPATCHED
+from peft_pcgrow.architectures.find import ExpertsSite, check_in_memory, check_unhooked, find_experts, forward_replaced
+from peft_pcgrow.architectures.plain_weight import check_whole
+from peft_pcgrow.architectures.router_capacity import check_flat
+from peft_pcgrow.locus import Locus
+from peft_pcgrow.maps.error_map import ErrorMap
+from peft_pcgrow.packed.quantize import check_quantizable, left_unpacked, quantize_sites
+from peft_pcgrow.say import say
+from peft_pcgrow.settling.descent import Way
+from peft_pcgrow.settling.layer_stack import LayerStack
+
+
+class PCGrowModel(WholeSteps):
+    """Grows the experts of a mixture-of-experts model.
+
+    Args:
+        model (`torch.nn.Module`): a transformers model with experts (see [`find_experts`]).
+        config ([`PCGrowConfig`]): which nodes grow and how they settle.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`): create the banks on the meta device, for loading.
+
+    Raises:
+        ValueError: no experts in the model, a locus or a map that does not fit it, or newborns asked for where the map
+            holds no branch gates or none that separates.
+    """
+
+    prefix: str = "pcgrow_"
+    peft_config: dict[str, PCGrowConfig]  # type: ignore[assignment]
+    tuner_layer_cls = PCGrowExperts
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # BaseTuner injects the first adapter before a subclass can set anything up
+    _stack: LayerStack | None = None
+    _guard: TrainingGuard | None = None
+    _grown: tuple[PCGrowExperts, ...] = ()
+    # ids of the base's parameters by name, until the first forward after an adapter was added
+    _unchecked: dict[str, int] | None = None
+
+    def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
+        return peft_config  # targets follow from the locus, in _prepare_model
+
+    def _prepare_model(self, peft_config: PCGrowConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Resolve the locus, so that the config alone tells every shape of the adapter."""
+        peft_config.check()  # settings may have been changed since it was made
+        measured = self._map(peft_config)
+        nodes = peft_config.nodes or (measured.base.get("nodes") if measured is not None else None)
+        tree = find_experts(model, nodes)
+        check_whole(model)
+        check_in_memory(tree)
+        check_unhooked(tree)
+        base = fingerprint.describe_base(model, tree)
+        if peft_config.error_map is not None and measured is not None:
+            measured.check_base(base)
+        allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
+        kept = (
+            f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
+            f"layers_to_transform={peft_config.layers_to_transform}"
+        )
+        if not allowed:
+            raise ValueError(
+                f"{kept} leave no experts to grow; the model's experts are "
+                f"{', '.join(site.name for site in tree.sites[:3])}, ..."
+            )
+        by_hand = {str(layer) for layer in peft_config.parts or peft_config.locus or {}}
+        if out := [s.layer for s in tree.sites if s not in allowed and str(s.layer) in by_hand]:
+            raise ValueError(f"layer {out[0]}, where experts were chosen to grow, is left out by {kept}: change one")
+        if peft_config.base_quantization is None and peft_config.base is None and (line := left_unpacked(tree.sites)):
+            say(f"pcgrow: {line}")
+        if peft_config.base is None:
+            # on a copy: a config that is refused can be changed and used again
+            resolved = copy.copy(peft_config)
+            resolve(resolved, allowed, measured)
+            self._check_donors(resolved)
+            if resolved.router == "flat":
+                spawned = resolved.spawned or {}
+                newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
+                check_flat(model, tree, newborns, uniform=True)
+            peft_config.__dict__.update(resolved.__dict__, base=base, nodes=tree.nodes)
+        if experts.was_cast_up(tree.sites[0].base) and peft_config.base_quantization is None:
+            warnings.warn(
+                "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "
+                "up and doubles their memory; cast them back, or leave that call out",
+                stacklevel=2,
+            )
+        check_resolved(peft_config, allowed)
+        check_tokens(peft_config, model)
+        locus = Locus(peft_config.locus or {})
+        check_base(peft_config, base)
+        # what remains of the map in the config file is what it led to
+        peft_config.error_map, peft_config._measured = None, measured
+        peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
+        self._births = {site.name: birth(peft_config, site, measured) for site in allowed if site.layer in locus}
+        self._tree = tree
+
+    def _may_grow(self, config: PCGrowConfig, site: ExpertsSite) -> bool:
+        config = copy.copy(config)
+        if config.target_modules is None:
+            config.target_modules = {site.name.rpartition(".")[2]}
+        listed = config.layers_to_transform
+        if listed not in (None, []) and not config.layers_pattern:
+            # PEFT reads the layer out of the name, and finds none in that of a model without a head ("layers.0.mlp")
+            if site.layer not in ([listed] if isinstance(listed, int) else listed):
+                return False
+            config.layers_to_transform = None
+        # users know the MLP that was adopted, not its child
+        names = (site.name, site.name.rpartition(".")[0]) if experts.is_adopted(site.base) else (site.name,)
+        return any(self._check_target_module_exists(config, name) for name in names)
+
+    @staticmethod
+    def _map(config: PCGrowConfig) -> ErrorMap | None:
+        """The map that this config comes with, or came with when it was first used."""
+        if config._noted_map is not None and config.error_map == config._noted_map:
+            raise ValueError(
+                f"error_map={config.error_map!r} stands in a config file, which may be a stranger's, so it is not "
+                "followed: if you trust it, set config.error_map = ErrorMap.load(...) yourself"
+            )
+        given = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
+        return given or config._measured
+
+    def _check_donors(self, config: PCGrowConfig) -> None:
+        """A newborn with parts has the rest from the base: nobody may have deepened its donor meanwhile."""
+        for layer in self.tuner_layers() if config.parts is not None else ():
+            donors = (config.spawned or {}).get(str(layer.layer_index), ())
+            check_donors("the new adapter", donors, layer.deepened(), layer.layer_index)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: PCGrowConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, PCGrowExperts):
+            layer = target
+        else:
+            site = next(site for site in self._tree.sites if site.name == current_key)
+            layer = PCGrowExperts(target, site.layer)
+            # layers that another tuner on this model wrapped are that tuner's to watch
+            self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
+            self._handles += follow_inside(site.decoder_layer, layer)
+        birth = self._births[current_key]
+        if peft_config._measured is None and peft_config.fingerprint is not None:
+            # its map is not at hand, but an adapter that it also made may be
+            for name, other in self.peft_config.items():
+                if name != adapter_name and getattr(other, "fingerprint", None) == peft_config.fingerprint:
+                    birth = layer.given_by(name, birth)
+        layer.update_layer(
+            adapter_name, birth, peft_config.init_weights, peft_config.inference_mode, peft_config.verify
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own version copies `.weight`, which an experts module does not have
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(  # type: ignore[override]
+        self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
+        """In all layers, or in none."""
+        config = self.peft_config[adapter_name]
+        with self.or_not_at_all(model, adapter_name):
+            if config.base_quantization is not None:
+                check_quantizable(find_experts(model).sites, config.base_quantization)
+            with unmerged(model), self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
+                super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+                if lora is not None and config.spawned:
+                    grown = [m for m in model.modules() if isinstance(m, PCGrowExperts) and m.spawned(adapter_name)]
+                    put_behind_gates(model, adapter_name, self._tree.layers, {m.layer_index: m for m in grown})
+            config.lora = lora
+            if (quantization := config.base_quantization) is not None:
+                # not before: the banks are copies of the experts as they were
+                quantize_sites(model, find_experts(model).sites, quantization)
+            self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
+        if self._stack is None:
+            self._stack = LayerStack(self._tree.layers, self._begin, entered=self._enter, left=self._leave)
+            self._stack.attach()
+            self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
+            self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
+            lowest = self._tree.layers[0]
+            self._handles += (lowest.register_forward_pre_hook(check_samples, with_kwargs=True),)
+            self._handles += refuse_mixed_rows(model, self.tuner_layers)
+            self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
+            self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
+        assert self._guard is not None
+        self._guard.rearm()
+        self._unchecked = {name: id(p) for name, p in adapter_file.base_parameters(model)}
+
+    @contextmanager
+    def _lora_beside(
+        self, model: nn.Module, config: PCGrowConfig, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> Iterator[LoraConfig | None]:
+        """Around the creation of an adapter: that of its LoRA layers, which are this model's from then on."""
+        if config.lora is None:
+            yield None
+            return
+        if self.tuner_layer_cls is PCGrowExperts:
+            check_alone(model)
+        with injected(model, config.lora, adapter_name, low_cpu_mem_usage) as lora:
+            # PEFT asks isinstance, and switches and deletes adapters in layers of these classes
+            self.tuner_layer_cls = (PCGrowExperts, LoraLayer)  # type: ignore[assignment]
+            yield lora
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for layer in self.tuner_layers():
+            check_deletable(adapter_name, layer.births, layer.layer_index)
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if left := left or list(self.peft_config)[:1]:
+            self.set_adapter(left)  # the same in all layers, which each take the next that they have themselves
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in self.tuner_layers():
+            layer.check_disjoint(names)  # before any layer has changed
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._guard is not None:
+            self._guard.rearm()
+
+    def tuner_layers(self) -> list[PCGrowExperts]:
+        """The layers that hold banks, bottom first."""
+        return list(self._grown)
+
+    def _begin(self) -> bool:
+        """At the start of each forward: whether to settle, rather than let autograd go through the layers."""
+        if (patched := next(filter(forward_replaced, self.tuner_layers()), None)) is not None:
+            raise RuntimeError(
+                f"the grown experts of layer {patched.layer_index} had their forward replaced after get_peft_model, by "
+                f"Liger's kernels for example: {UNPATCHED}"
+            )
+        if self._unchecked is not None:
+            self._check_loaded()
+            self._unchecked = None
+        if not (torch.is_grad_enabled() and self.model.training):
+            return False
+        if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
+            self._check_trains()
+            return False
+        if any(layer.merged for layer in self.tuner_layers()):
+            raise RuntimeError(
+                "the adapter is merged, so its banks are not used: call unmerge_adapter() before training"
+            )
+        if self._guard is not None:
+            if not self._guard.announced:
+                self._check_given()
+            self._guard.training_forward()
+        ways = {name: self.peft_config[name].way for name in self.active_adapters if name in self.peft_config}
+        if None in ways.values():
+            return False
+        if len(set(ways.values())) > 1:
+            listed = ", ".join(f"{name}: {way}" for name, way in ways.items())
+            raise ValueError(
+                f"the active adapters settle in different ways ({listed}), and one forward has one way: give "
+                "them the same settle, settle_depth and settle_tol, or activate one of them"
+            )
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "forward-mode derivatives do not pass settled layers: model.eval(), or PCGrowConfig(settle='backprop')"
+            )
+        if self._stack is not None:
+            self._stack.way = next((way for way in ways.values() if way is not None), Way())
+        return True
+
+    def _check_loaded(self) -> None:
+        """What transformers' own loader has brought is compared before it is used: it asks no tuner."""
+        adapter_file.check_loaded(self.model, self._unchecked or {}, self._remove_adapter_name_from_key)
+
+    def _check_trains(self) -> None:
+        """A training forward of a shrunk adapter, with nothing else on the model that trains, ends in no gradient."""
+        shrunk = {name for layer in self.tuner_layers() for name in layer.active_banks() if layer.is_shrunk(name)}
+        if shrunk and not any(p.requires_grad for p in self.model.parameters()):
+            raise RuntimeError(f"{SHRUNK.format(min(shrunk))}; to compute without training, call model.eval()")
+
+    def _check_given(self) -> None:
+        """Newborns behind gates that were never set would train on nothing, and nothing would be protected."""
+        for name in self.active_adapters:
+            layers = [layer for layer in self.tuner_layers() if name in layer.births]
+            for layer in layers:
+                if layer.spawned(name):
+                    layer.check_gate(name)  # type: ignore
+            kept = [held for layer in layers for held in layer.kept_off(name).values()]
+            if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
+                raise RuntimeError(
+                    f"what protect= keeps updates of adapter {name!r} off was never set: its config was resolved for "
+                    "another model or adapter. Make a new PCGrowConfig with error_map=, or load the adapter's weights "
+                    "before training"
+                )
+
+    def _enter(self, index: int, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for layer in self._created.get(index, ()):
+            enter(layer, decoder_layer, args, kwargs)  # type: ignore
+
+    def _leave(self, index: int, ran: bool) -> None:
+        for layer in self._created.get(index, ()):
+            layer.call.end()
+            # a grown layer whose block went round the adapter would train nothing: refuse at once
+            if ran and not layer.call.called:
+                raise RuntimeError(
+                    f"layer {index} ran without calling its grown experts: its MoE block was replaced, by a hub kernel "
+                    f"for example; {UNPATCHED}"
+                )
+
+    def _summary(self) -> str:
+        return what_trains(self.tuner_layers(), self.peft_config, self.active_adapters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT enters around forward and generate, with their arguments."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets= belongs to activated LoRA; grown experts have no invocation tokens")
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        with adapters_named(self.model, [*self.peft_config], self.tuner_layer_cls, args, kwargs):
+            yield
+
+    def set_gate_fpr(self, rate: float, adapter_name: str | None = None) -> None:
+        """Let newborns take this share of retain tokens, in (0, 1), from now on: every adapter carries the thresholds.
+
+        Args:
+            adapter_name: one adapter; all active ones if None.
+
+        Raises:
+            ValueError: a rate out of its range (see `gate.RATES`), or no newborns.
+        """
+        check_rate(rate)
+        names = [adapter_name] if adapter_name else [name for name in self.active_adapters if name in self.peft_config]
+        layers = [layer for layer in self.tuner_layers() if any(layer.spawned(name) for name in names)]
+        if not layers:
+            raise ValueError(f"adapters {names} have no newborns, so there is no gate to set")
+        for name in names:
+            self.peft_config[name].gate_fpr = rate
+            for layer in layers:
+                if name in layer.births:
+                    layer.births[name] = replace(layer.births[name], gate_fpr=rate)
+
+    def _let_go(self) -> None:
+        if self._stack is not None:
+            self._stack.detach()
+        self._remove_hooks()
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Refuse before any layer has been written."""
+        self._check_loaded()
+        for layer in self.tuner_layers():
+            layer.check_merge(safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
+        adapter_file.check_loaded(model, {}, cls._remove_adapter_name_from_key)  # before it is sealed anew
+        ours = PCGrowExperts if config.lora is None else (PCGrowExperts, LoraLayer)
+        held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        held = without_others(model, held, adapter_name, ours)
+        return adapter_file.Closing(held, model, adapter_name, cls._remove_adapter_name_from_key)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key_in_file(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return adapter_file.check_file(model, adapter_name, config.verify, found, cls._remove_adapter_name_from_key)  # type: ignore

@@ -1,0 +1,359 @@
+"""Say what trains, refuse steps that are not finite, and notice experts that silently do not move.
+
+torch calls the hooks for every optimizer of the process that is a torch.optim.Optimizer. Nothing is asked of one but
+which parameters it holds, until some of them are found to be this model's. Which those are is looked up at each step:
+models are copied, loaded and cast, and then have others. Weights that are changed in another way (by hand, by an
+optimizer of another kind, from copies that an optimizer holds) are nobody's step, and nothing here sees them.
+"""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pcgrow_kernels.keep_off import keep_off
+from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.adapter.without_rows import RowsMet
+from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.plain_weight import check_whole
+from peft_pcgrow.say import ends, say
+
+_guards: "weakref.WeakSet[TrainingGuard]" = weakref.WeakSet()
+_hooked = False
+# layer, expert, and what a slice of a bank is called
+Node: TypeAlias = tuple[int, int, str]
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# steps that a bank may stand still in while its optimizer moves others, or does not say its rate
+PATIENCE = 32
+NOT_FINITE = (
+    "the gradient of {} is NaN or infinite: the step is refused and no weight has changed. Look at the loss of this "
+    "batch, or lower the learning rate"
+)
+
+
+@dataclass
+class _Start:
+    """A bank before its first steps: its experts' bits, which of them an error reached, the steps it stood still."""
+
+    bits: Tensor
+    reached: Tensor
+    waited: int = 0
+
+
+@dataclass
+class _Watched:
+    """What is known of a bank.
+
+    Attributes:
+        held: whether some optimizer holds it. start: until it is seen to move. checked: whether it was.
+        left_out: its bits when an error had reached it, and the nodes reached, while an optimizer of this model stepped
+            without it.
+        fixed: its part along the directions that updates are kept off.
+    """
+
+    held: bool = False
+    checked: bool = False
+    start: _Start | None = None
+    left_out: tuple[Tensor, list[Node]] | None = None
+    fixed: Tensor | None = None
+
+
+class TrainingGuard:
+    """Watches one model's banks through the step hooks of whatever `torch.optim.Optimizer` holds them, in any loop.
+
+    Args:
+        model: whose parameters tell this model's optimizers from others.
+        layers: gives the model's tuner layers.
+        summary: gives the line said when training starts.
+    """
+
+    def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
+        self.model, self.layers, self.summary = model, layers, summary
+        self.rows_met = RowsMet()
+        self._watch()
+
+    def _watch(self) -> None:
+        self.rearm()
+        _guards.add(self)
+        _hook_optimizers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copied model has parameters of its own: its guard starts afresh
+        return {name: self.__dict__[name] for name in ("model", "layers", "summary", "rows_met")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
+
+    def rearm(self) -> None:
+        """Announce and check again, after the trainable adapters changed."""
+        self.rows_met.forget()
+        self.announced = False
+        self.watched: MutableMapping[Tensor, _Watched] = WeakTensorKeyDictionary()
+
+    def loaded(self, *_: Any) -> None:
+        """Called after weights were loaded: they hold what is to stay from then on."""
+        for seen in self.watched.values():
+            seen.fixed = None
+
+    def training_forward(self) -> None:
+        """Called at the start of each forward that trains."""
+        if not self.announced:
+            check_whole(self.model)
+            self.announced = True
+            say(self.summary())
+        if any(seen.left_out for seen in self.watched.values()):
+            self._report_left_out()
+
+    def _of(self, weight: Tensor) -> _Watched:
+        return self.watched.setdefault(weight, _Watched())
+
+    def _report_left_out(self) -> None:
+        # another optimizer may have its turn later
+        anywhere = _held_anywhere()
+        banks = [(adapter, weight, self._of(weight)) for *_, adapter, weight in self._banks()]
+        for _, weight, seen in banks:
+            seen.held |= id(weight) in anywhere
+        with_some = {adapter for adapter, _, seen in banks if seen.held}
+        nodes: dict[bool, list[Node]] = {True: [], False: []}
+        for adapter, weight, seen in banks:
+            (bits, reached), seen.left_out = seen.left_out or (None, []), None
+            if bits is not None and not seen.held and torch.equal(_bits(weight), bits):
+                nodes[adapter in with_some] += reached
+                seen.checked = True
+        if nodes[False]:
+            _raise_unmoved(nodes[False], "no optimizer holds its weights: create the optimizer after get_peft_model")
+        if nodes[True]:
+            warnings.warn(
+                f"located node(s) {_names(nodes[True])} received error, but no optimizer holds their weights: they do "
+                "not train. Give an optimizer all parameters that require a gradient, or grow fewer nodes",
+                stacklevel=2,
+            )
+
+    def is_mine(self, optimizer: Any) -> bool:
+        """Whether an optimizer holds a parameter of this model."""
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group.get("params", ())}
+        return any(id(p) in held for p in self.model.parameters())
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return  # a GradScaler is at work, and a fused optimizer skips this step by itself
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        banks = list(self._banks())
+        graded = [(*bank, bank[2].grad) for bank in banks if bank[2].grad is not None]
+        mine = [entry for entry in graded if id(entry[2]) in groups]
+        self._refuse_nonfinite(optimizer, mine)
+        self.rows_met.before_step(mine)
+        for *_, weight in banks:
+            self._of(weight).held |= id(weight) in groups
+        # also of adapters that were switched off since the backward: their gradients are still there
+        for layer, adapter, weight in self._banks(every=True):
+            if weight.grad is not None and id(weight) in groups:
+                self._protect(layer, adapter, weight, weight.grad)
+        for _, _, weight, gradient in mine:
+            seen = self._of(weight)
+            seen.left_out = None
+            # a warm-up's first step may have a rate of zero: the check waits for one that moves something
+            if not seen.checked and _moves(groups[id(weight)]) is not False and weight.numel():
+                seen.start = seen.start or _Start(_bits(weight), _reached(gradient))
+                seen.start.reached |= _reached(gradient)
+        for layer, adapter, weight, gradient in graded if len(mine) < len(graded) else ():
+            seen = self._of(weight)
+            if not (seen.held or seen.checked or seen.left_out):
+                places = _reached(gradient).nonzero().flatten().tolist()
+                seen.left_out = _bits(weight), [layer.node(adapter, weight, place) for place in places]
+
+    def _refuse_nonfinite(
+        self, optimizer: torch.optim.Optimizer, graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]
+    ) -> None:
+        """Raise FloatingPointError for a gradient of this model that is not finite, before anything has changed."""
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not held:
+            return
+        device = held[0].grad.device
+        finite = torch.stack([torch.isfinite(_dense(p.grad)).all().to(device) for p in held])
+        if bool(finite.all()):
+            return
+        broken = {id(p) for p, good in zip(held, finite.tolist(), strict=True) if not good}
+        for layer, adapter, weight, gradient in graded:
+            if id(weight) in broken:
+                places = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()
+                nodes = [layer.node(adapter, weight, place) for place in places]
+                whole = layer.births[adapter].pieces is None
+                listed = ", ".join(ends([node[1] for node in nodes]))
+                named = f"layer {layer.layer_index}, experts [{listed}]" if whole else _names(nodes)
+                raise FloatingPointError(NOT_FINITE.format(f"{named} (adapter {adapter!r})"))
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in broken:
+                raise FloatingPointError(NOT_FINITE.format(name))
+
+    @torch.no_grad()
+    def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
+        """Before a step: take the kept-off directions out of the gradient, and note what the bank has along them."""
+        if not layer.is_protected(adapter):
+            return
+        stack, seen = layer.stack_of(adapter, weight), self._of(weight)
+        directions, transposed = layer.directions(adapter, stack), layer.base_layer.is_transposed
+        if seen.fixed is None:
+
+            def along(held: Tensor) -> Tensor:
+                if directions is None:
+                    return held.clone()
+                return (held.mT if transposed else held) @ directions.to(weight.device, weight.dtype)
+
+            # what the bank has itself: its donors may have been trained on or switched off since its birth
+            seen.fixed = along(weight)
+            if not experts.is_packed(layer.base_layer):
+                # where they are what they were, theirs: training that is resumed goes on with the same bits
+                donors = along(layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype))
+                rounding = 2 * torch.finfo(weight.dtype).eps * _rows(weight).norm(dim=1)
+                same = _rows(donors - seen.fixed).norm(dim=1) <= rounding
+                seen.fixed[same] = donors[same]
+        if directions is None:
+            gradient.zero_()  # a bias: its input is 1 for all text
+        else:
+            keep_off(gradient, directions, None, transposed)
+            if directions.shape[1] == directions.shape[2]:
+                # all directions of a small block: what rounding leaves is no error that has to move anything
+                gradient[directions.any(dim=1).all(dim=1).to(gradient.device)] = 0
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not any(seen.start or seen.fixed is not None for seen in self.watched.values()):
+            return
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        started = []
+        for layer, adapter, weight in self._banks(every=True):
+            seen = self.watched.get(weight)
+            if seen is None or id(weight) not in groups:
+                continue
+            if seen.fixed is not None:
+                # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
+                directions = layer.directions(adapter, layer.stack_of(adapter, weight))
+                if directions is None:
+                    weight.copy_(seen.fixed)
+                else:
+                    keep_off(weight, directions, seen.fixed, layer.base_layer.is_transposed)
+            if (start := seen.start) is not None:
+                started.append((layer, adapter, weight, seen, start, _bits(weight) == start.bits))
+        checked = any(id(weight) in groups for weight, seen in self.watched.items() if seen.checked)
+        some = checked or any(not bool(same.all()) for *_, same in started)
+        still, waited = [], 0
+        for layer, adapter, weight, seen, start, same in started:
+            here = (start.reached & same).nonzero().flatten().tolist()
+            if here and bool(same.all()) and start.waited < PATIENCE and (some or _moves(groups[id(weight)]) is None):
+                start.waited += 1  # optimizers may take banks in turns
+                continue
+            still += [layer.node(adapter, weight, place) for place in here]
+            waited = max(waited, start.waited)
+            seen.checked, seen.start = True, None
+        if still:
+            when = "the first optimizer step" if not waited else f"{waited} optimizer steps"
+            _raise_unmoved(still, "its learning rate may be too small for the dtype of the bank", when)
+
+    def _banks(self, every: bool = False) -> Iterator[tuple[PCGrowExperts, str, nn.Parameter]]:
+        """The banks of active adapters that train; `every`: also of others."""
+        for layer in self.layers():
+            for adapter in layer.births if every else layer.active_banks():
+                for weight in layer.bank(adapter).values() if not layer.is_shrunk(adapter) else ():
+                    if every or weight.requires_grad:
+                        yield layer, adapter, weight
+
+
+def _held_anywhere() -> set[int]:
+    """Ids of the parameters of all optimizers that there are."""
+    found: set[int] = set()
+    for held in gc.get_objects():
+        if issubclass(type(held), torch.optim.Optimizer):
+            groups = getattr(held, "param_groups", ())
+            found |= {id(p) for group in groups for p in group.get("params", ())}
+    return found
+
+
+def _moves(group: dict[str, Any]) -> bool | None:
+    """Whether the rate of a group of parameters is above zero; None: it has none (Adafactor's relative steps, say)."""
+    try:
+        return float(group["lr"]) > 0
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient, also of an embedding's sparse one."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _rows(bank: Tensor) -> Tensor:
+    return bank.detach().reshape(bank.shape[0], -1)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """One number per expert that changes when a weight does: the sum of the bit patterns, `[G]`, without a copy."""
+    return _rows(weight).view(_BITS[weight.element_size()]).sum(dim=1, dtype=torch.int64)
+
+
+def _reached(gradient: Tensor) -> Tensor:
+    """Which experts of a bank an error came to, `[G]`."""
+    return _rows(gradient).any(dim=1)
+
+
+def _names(nodes: list[Node]) -> str:
+    return ", ".join(ends([name for *_, name in sorted(set(nodes))]))
+
+
+def _raise_unmoved(nodes: list[Node], why: str, when: str = "the first optimizer step") -> None:
+    raise RuntimeError(f"after {when}, located node(s) {_names(nodes)} that received error have not moved; {why}")
+
+
+def _hook_optimizers() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        register_optimizer_step_pre_hook(_before)  # type: ignore
+        register_optimizer_step_post_hook(_after)  # type: ignore
+
+
+def _mine(optimizer: torch.optim.Optimizer) -> list[TrainingGuard]:
+    """The guards of the models whose optimizer this is."""
+    found = [guard for guard in list(_guards) if guard.is_mine(optimizer)]
+    # nothing can be read while a CUDA graph is recorded
+    recorded = found and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return [] if recorded else found
+
+
+@torch.compiler.disable
+def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    guards = _mine(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not (guards and callable(closure)):
+        _check(guards, optimizer)
+        return None
+    # gradients are only there once it has run
+    checked = partial(_checked, closure, guards, optimizer)
+    return ((args[0], checked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": checked})
+
+
+def _checked(closure: Callable[[], Any], guards: list[TrainingGuard], optimizer: torch.optim.Optimizer) -> Any:
+    loss = closure()
+    _check(guards, optimizer)
+    return loss
+
+
+def _check(guards: list[TrainingGuard], optimizer: torch.optim.Optimizer) -> None:
+    for guard in guards:
+        guard.before_step(optimizer)
+
+
+@torch.compiler.disable
+def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for guard in _mine(optimizer):
+        guard.after_step(optimizer)

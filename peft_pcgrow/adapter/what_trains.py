@@ -1,0 +1,29 @@
+"""The lines that say what a run trains."""
+
+from collections.abc import Mapping, Sequence
+
+from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.locate import parts
+from peft_pcgrow.locus import Locus
+
+
+def what_trains(layers: Sequence[PCGrowExperts], configs: Mapping[str, PCGrowConfig], active: Sequence[str]) -> str:
+    """A line for each active adapter: its nodes, their size, and how they settle."""
+    lines = []
+    for name in active:
+        mine = [layer for layer in layers if name in layer.grown]
+        if not mine:
+            continue
+        config, locus = configs[name], Locus({layer.layer_index: layer.grown[name] for layer in mine})
+        newborns = sum(len(layer.births[name].spawned) for layer in mine)
+        parameters = sum(p.numel() for layer in mine for p in layer.bank(name).values())
+        what = f"{len(locus.nodes)} experts ({newborns} of them newborns)"
+        if config.parts is not None:
+            pieces = sum(parts.count(layer.births[name].pieces or {}) for layer in mine)
+            what = f"{pieces} parts (resolution={config.resolution!r}) of {what}"
+        lines.append(
+            f"pcgrow: adapter {name!r} grows {what} in {len(locus)} layers, {parameters:,} parameters, "
+            f"settle={config.settle!r}: {locus.describe()}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,191 @@
+"""The seam to transformers: how its mixture-of-experts modules look (those that differ: `adopted_moe`).
+
+The contract (transformers 5, `integrations/moe.py`): an experts module is called as
+`experts(hidden [T, H], index [T, K], weight [T, K]) -> [T, H]` and keeps its weights in stacks whose first axis is the
+expert. `use_experts_implementation` marks such modules; they are found by that mark, never by their path.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow.architectures.adopted_experts import AdoptedExperts
+from peft_pcgrow.architectures.layout import StackLayout
+from peft_pcgrow.architectures.plain_weight import loaded_quantized
+from peft_pcgrow.architectures.slices import Pieces
+from peft_pcgrow.architectures.stack_view import StackView
+
+# an nn.Module that follows the contract above: no class of transformers' says so, type checkers cannot either
+ExpertsModule: TypeAlias = Any
+
+
+def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
+    """The weights that have one slice per expert, by name (`gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, ...).
+
+    Of packed or adopted experts, views that give the experts they are indexed with (see `StackView`).
+    """
+    views = _views(base)
+    found = views | {
+        name: parameter
+        for name, parameter in base.named_parameters(recurse=False)
+        if name not in views and parameter.dim() > 1 and parameter.shape[0] == base.num_experts
+    }
+    # in the order from before packing, which an adapter's parameters and so an optimizer's state follow
+    return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
+
+
+def _views(base: ExpertsModule) -> dict[str, Any]:
+    """What stands for stacks that are no tensors."""
+    return base.packed_stacks if is_packed(base) else getattr(base, "stack_views", {})
+
+
+def neuron_places(base: ExpertsModule, stack: str, neurons: Tensor) -> tuple[int, Tensor] | None:
+    """The axis of a stack that intermediate neurons lie along, and the places of `neurons [..., N]` there.
+
+    Twice as many places as neurons where gate and up are one stack: gate first, then up, or in turns. None: what this
+    stack holds belongs to no neuron (the bias of the down projection).
+    """
+    first = first_matrix(base)
+    if stack == "down_proj":
+        return (1 if base.is_transposed else 2), neurons
+    if stack not in (first, f"{first}_bias"):
+        return None
+    axis = 2 if base.is_transposed and stack == first else 1
+    if not base.has_gate:
+        return axis, neurons
+    if base.is_concatenated:
+        return axis, torch.cat([neurons, neurons + intermediate_size(base)], dim=-1)
+    return axis, torch.stack([2 * neurons, 2 * neurons + 1], dim=-1).flatten(-2)
+
+
+def first_matrix(base: ExpertsModule) -> str:
+    """Name of the stack that tokens enter."""
+    return "gate_up_proj" if base.has_gate else "up_proj"
+
+
+def matrices(base: ExpertsModule) -> dict[str, list[str]]:
+    """The stacks of matrices, each with its own name and that of its bias, if it has one."""
+    names = expert_stacks(base)
+    return {name: [n for n in (name, f"{name}_bias") if n in names] for name in names if not name.endswith("_bias")}
+
+
+def intermediate_size(base: ExpertsModule) -> int:
+    """Intermediate neurons of an expert, I."""
+    return input_width(base, "down_proj")
+
+
+def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tensor]:
+    """Copies of the slices of `experts`, `[len(experts), ...]` each."""
+    return {
+        name: stack.detach()[torch.tensor(experts, device=stack.device)] for name, stack in expert_stacks(base).items()
+    }
+
+
+def read_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
+    """Copies of some pieces of each stack."""
+    stacks, found = expert_stacks(base), {}
+    for name, held in pieces.items():
+        stack = stacks[name].detach()
+        if isinstance(stack, Tensor):
+            found[name] = held.read(stack)
+        else:
+            # packed: decode the experts in question only
+            chosen, places = torch.unique(held.experts, return_inverse=True)
+            found[name] = held.to(stack.device, places).read(stack[chosen])
+    return found
+
+
+@torch.no_grad()
+def write_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces], values: Mapping[str, Tensor]) -> None:
+    """Overwrite some pieces of each stack in place, cast to the base's dtype."""
+    stacks = expert_stacks(base)
+    for name, held in pieces.items():
+        stack = stacks[name]
+        if isinstance(stack, Tensor):
+            held.write(stack, values[name])
+        else:
+            chosen, places = torch.unique(held.experts, return_inverse=True)
+            slices = stack[chosen]
+            held.to(stack.device, places).write(slices, values[name])
+            stack.write(chosen, slices)
+
+
+def stack_inputs(base: ExpertsModule, x: Tensor, expert: int) -> dict[str, Tensor]:
+    """What enters each of an expert's matrices for tokens `x [R, H]`: `[R, H]` or `[R, I]`, by the stack's name."""
+    first, views = first_matrix(base), _views(base)
+    weight = (views[first] if first in views else getattr(base, first))[expert].to(x.dtype)
+    projected = x @ weight if base.is_transposed else x @ weight.mT
+    if base.has_bias:
+        name = f"{first}_bias"
+        projected = projected + (views[name] if name in views else getattr(base, name))[expert].to(x.dtype)
+    inner = base._apply_gate(projected) if base.has_gate else base.act_fn(projected)
+    return {first: x, "down_proj": inner}
+
+
+def input_width(base: ExpertsModule, stack: str) -> int:
+    """Width of what enters a stack's matrices."""
+    return expert_stacks(base)[stack].shape[1 if base.is_transposed else 2]
+
+
+def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
+    """Where the intermediate neurons are in each of the stacks."""
+    layouts = {}
+    for name in expert_stacks(base):
+        lying = neuron_places(base, name, torch.arange(2, device="cpu"))
+        if lying is None:
+            layouts[name] = StackLayout(None)
+            continue
+        axis, places = lying
+        copies = len(places) // 2
+        layouts[name] = StackLayout(axis - 1, copies, copies == 2 and int(places[2]) == 2)
+    return layouts
+
+
+def is_adopted(base: ExpertsModule) -> bool:
+    """Whether these experts stand for a block that does not follow the contract."""
+    return isinstance(base, AdoptedExperts)
+
+
+def weight_places(base: ExpertsModule) -> list[tuple[dict[str, Any], str]]:
+    """Of adopted experts: the dicts and keys of what holds their weights outside of the module itself."""
+    return base.places() if is_adopted(base) else []
+
+
+def is_packed(base: ExpertsModule) -> bool:
+    """Whether `compress` has packed these experts."""
+    return hasattr(base, "packed_stacks")
+
+
+def is_quantized(base: ExpertsModule) -> bool:
+    """Whether the model was loaded quantized, or these stacks were quantized or packed afterwards."""
+    if loaded_quantized(base.config) or hasattr(base, "parametrizations") or is_packed(base):
+        return True
+    return any(is_read_only(stack) for stack in expert_stacks(base).values())
+
+
+def was_cast_up(base: ExpertsModule) -> bool:
+    """Whether a model loaded quantized holds these stacks in fp32 (transformers loads them in 16 bit)."""
+    if is_packed(base):
+        return False
+    return is_quantized(base) and all(stack.dtype == torch.float32 for stack in expert_stacks(base).values())
+
+
+def loaded_in_bits(base: ExpertsModule) -> int | None:
+    """Bits that bitsandbytes loaded the model's linear layers in; None: it did not."""
+    found = getattr(base.config, "quantization_config", None) or {}
+    read = found if isinstance(found, Mapping) else vars(found)
+    # BitsAndBytesConfig keeps both flags behind an underscore
+    flags = {4: "load_in_4bit", 8: "load_in_8bit"}
+    return next((bits for bits, name in flags.items() if read.get(name) or read.get(f"_{name}")), None)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about the language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def is_read_only(stack: Any) -> bool:
+    """Whether a stack is quantized in a way that cannot be written to."""
+    return stack.read_only if isinstance(stack, StackView) else not stack.is_floating_point()

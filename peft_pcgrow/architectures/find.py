@@ -1,0 +1,213 @@
+"""Where a model's experts are: one site a decoder layer, and what is refused by name."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from peft_pcgrow.architectures.adopt_mlps import adopt, marked
+from peft_pcgrow.architectures.adopt_routed import adopt_routed, undecorated, why_none
+from peft_pcgrow.architectures.decoder import UNPATCHED, in_decoder, layer_list
+from peft_pcgrow.architectures.experts import (
+    ExpertsModule,
+    expert_stacks,
+    first_matrix,
+    is_adopted,
+    is_packed,
+    weight_places,
+)
+from peft_pcgrow.architectures.node_weights import check_unshared, why_computed, why_hooked
+from peft_pcgrow.architectures.plain_weight import is_offloaded, way_out, why_not_stacks
+from peft_pcgrow.settling.layer_stack import beneath
+
+# what can be a node: experts that a router chooses, those that serve every token beside them, whole MLPs
+NODES = ("routed", "shared", "dense")
+
+
+@dataclass(frozen=True)
+class ExpertsSite:
+    """One MoE layer: where its experts are.
+
+    Attributes:
+        layer: index among the model's decoder layers; decoder_layer: that module.
+        name: qualified name of `module`, the experts module or the outermost wrapper around it.
+        base: the experts module itself.
+        router: the module beside it that chooses experts, or None if it could not be told.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    base: ExpertsModule
+    decoder_layer: nn.Module
+    router: nn.Module | None
+
+    @property
+    def experts(self) -> int:
+        return self.base.num_experts
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The decoder layers of a model and its sites, bottom first; of which kind its nodes are (`NODES`)."""
+
+    layers: tuple[nn.Module, ...]
+    sites: tuple[ExpertsSite, ...]
+    nodes: str
+
+    @property
+    def experts_at(self) -> dict[int, int]:
+        return {site.layer: site.experts for site in self.sites}
+
+
+def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
+    """Find decoder layers, experts modules and routers by contract.
+
+    Blocks that do not follow the contract by themselves are adopted on the way (see `adopted`): their class becomes a
+    subclass with a child named `experts`, while parameters, their names, and what is computed stay as they are.
+
+    Args:
+        nodes: "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them; "dense":
+            the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer. None:
+            routed where there are some, else dense.
+
+    Raises:
+        ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, weights that are
+            no plain ones (quantized, sharded; see `plain_weight`), or a block replaced by a hub kernel.
+    """
+    if nodes not in (None, *NODES):
+        raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
+    adopt_routed(model)
+    modules = dict(model.named_modules())
+    found = marked(modules, "routed")
+    if nodes is None:
+        nodes = "routed" if found or undecorated(modules) else "dense"
+    if nodes == "routed":
+        if not found:
+            raise ValueError(why_none(model, modules))
+    else:
+        found = adopt(model, modules, nodes)
+        modules = dict(model.named_modules())
+    found = in_decoder(model, modules, found)
+    lists = {layer_list(name, modules) for name in found}
+    if len(lists) > 1 or None in lists:
+        raise ValueError(
+            f"the experts of {type(model).__name__} do not sit in one list of decoder layers but in "
+            f"{sorted(map(str, lists))}: grow one of these parts, as a model of its own"
+        )
+    path = lists.pop()
+    assert path is not None
+    layers = modules[path]
+    assert isinstance(layers, nn.ModuleList)
+    sites = []
+    for name, base in found.items():
+        _check_base(name, base, model)
+        outer = name
+        while outer.endswith(".base_layer"):
+            outer = outer.removesuffix(".base_layer")
+            _check_wrapper(outer, modules[outer])
+        index = int(name.removeprefix(f"{path}." if path else "").split(".")[0])
+        block = modules[outer.rpartition(".")[0]]
+        _check_block(outer, block)
+        sites.append(ExpertsSite(index, outer, modules[outer], base, layers[index], _router(block, base)))
+    sites.sort(key=lambda site: site.layer)
+    if len({site.layer for site in sites}) < len(sites):
+        raise ValueError(
+            f"a decoder layer of {type(model).__name__} has two experts modules of one kind ({nodes}): it cannot be "
+            "grown yet"
+        )
+    check_unshared(model, {site.name: _holders(site.base) for site in sites if not is_packed(site.base)})
+    return Tree(tuple(layers), tuple(sites), nodes)
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether something else runs in the place of what a module's class runs; accelerate's hooks run that."""
+    forward = beneath(module.__dict__.get("forward"))
+    # where no kernel fits, use_kernels=True puts the class's own forward there
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not own and not hasattr(module, "_hf_hook")
+
+
+def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
+    """The sibling with one weight row per expert."""
+    for child in block.children():
+        if any(p.dim() == 2 and p.shape[0] >= base.num_experts for p in child.parameters()) and (
+            "router" in type(child).__name__.lower() or "gate" in type(child).__name__.lower()
+        ):
+            return child
+    for name in ("router", "gate"):
+        if isinstance(getattr(block, name, None), nn.Module):
+            return getattr(block, name)
+    return None
+
+
+def check_unhooked(tree: Tree) -> None:
+    """Raise ValueError if hooks run with experts, which banks and maps would know nothing of."""
+    for site in tree.sites:
+        for module in (site.base, *_holders(site.base)):
+            if (why := why_hooked(module)) is not None:
+                raise ValueError(f"{site.name} ({type(site.base).__name__}) is not its weights alone: {why}")
+
+
+def check_in_memory(tree: Tree) -> None:
+    """Raise ValueError if the weights of experts are not where they can be read: accelerate has offloaded them."""
+    for site in tree.sites:
+        if (
+            not is_packed(site.base)
+            and is_offloaded(site.base)
+            and any(s.is_meta for s in expert_stacks(site.base).values())
+        ):
+            raise ValueError(
+                f"the weights of {site.name} are offloaded, and their values are needed here: load the model with a "
+                "device_map that keeps its experts in memory"
+            )
+
+
+def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
+    _check_forward(name, base)
+    if base._is_expert_parallel:
+        raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
+    stacks = [first_matrix(base), "down_proj"]
+    names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]
+    # adopted ones too: weights may become computed at any time
+    found = (why_computed(module, [*names, "weight"]) for module in {base, *_holders(base)})
+    if not hasattr(base, "parametrizations") and (why := next(filter(None, found), None)) is not None:
+        raise ValueError(f"{name} ({type(base).__name__}) is not its weights alone: {why}")
+    if is_packed(base) or is_adopted(base):
+        return  # ours, or looked at before it was adopted
+    if (why := why_not_stacks(base, [*names, *expert_stacks(base)], base.num_experts)) is not None:
+        raise ValueError(
+            f"{name} ({type(base).__name__}) holds no plain weights, which growing, measuring and packing need: {why}. "
+            f"Instead, {way_out(getattr(model, 'config', base.config))}"
+        )
+
+
+def _holders(base: ExpertsModule) -> list[nn.Module]:
+    """The modules that hold the weights of experts."""
+    return [owner[name] for owner, name in weight_places(base) if owner.get(name) is not None] or [base]
+
+
+def _check_wrapper(name: str, module: nn.Module) -> None:
+    _check_forward(name, module)
+    if not hasattr(module, "weights_in_use"):  # none of this library's
+        adapters = getattr(module, "active_adapters", None)
+        raise ValueError(
+            f"{name} is in a {type(module).__name__} of another tuner (adapters: {adapters}), as LoRA with "
+            "target_parameters makes it, and what that adds to the weights would be lost in grown copies: merge it "
+            "first (merge_and_unload()), or put LoRA on layers beside the experts by PCGrowConfig(lora=LoraConfig(...))"
+        )
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    if forward_replaced(module):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has its forward replaced, by Liger's kernels for example, which know "
+            f"nothing of grown experts: {UNPATCHED}"
+        )
+
+
+def _check_block(name: str, block: nn.Module) -> None:
+    if forward_replaced(block):
+        raise ValueError(
+            f"the block around {name} ({type(block).__name__}) has its forward replaced, by a hub kernel for example, "
+            f"and would never call the grown experts: {UNPATCHED}"
+        )

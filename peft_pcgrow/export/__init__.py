@@ -1,0 +1,4 @@
+"""Grown models as plain checkpoints.
+
+May import `training` and below, peft and transformers.
+"""

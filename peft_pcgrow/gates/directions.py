@@ -1,0 +1,75 @@
+"""Keep updates off the directions in which other text enters a node.
+
+A weight change dW moves the output for an input x by dW x: text whose inputs lie in the span of V feels nothing of a
+dW with dW V = 0. V holds the main eigenvectors of the retain text's second moment at the node, sum_r x_r x_r^T, down to
+a share of its trace (gradient projection memory, arXiv:2103.09762). Wide inputs keep a sketch of that moment instead,
+Y = (sum_r x_r x_r^T) Omega, which is linear in the rows; its eigenvectors follow by Nystrom's approximation (Tropp et
+al. 2017, algorithm 3). Shapes: N nodes, I width of the input, D columns of the sketch (I if exact), K directions.
+"""
+
+import torch
+from torch import Tensor
+
+
+class MomentSketch:
+    """`sum_r x_r x_r^T`, whole for inputs up to `dim` wide, beyond that times a fixed random `[I, dim]` matrix."""
+
+    def __init__(self, dim: int, seed: int = 0):
+        self.dim, self.seed = dim, seed
+
+    def matrix(self, width: int) -> Tensor | None:
+        """Omega, `[I, D]` with orthonormal columns; None stands for the identity."""
+        if width <= self.dim:
+            return None
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + width)
+        return torch.linalg.qr(torch.randn(width, self.dim, generator=generator, device="cpu")).Q
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[R, I]` -> `[I, D]` fp32."""
+        x = x.float()
+        omega = self.matrix(x.shape[1])
+        return x.mT @ (x if omega is None else x @ omega.to(x.device))
+
+
+def main_directions(
+    moment: Tensor, trace: float, share: float, sketch: MomentSketch, inputs: Tensor | None = None
+) -> Tensor:
+    """Fewest eigenvectors of a moment that hold `share` of its trace, `[I, K]` fp32, orthonormal.
+
+    All D that a sketch has if they hold less; none of a moment that is zero.
+
+    Args:
+        moment: `[I, D]`, from `sketch`. trace: sum_r |x_r|^2.
+        inputs: only these of the I inputs, `[P]`: eigenvectors `[P, K]` of their own moment, with what a sketch of all
+            inputs misses spread evenly over them.
+    """
+    if not trace > 0 or not share > 0:
+        return moment.new_zeros(len(moment) if inputs is None else len(inputs), 0, dtype=torch.float32)
+    moment, missed = moment.double(), 0.0
+    omega = sketch.matrix(len(moment))
+    if omega is None:
+        if inputs is not None:
+            moment = moment[inputs][:, inputs]
+            trace = float(moment.diagonal().sum())
+        values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+        values, vectors = values.flip(0), vectors.flip(1)
+    else:
+        shift = torch.finfo(torch.float32).eps * moment.norm()
+        shifted = moment + shift * omega.double()
+        core = omega.double().mT @ shifted
+        # an eigendecomposition, because the core of few rows is singular and has no Cholesky factor
+        inner, basis = torch.linalg.eigh((core + core.mT) / 2)
+        root = basis / inner.clamp_min(float(shift)).sqrt()
+        factor = shifted @ root
+        if inputs is not None:
+            held = float(factor.square().sum() - shift * factor.shape[1])
+            missed = max(trace - held, 0.0) / len(factor)
+            factor = factor[inputs]
+            trace = float(factor.square().sum()) + missed * len(inputs)
+        vectors, singular, _ = torch.linalg.svd(factor, full_matrices=False)
+        values = (singular.square() - shift).clamp_min(0) + missed
+    if not trace > 0:
+        return vectors[:, :0].float()
+    reached = values.clamp_min(0).cumsum(0) / trace
+    rank = min(int((reached < share * (1 - 1e-9)).sum()) + 1, len(values))
+    return vectors[:, :rank].float()

@@ -1,0 +1,4 @@
+"""From a map and a budget to the nodes, and parts of nodes, that grow.
+
+May import `maps` and below.
+"""

@@ -1,0 +1,139 @@
+"""Several processes at work on one corpus (torch.distributed): what each found, put together."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from peft_pcgrow.gates.gate import Rows
+from peft_pcgrow.maps.batches import Batch, moved, read_batches
+from peft_pcgrow.maps.error_map import COUNTERS, OPTIONAL, SUMS, ErrorMap
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process() -> int:
+    """This one's rank."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process gives, in the order of their ranks; all must call."""
+    found: list[Any] = [value]
+    if processes() > 1:
+        found *= processes()
+        dist.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """What processes do side by side: if it fails on one, it is raised on all, and nobody waits for one that is gone.
+
+    All must enter; nothing inside may wait for another process.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    told = gathered(None if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise RuntimeError(f"{what} failed on process {rank} of {len(told)}: {text}")
+
+
+def check_same(what: str, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError on all processes if one of them has other facts; all must call."""
+    every = gathered(dict(facts))
+    unlike = [name for name in facts if any(each.get(name) != every[0].get(name) for each in every)]
+    if unlike:
+        name = unlike[0]
+        said = ", ".join(f"process {rank}: {str(each.get(name))[:80]}" for rank, each in enumerate(every))
+        raise ValueError(f"{what} on {len(every)} processes needs the same on each, and {name} differs ({said})")
+
+
+def summed(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the processes added up by name, the same on each; one that is absent here counts as zeros.
+
+    Args:
+        device: of the model, where the process group may need them. All must call.
+    """
+    if processes() == 1:
+        return dict(tensors)
+    known: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for shapes in gathered({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}):
+        known |= shapes
+    found = {}
+    for name, (shape, dtype) in sorted(known.items()):
+        here = tensors.get(name)
+        moved = torch.zeros(shape, dtype=dtype, device=device) if here is None else here.to(device, copy=True)
+        dist.all_reduce(moved)
+        found[name] = moved.cpu()
+    return found
+
+
+def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
+    """The map of what all processes measured, the same on each; all must call.
+
+    Args:
+        device: of the model, where the process group may need its tensors.
+    """
+    if processes() == 1:
+        return emap
+    counters = torch.tensor([float(getattr(emap, name)) for name in COUNTERS], dtype=torch.float64, device="cpu")
+    given = {name: getattr(emap, name) for name in (*SUMS, "fold_labels")} | {"counters": counters}
+    given |= {name: held for name in OPTIONAL if (held := getattr(emap, name)) is not None}
+    total = summed(given | {f"gradient.{name}": gradient for name, gradient in emap.gradient.items()}, device)
+    counted = zip(COUNTERS, total["counters"].tolist(), strict=True)
+    return replace(
+        emap,
+        **{name: total[name] for name in (*SUMS, "fold_labels")},
+        **{name: total.get(name) for name in OPTIONAL},
+        gradient={n.removeprefix("gradient."): held for n, held in total.items() if n.startswith("gradient.")},
+        newborns=emap.newborns.changed(summed(emap.newborns.tensors(), device)),
+        **{name: type(getattr(emap, name))(value) for name, value in counted},
+        # each process goes on by its own part
+        run={name: emap.run[name] for name in ("weights",) if name in emap.run},
+        heldout=over_processes(emap.heldout, device) if emap.heldout is not None else None,
+    )
+
+
+def everywhere(batches: list[Batch], device: torch.device) -> list[Batch]:
+    """The batches of all processes, in the order of their ranks, on this one's device; all must call."""
+    if processes() == 1:
+        return batches
+    here = [_moved(batch, torch.device("cpu")) for batch in batches]
+    return [_moved(batch, device) for share in gathered(here) for batch in share]
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, which others may have rounded otherwise, on all; all must call."""
+    return gathered(value)[0]
+
+
+def read_everywhere(model: nn.Module, batches: Iterable[Any], max_tokens: int | None = None) -> list[Batch]:
+    """The text of all processes, each giving its share, in the order of their ranks; all must call.
+
+    Args:
+        max_tokens: of each process, at most so many (to the end of a batch).
+
+    Raises:
+        ValueError: as of `read_batches`. RuntimeError: it failed on another process.
+    """
+    with together("reading the text"):
+        here = list(read_batches(model, batches, max_tokens))
+    return everywhere(here, next(model.parameters()).device)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    start = moved(batch.rows.start, device)
+    return Batch(moved(batch.inputs, device), batch.target.to(device), Rows(batch.real.to(device), start))

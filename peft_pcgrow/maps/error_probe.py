@@ -1,0 +1,228 @@
+"""What the error map looks at in each layer while a corpus is settled, and sums up."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.find import ExpertsSite, Tree
+from peft_pcgrow.gates.separation import Separation
+from peft_pcgrow.maps.batches import IGNORED
+from peft_pcgrow.maps.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
+from peft_pcgrow.maps.gradient_sketch import GradientSketch, expert_error
+from peft_pcgrow.maps.newborns import Newborns, nodes_of
+from peft_pcgrow.settling.descent import Probe
+
+# nodes up to which their overlap is kept (fp32: 16 MiB)
+SHARED_NODES = 2048
+
+
+class ErrorProbe(Probe):
+    """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        sketch: GradientSketch | None,
+        resumed: ErrorMap | None = None,
+        vocabulary: int | None = None,
+    ):
+        self.sites = {site.layer: site for site in tree.sites}
+        self.sketch = sketch
+        self.layouts = experts.stack_layouts(tree.sites[0].base)
+        self.keep = torch.ones(0, dtype=torch.bool, device="cpu")
+        # newborns are numbered behind the experts of their layer (see `PCGrowExperts.nodes_of`)
+        self.newborns = {site.layer: getattr(site.module, "newborns", []) for site in tree.sites}
+        self.nodes = {site.layer: site.experts + len(self.newborns[site.layer]) for site in tree.sites}
+        self.sums = {
+            layer: torch.zeros(len(SUMS), nodes, dtype=torch.float64, device="cpu")
+            for layer, nodes in self.nodes.items()
+        }
+        self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
+        self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64, device="cpu")
+        nodes = sum(self.nodes.values())
+        self.shared = torch.zeros(nodes, nodes, device="cpu") if nodes <= SHARED_NODES else None
+        # of the batch at hand: error norm of every token at every node, by layer
+        self._norms: dict[int, Tensor] = {}
+        self.hops: Tensor | None = None
+        self.words = None if vocabulary is None else torch.zeros(vocabulary, dtype=torch.float64, device="cpu")
+        self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
+        self._routed: tuple[Tensor, Tensor] | None = None
+        self._forward: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stacks: list[tuple[str, Tensor, Sequence[int] | None]] = []
+        if resumed is not None:
+            for row, layer in enumerate(resumed.layers):
+                born = resumed.newborns.restrict(resumed.newborns.of_layers([layer]))
+                parts = [torch.stack([getattr(held, name) for name in SUMS]) for held in (resumed, born)]
+                self.sums[layer] = torch.cat([parts[0][:, row], parts[1]], dim=1)
+                self.gradient[layer] = {
+                    name: torch.cat([g[:, row], *([born.gradient[name]] if name in born.gradient else [])], dim=1)
+                    for name, g in resumed.gradient.items()
+                }
+            self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
+            self.words = resumed.words
+            self.loss, self.labels = resumed.loss, resumed.labels
+            self.tokens, self.batches = resumed.tokens, resumed.batches
+
+    @property
+    def fold(self) -> int:
+        """Of the batch at hand."""
+        return (self.batches - 1) % FOLDS
+
+    def begin(self, real: Tensor, target: Tensor) -> None:
+        """Called before each batch, with what is text of it and the labels, `[B, S]`."""
+        self.keep = real.reshape(-1)
+        wanted = target[:, 1:]
+        wanted = wanted[wanted != IGNORED]
+        labels = len(wanted)
+        if self.words is not None:
+            self.words += torch.bincount(wanted.cpu(), minlength=len(self.words))
+        self.labels += labels
+        self.tokens += int(self.keep.sum())
+        self.batches += 1
+        self.fold_labels[self.fold] += labels
+
+    @contextmanager
+    def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
+        self._routed, self._stacks, outputs = None, [], []
+        site = self.sites.get(index)
+        if site is None:
+            yield lambda: []
+            return
+
+        def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._routed = nodes_of(site.module, args), args[2].detach()
+            outputs.append(output)
+
+        handles = []
+        with ExitStack() as composed:
+            try:
+                if self.sketch is not None:
+                    if (once := getattr(site.module, "composed_once", None)) is not None:
+                        composed.enter_context(once())
+                    self._stacks = list(_stacks_in_use(site))
+                handles.append(site.module.register_forward_hook(seen))
+                for _, stack, _ in self._stacks:
+                    stack.requires_grad_(True)
+                yield lambda: [*outputs, *(stack for _, stack, _ in self._stacks)]
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for _, stack, _ in self._stacks:
+                    stack.requires_grad_(False)
+
+    def receive(self, index: int, errors: Sequence[Tensor | None]) -> None:
+        if index not in self.sites:
+            return
+        if self._routed is None or not errors or errors[0] is None:
+            raise RuntimeError(
+                f"layer {index} ran without calling its experts: its MoE block was replaced by other code"
+            )
+        self._add(index, errors[0], *self._routed)
+        for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
+            if gradient is None or self.sketch is None:
+                continue
+            image = self.sketch(gradient, self.layouts[name].neurons).cpu()
+            held = self.gradient[index]
+            if name not in held:
+                held[name] = torch.zeros(FOLDS, self.nodes[index], *image.shape[1:], dtype=image.dtype, device="cpu")
+            held[name][self.fold, list(chosen) if chosen is not None else slice(self.sites[index].experts)] += image
+
+    @contextmanager
+    def routing(self) -> Iterator[None]:
+        """Where layers do not run again, note in the forward itself how tokens were routed."""
+        handles = []
+        try:
+            for site in () if self.again else self.sites.values():
+                handles.append(site.module.register_forward_hook(partial(self._note, site.layer)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._forward[index] = nodes_of(module, args), args[2].detach()
+
+    def carried(self, index: int, delta: Tensor) -> None:
+        if index in self.sites:
+            self._add(index, delta, *self._forward.pop(index))
+
+    def _add(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        delta = delta.reshape(-1, delta.shape[-1]).to(weight.device)
+        sums = expert_error(delta, chosen, weight, self.nodes[index], self.keep.to(delta.device))
+        self.sums[index] += torch.stack(sums).cpu()
+        self._share(index, delta, chosen, weight)
+
+    def _share(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        """Note how much error each token has at each node; add up products of nodes once all layers are in."""
+        if self.shared is None:
+            return
+        nodes = self.nodes[index]
+        norm = delta.float().norm(dim=-1, keepdim=True) * weight.abs().float() * self.keep.to(delta.device)[:, None]
+        routed = chosen < nodes
+        held = torch.zeros(len(delta), nodes, device=delta.device)
+        self._norms[index] = held.scatter_add_(1, torch.where(routed, chosen, 0), norm * routed)
+        if len(self._norms) == len(self.sites):
+            norms = torch.cat(self._split(*(self._norms[layer].to(delta.device) for layer in self.sites)), dim=1)
+            self.shared += (norms.mT @ norms).cpu()
+            self._norms.clear()
+
+    def _newborn_nodes(self) -> tuple[tuple[int, int, str], ...]:
+        return tuple((layer, donor, name) for layer, here in self.newborns.items() for name, donor in here)
+
+    def _split(self, *held: Tensor) -> list[Tensor]:
+        """Of each layer, `[..., E + N, ...]` along axis 1, its experts; and after those of all layers, its newborns."""
+        counts = [site.experts for site in self.sites.values()]
+        pairs = list(zip(held, counts, strict=True))
+        return [t[:, :experts] for t, experts in pairs] + [t[:, experts:] for t, experts in pairs]
+
+    def settled(self, hops: Sequence[Tensor]) -> None:
+        if self.hops is None:
+            self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64, device="cpu")
+        for row, needed in enumerate(hops):
+            self.hops[row] += torch.bincount(needed.cpu()[self.keep.cpu()], minlength=len(hops) + 1)
+
+    def result(self, base: dict[str, Any], separation: Separation | None) -> ErrorMap:
+        layers = tuple(self.sites)
+        parts = self._split(*(self.sums[layer] for layer in layers))
+        sums = torch.stack(parts[: len(layers)], dim=1)
+        tensors = dict(zip(SUMS, torch.cat(parts[len(layers) :], dim=1), strict=True))
+        gradient = {}
+        for name, like in (self.gradient[layers[0]] or {}).items():
+            held = [self.gradient[layer].get(name) for layer in layers]
+            shapes = [(FOLDS, self.nodes[layer], *like.shape[2:]) for layer in layers]
+            parts = self._split(
+                *(like.new_zeros(shape) if g is None else g for g, shape in zip(held, shapes, strict=True))
+            )
+            gradient[name] = torch.stack(parts[: len(layers)], dim=1)
+            tensors[f"gradient.{name}"] = torch.cat(parts[len(layers) :], dim=1)  # type: ignore
+        nodes = self._newborn_nodes()
+        return ErrorMap(
+            layers,
+            *sums.clone(),
+            gradient=gradient,
+            newborns=Newborns().changed(tensors, nodes) if nodes else Newborns(),  # type: ignore
+            **{name: getattr(self, name) for name in COUNTERS},
+            base=base,
+            separation=separation,
+            fold_labels=self.fold_labels.clone(),
+            hops=self.hops.clone() if self.hops is not None else None,
+            shared=self.shared.clone() if self.shared is not None else None,
+            words=self.words.clone() if self.words is not None else None,
+        )
+
+
+def _stacks_in_use(site: ExpertsSite) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
+    """The tensors whose gradients are the nodes' (name, tensor, nodes of its slices; None for all experts)."""
+    in_use = getattr(site.module, "weights_in_use", None)
+    if in_use is None:
+        for name, stack in experts.expert_stacks(site.base).items():
+            yield name, stack, None
+    else:
+        for name, held in in_use().items():
+            for stack, chosen in held:
+                yield name, stack, chosen

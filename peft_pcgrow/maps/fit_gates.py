@@ -1,0 +1,273 @@
+"""Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out of the fit."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.find import Tree
+from peft_pcgrow.gates.directions import MomentSketch
+from peft_pcgrow.gates.gate import (
+    ENOUGH,
+    RATES,
+    Gate,
+    Moments,
+    Rows,
+    discriminant,
+    fit_law,
+    totals,
+    unknown_gate,
+    window_means,
+)
+from peft_pcgrow.gates.separation import Separation
+from peft_pcgrow.gates.text_borders import spread, texts_apart
+from peft_pcgrow.gates.text_position import entering, modules_inside
+from peft_pcgrow.maps.batches import Batch, moved
+from peft_pcgrow.maps.newborns import nodes_of
+
+# one text in so many is held out to set thresholds on
+HELD_OUT = 4
+# a gate: its kind, of `given.GATES` ("gate" reads what enters the experts, "entry" what enters the attention), and the
+# row of its layer
+Key = tuple[str, int]
+# called for every gate of every batch, texts in rows of their own: input [B, S, H], the nodes that compute its rows
+# [B, S, K] (an expert, or E + n: see `PCGrowExperts.nodes_of`) if it enters experts, rows, texts held out [B]
+See = Callable[[Key, Tensor, Tensor | None, Rows, Tensor], None]
+
+
+def compare(
+    model: nn.Module,
+    tree: Tree,
+    domain: list[Batch],
+    retain: list[Batch],
+    window: int,
+    sketch_dim: int,
+    progress: bool,
+) -> Separation:
+    """Two forward passes over both corpora: one for the directions, one for thresholds and rates.
+
+    Args:
+        domain, retain: text.
+        window: tokens of context that a gate looks at; 0: all there are.
+        sketch_dim: longest side of a second moment that is kept whole.
+
+    Raises:
+        ValueError: fewer than `HELD_OUT` texts in either corpus.
+    """
+    for name, batches in (("domain", domain), ("retain", retain)):
+        texts = sum(map(_texts, batches))
+        if texts < HELD_OUT:
+            raise ValueError(
+                f"the {name} batches hold {texts} texts, and a branch gate needs at least {HELD_OUT}: to be fitted on "
+                "some and measured on others; give more text, or cut it into shorter rows"
+            )
+    moments = {name: _FeatureMoments(window) for name in ("domain", "retain")}
+    inputs = _InputMoments(tree, MomentSketch(sketch_dim))
+    scored: dict[str, _Scores] = {}
+    bar = tqdm(total=2 * (len(domain) + len(retain)), unit="batch", desc="fitting gates", disable=not progress)
+    with bar:
+        _run(model, tree, domain, moments["domain"], bar)
+        _run(model, tree, retain, lambda *seen: (moments["retain"](*seen), inputs(*seen)), bar)
+        theirs = moments["retain"].held
+        directions = {key: discriminant(ours, theirs[key]) for key, ours in moments["domain"].held.items()}
+        for name, batches in (("domain", domain), ("retain", retain)):
+            scored[name] = _Scores(tree, directions, window)
+            _run(model, tree, batches, scored[name], bar)
+    gates = {
+        key: Gate(direction, fit_law(scored["domain"].fitted[key], scored["retain"].fitted[key], window), window)
+        for key, direction in directions.items()
+    }
+    limits: dict[Key, Tensor] = {}
+    shares: dict[str, list[Tensor]] = {"domain": [], "retain": []}
+    for key, gate in gates.items():
+        passed = {"retain": scored["retain"].evidence(key, gate)}
+        # the rate of what lies above each is at most what is allowed
+        ordered = passed["retain"].sort().values
+        limits[key] = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
+        if key[0] == "gate":
+            passed["domain"] = scored["domain"].evidence(key, gate)
+            for name, held in scored.items():
+                shares[name].append(_passing(passed[name], held.nodes(key), limits[key], len(held.routed[key[1]])))
+    tables = {"recall": shares["domain"], "false_positive": shares["retain"]}
+    tables |= {f"{name}_rows": held.routed for name, held in scored.items()}
+    experts_at = [site.experts for site in tree.sites]
+    newborn = {n: torch.cat([t[e:] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()}
+    every = range(len(tree.sites))
+    unknown, never = unknown_gate(len(directions["gate", 0]), window)
+    entry = [gates.get(("entry", row), unknown) for row in every]
+    return Separation(
+        direction=torch.stack([directions["gate", row] for row in every]),
+        law=torch.stack([gates["gate", row].law for row in every]),
+        threshold=torch.stack([limits["gate", row] for row in every]),
+        entry={
+            "direction": torch.stack([gate.direction for gate in entry]),
+            "law": torch.stack([gate.law for gate in entry]),
+            "threshold": torch.stack([limits.get(("entry", row), never) for row in every]),
+        },
+        **{n: torch.stack([t[:e] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()},
+        newborns=newborn if len(newborn["domain_rows"]) else {},
+        moment=inputs.moment,
+        trace=inputs.trace,
+        facts={
+            "window": window,
+            "sketch": sketch_dim,
+            "domain_tokens": scored["domain"].tokens,
+            "retain_tokens": scored["retain"].tokens,
+        },
+    )
+
+
+def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int) -> Tensor:
+    """Share of each node's rows whose evidence `[N]` is above each limit, `[E, F]`; all rows' where a node has none."""
+    above = (evidence.unsqueeze(1) > limits).float()
+    rows = torch.zeros(experts_here, device="cpu")
+    passed = torch.zeros(experts_here, len(limits), device="cpu")
+    for choice in index.mT.long():
+        somebodys = choice < experts_here
+        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum()), device="cpu"))
+        passed.index_add_(0, choice[somebodys], above[somebodys])
+    return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
+
+
+@torch.no_grad()
+def _run(model: nn.Module, tree: Tree, batches: Iterable[Batch], see: Callable, bar: tqdm) -> None:
+    device = next(model.parameters()).device
+    texts = 0
+    for batch in batches:
+        count = _texts(batch)
+        held = torch.arange(texts, texts + count, device="cpu") % HELD_OUT == HELD_OUT - 1
+        texts += count
+        with _watched(tree, see, held, batch.rows):
+            model(**moved(batch.inputs, device), use_cache=False)
+        bar.update()
+
+
+def _texts(batch: Batch) -> int:
+    apart = texts_apart(batch.rows)
+    return len(batch.real) if apart is None else int(apart[..., 0].max()) + 1
+
+
+@contextmanager
+def _watched(tree: Tree, see: See, held: Tensor, rows: Rows) -> Iterator[None]:
+    apart = texts_apart(rows)
+    entered: set[int] = set()
+
+    def seen(key: Key, x: Tensor, nodes: Tensor | None) -> None:
+        own = None if apart is None else apart.to(x.device)
+
+        def texts(values: Tensor) -> Tensor:
+            return spread(values.view(*rows.real.shape, -1), own)
+
+        real = texts(rows.real.to(x.device)).squeeze(-1)
+        see(key, texts(x.detach()), None if nodes is None else texts(nodes), Rows(real), held)
+
+    def routed(row: int, module: nn.Module, args: tuple) -> None:
+        seen(("gate", row), args[0], nodes_of(module, args))
+
+    def inside(row: int, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = entering(args, kwargs)
+        # of a layer that attends more than once, the first time
+        if x is not None and x.shape[:2] == rows.real.shape and row not in entered:
+            entered.add(row)
+            seen(("entry", row), x, None)
+
+    watched = [(site.module, partial(routed, row), False) for row, site in enumerate(tree.sites)]
+    for row, site in enumerate(tree.sites):
+        watched += [(child, partial(inside, row), True) for child in modules_inside(site.decoder_layer)]
+    try:
+        for module, hook, with_kwargs in watched:
+            module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        yield
+    finally:
+        # by what was to be watched: an interrupt may have come before a handle was at hand
+        for module, hook, _ in watched:
+            for key in [key for key, held in module._forward_pre_hooks.items() if held is hook]:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+class _FeatureMoments:
+    """Moments of the running means of the texts that gates are fitted on."""
+
+    def __init__(self, window: int):
+        self.window = window
+        self.held: dict[Key, Moments] = {}
+
+    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
+        moments = self.held.setdefault(key, Moments(x.shape[-1]))
+        if bool(held.all()):
+            return
+        mean, n = window_means(totals(x, rows), rows, self.window)
+        use = rows.real & (n >= n.amax(dim=1, keepdim=True).clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
+        moments.add(mean[use])
+
+
+class _InputMoments:
+    """Second moments of what enters each stack of each expert."""
+
+    def __init__(self, tree: Tree, sketch: MomentSketch):
+        self.tree, self.sketch = tree, sketch
+        self.moment: dict[str, Tensor] = {}
+        self.trace: dict[str, Tensor] = {}
+
+    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
+        if index is None:
+            return
+        row = key[1]
+        site = self.tree.sites[row]
+        tokens, chosen = x[rows.real], index[rows.real]
+        for n, (_, donor) in enumerate(getattr(site.module, "newborns", ())):  # type: ignore
+            chosen = chosen.masked_fill(chosen == site.experts + n, donor)
+        for expert in range(site.experts):
+            mine = tokens[(chosen == expert).any(dim=1)]
+            if not len(mine):
+                continue
+            for name, rows_in in experts.stack_inputs(site.base, mine, expert).items():
+                if name not in self.moment:
+                    width = rows_in.shape[1]
+                    shape = len(self.tree.sites), site.experts
+                    self.moment[name] = torch.zeros(*shape, width, min(width, self.sketch.dim), device="cpu")
+                    self.trace[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+                self.moment[name][row, expert] += self.sketch(rows_in).cpu()
+                self.trace[name][row, expert] += float(rows_in.double().square().sum())
+
+
+class _Scores:
+    """Scores of all texts under fitted directions, apart for those that the gates were fitted on and the others."""
+
+    def __init__(self, tree: Tree, directions: dict[Key, Tensor], window: int):
+        self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
+        self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
+        self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
+        counts = [site.experts + len(getattr(site.module, "newborns", ())) for site in tree.sites]
+        self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
+        self.tokens = 0
+
+    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
+        gate = self.gates[key]
+        scores = Gate(gate.direction.to(x.device), gate.law, gate.window).scores(x).cpu()
+        real = rows.real.cpu()
+        if index is not None:
+            index = index.cpu()
+            total = len(self.routed[key[1]])
+            self.routed[key[1]] += torch.bincount(index[real].flatten(), minlength=total)[:total]
+            index = index[held].to(torch.int16)
+        if key == ("gate", 0):
+            self.tokens += int(real.sum())
+        if not bool(held.all()):
+            self.fitted[key].append((scores[~held], real[~held]))
+        if bool(held.any()):
+            self.held[key].append((scores[held], Rows(real[held]), index))
+
+    def evidence(self, key: Key, gate: Gate) -> Tensor:
+        """Evidence at each held-out token, `[N]`."""
+        return torch.cat([gate.evidence(scores, rows)[0][rows.real] for scores, rows, _ in self.held[key]])
+
+    def nodes(self, key: Key) -> Tensor:
+        """The experts that each of these was routed to, `[N, K]`."""
+        return torch.cat([index[rows.real] for _, rows, index in self.held[key] if index is not None])

@@ -1,0 +1,99 @@
+"""What an unfinished measurement may go on by: the weights in use, the way of measuring, and the text read so far."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow.maps import map_file
+from peft_pcgrow.maps.error_map import ErrorMap
+from peft_pcgrow.settling.conditions import ADAPTERS
+
+# numbers summed at a time: their products take 8 bytes each
+CHUNK = 2**22
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+STALE = "{0} holds a measurement {1}: remove it, or give another folder as checkpoint="
+
+
+def weights_in_use(model: nn.Module) -> str:
+    """Digest of all parameters and buffers, of modules' numbers (experts per token, say), and of which adapters are in
+    use; reads every weight once.
+
+    Of weights that are offloaded only the names and shapes are known.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        for sums in () if tensor.is_meta else _sums(tensor.detach()):
+            digest.update(repr(sums).encode())
+    for name, module in model.named_modules():
+        numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float) and key[0] != "_"}
+        digest.update(f"{name} {sorted(numbers.items())}".encode())
+        used = [f"{key}={vars(module)[key]}" for key in ADAPTERS if key in vars(module)]
+        used += [f"{key} at {birth.gate_fpr}" for key, birth in getattr(module, "births", {}).items()]
+        if used:
+            digest.update(f"{name} {used}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _sums(tensor: Tensor) -> Iterator[list[int]]:
+    """Sum and weighted sum of the bits, as integers: exact, so the same in any order of summing and on any device."""
+    bits = tensor.contiguous().reshape(-1).view(WHOLE[tensor.element_size()])
+    for chunk in bits.split(CHUNK):
+        wide = chunk.long()
+        place = torch.arange(1, len(wide) + 1, device=wide.device)
+        yield torch.stack([wide.sum(), (wide * place).sum()]).tolist()
+
+
+@dataclass
+class TextDigest:
+    """Digest of batches, in their order."""
+
+    hexdigest: str = ""
+    batches: int = 0
+
+    def add(self, inputs: Mapping[str, Any], target: Tensor) -> None:
+        digest = hashlib.sha256(self.hexdigest.encode())
+        for name, value in sorted({**inputs, "labels": target}.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self.hexdigest, self.batches = digest.hexdigest()[:32], self.batches + 1
+
+
+@dataclass
+class Checkpoint:
+    """Where a measurement is saved on the way.
+
+    Attributes:
+        folder: None: nothing is saved. every: batches between two savings.
+        run: what must agree for going on: digest of the weights, and the options.
+    """
+
+    folder: Path | None
+    every: int
+    run: dict[str, Any]
+
+    def load(self) -> ErrorMap | None:
+        """The map so far; ValueError if it is of other weights, or was measured in another way."""
+        if self.folder is None or not map_file.exists(self.folder):
+            return None
+        found = ErrorMap.load(self.folder)
+        unlike = [name for name, value in self.run.items() if found.run.get(name) != value]
+        if "weights" in unlike:
+            raise self.stale("of other weights (another model, other adapters in use, or trained since)")
+        if unlike:
+            ways = ", ".join(f"{name}={found.run.get(name)!r}, now {self.run[name]!r}" for name in unlike)
+            raise self.stale(f"in another way ({ways})")
+        return found
+
+    def save(self, emap: ErrorMap) -> None:
+        if self.folder is not None:
+            emap.save(self.folder)
+
+    def stale(self, what: str) -> ValueError:
+        return ValueError(STALE.format(self.folder, what))

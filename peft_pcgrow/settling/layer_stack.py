@@ -1,0 +1,286 @@
+"""Carry the error from the output down to the locus, one layer at a time.
+
+With predictions and Jacobians held at the forward values (the fixed-prediction assumption: Whittington & Bogacz 2017;
+Millidge et al. 2022), the equilibrium of the predictive-coding energy over the residual stream x_0 .. x_L is reached
+by one top-down sweep:
+
+    delta_L = dLoss/dx_L            delta_l = delta_{l+1} + (dg_l/dx at x_l)^T delta_{l+1}
+
+Each step is one layer's vector-Jacobian product, recomputed from that layer's stored input. These errors equal
+backprop's; what is gained is that no autograd graph ever spans two layers.
+
+Two other ways, see `Way`, reach the same errors hop by hop, or leave most of the way down out.
+
+A layer's own `forward` is what settles, inside of whatever hooks the layer has: what those change is code between two
+layers. During a training forward the layers run without a graph and only their inputs are kept. Three custom autograd
+functions take the backward over: what a layer hands on is marked (`Mark`, and `Top` for the last one's output), and all
+marks hang on one `Ground` below the layers, which takes the trainable parameters as inputs. The user's loss, whatever
+layers' outputs it reads, is differentiated by autograd down to the marks, which note the errors that arrive; the
+ground's backward comes last and settles the rest. The state belongs to that one forward, so two forwards before a
+backward are both right.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pcgrow.per_thread import PerThread
+from peft_pcgrow.settling.descent import TOP, Descent, Probe, Way
+from peft_pcgrow.settling.inner_outputs import Recorded
+from peft_pcgrow.settling.layer_run import (
+    LayerRun,
+    Random,
+    by_name,
+    hidden_of,
+    is_recomputed,
+    out_of_reach,
+    record,
+    refuse_filled_cache,
+    tapped,
+    without_cache,
+)
+from peft_pcgrow.settling.side_tensors import swap, tensors, trained_elsewhere, written
+from peft_pcgrow.settling.tape import Ground, Tape, Top
+
+# what may stand between two layers: the mark of the lower one's output, or its move to another device or dtype
+HANDED_ON = ("MarkBackward", "ToCopyBackward0")
+
+
+class _Open(PerThread):
+    """The forward that a thread is in the middle of, if it settles."""
+
+    tape: Tape | None = None
+
+
+class LayerStack:
+    """The decoder layers of one model, settled instead of backpropagated through where `begin()` says so.
+
+    Args:
+        layers: decoder layers in the order they run; each takes the residual stream `[..., H]` first and returns it,
+            alone or first in a tuple. What else they hand to each other, see `handover`, settles too.
+        begin: called at the bottom layer of every forward; whether to settle this one (if gradients are enabled).
+        probe: watches each layer while it is settled, down to the bottom.
+        entered: called with (layer index, layer, args, kwargs) before each run of a layer's own code, settled or not.
+        left: called with (layer index, whether it ran to its end) after each.
+        way: how to settle; may be changed, and holds for the forwards that begin from then on.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        begin: Callable[[], bool] = lambda: True,
+        probe: Probe | None = None,
+        entered: Callable[[int, nn.Module, tuple, dict[str, Any]], None] | None = None,
+        left: Callable[[int, bool], None] | None = None,
+        way: Way | None = None,
+    ):
+        self.layers = list(layers)
+        self.begin, self.probe, self.entered, self.left, self.way = begin, probe, entered, left, way or Way()
+        self.attached = False
+        self._open = _Open()
+
+    def attach(self) -> "LayerStack":
+        self.attached = True
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(_run, self, index, layer, layer.__dict__.get("forward"))
+        return self
+
+    def detach(self) -> None:
+        # a layer that somebody wrapped since goes on calling us, and we pass it by
+        self.attached = False
+        for layer in self.layers:
+            held: Any = layer.__dict__.get("forward")
+            if getattr(held, "func", None) is _run and held.args[0] is self:
+                del layer.forward
+                if (below := held.args[3]) is not None:
+                    layer.forward = below
+
+    def __enter__(self) -> "LayerStack":
+        try:
+            return self.attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+    @torch.compiler.disable
+    def before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any, Tape | None]:
+        """What a layer is to be called with, and the tape if it settles."""
+        if self.entered is not None:
+            self.entered(index, layer, args, kwargs)
+        if is_recomputed(layer):
+            return args, kwargs, None
+        if index == 0:
+            self._open.tape = None
+            settling = self.begin() and torch.is_grad_enabled()
+        else:
+            settling = self._open.tape is not None
+        if not settling:
+            return args, kwargs, None
+        args, kwargs = by_name(layer, args, kwargs)
+        if args:
+            x, args = args[0], args[1:]
+        else:
+            x, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        if index == 0:
+            refuse_filled_cache(kwargs)
+            self._open.tape = self._begin_tape(x)
+        elif not x.requires_grad:
+            raise TypeError(
+                f"{type(layer).__name__} {index} does not take the output of the layer before it: errors cannot be "
+                "handed down between them; use PCGrowConfig(settle='backprop')"
+            )
+        tape = self._open.tape
+        assert tape is not None
+        self._note(tape, index, layer, x, args, kwargs)
+        return (x.detach(), *args), kwargs, tape
+
+    def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = without_cache(kwargs)
+        tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
+        extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
+        changed = index > 0 and type(x.grad_fn).__name__ not in HANDED_ON
+        if extras or changed:
+            self._check_linked(tape, index, layer, [*extras, x] if changed else extras)
+        if tape.wanted[index]:
+            tape.current = record(layer, index, x, args, tape.before, extras, tape.recorded)
+            if any(id(p) not in tape.trainable for p in tape.current.conditions.trainable()):
+                raise TypeError(
+                    f"{type(layer).__name__} {index} runs with trainable weights that it did not have when the forward "
+                    "began (sharded by FSDP2, for example), and settling could not hand them their gradients: use "
+                    "PCGrowConfig(settle='backprop')"
+                )
+            tape.runs.append(tape.current)
+
+    def _check_linked(self, tape: Tape, index: int, layer: nn.Module, taken: list[Tensor]) -> None:
+        if tape.way.settle == "relax" or (tape.way.settle == "direct" and tape.way.depth):
+            raise ValueError(
+                f"{type(layer).__name__} {index} takes more from the layers before it than the residual stream, or has "
+                "that changed on the way; settle='relax' and settle_depth > 0 follow that stream only: use "
+                "settle='sweep', or PCGrowConfig(settle='backprop')"
+            )
+        if any(trained_elsewhere(held, tape.start) for held in taken):
+            raise TypeError(
+                f"{type(layer).__name__} {index} takes a tensor that something below or between the layers trains "
+                "through beside the residual stream: use PCGrowConfig(settle='backprop')"
+            )
+        tape.linked |= tape.way.settle == "sweep"
+
+    @torch.compiler.disable
+    def after(self, tape: Tape, index: int, layer: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+        """What a layer that settles hands on."""
+        if tape.current is not None:
+            tape.current.drawn = Random.of(tape.current.x)
+            tape.current.conditions.ran()
+        hidden = hidden_of(output, layer)
+        others = output[1:] if isinstance(output, tuple) else ()
+        if index < len(self.layers) - 1:
+            hidden = tape.mark(hidden)
+        else:
+            self._open.tape = None
+            if tape.current is not None:
+                tape.current.handed[TOP] = hidden
+            hidden = Top.apply(hidden, tape.ground, tape)
+        # in the order of `LayerRun.again`
+        others = swap(others, tape.mark)
+        for mapping, key in list(written(tape.before, kwargs)):
+            mapping[key] = swap(mapping[key], tape.mark)
+        tape.recorded.mark(tape.mark)
+        tape.close_layer()
+        out_of_reach(kwargs, index)
+        return (hidden, *others) if isinstance(output, tuple) else hidden
+
+    @torch.compiler.disable
+    def close(self, index: int, ran: bool) -> None:
+        if not ran:
+            self._open.tape = None
+        if self.left is not None:
+            self.left(index, ran)
+
+    def _begin_tape(self, x: Tensor) -> Tape:
+        tape = Tape(self.way, self._layers_wanted(x.grad_fn is not None), x)
+        parameters = list({id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}.values())
+        if self.probe is not None and not parameters and tape.bottom is None:
+            # nothing trains: an input of our own makes autograd call the ground's backward all the same
+            parameters = [torch.zeros((), device=x.device, requires_grad=True)]  # type: ignore[list-item]
+        tape.trainable = {id(p) for p in parameters}
+        tape.ground = Ground.apply(self, tape, tape.bottom, *parameters)  # type: ignore[assignment]
+        return tape
+
+    def _layers_wanted(self, wants_bottom: bool) -> list[bool]:
+        """Which layers run again in the backward of a forward that begins now."""
+        total = len(self.layers)
+        if self.probe is not None:
+            return [self.probe.again or index >= self.way.lowest_exact(total) for index in range(total)]
+        holding = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
+        lowest = holding.index(True) if any(holding) else total
+        exact = max(0 if wants_bottom else lowest, self.way.lowest_exact(total))
+        return [index >= exact or holding[index] for index in range(total)]
+
+    def settle(
+        self,
+        tape: Tape,
+        runs: list[tuple[LayerRun, Tensor]],
+        arrived: dict[int, Tensor],
+        trainable: set[int],
+        bottom: Tensor | None,
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Gradients by parameter id, and the error at `bottom` if that is given, from the errors that have arrived."""
+        for run, _ in runs:
+            run.conditions.check(run.index)
+        descent = Descent(tape.way, len(self.layers), trainable, bottom, self.probe)
+        lower, hooked = arrived.keys() - {TOP}, tape.hooked()
+        if (lower or hooked) and tape.way.settle != "sweep":
+            raise RuntimeError(
+                f"settle={tape.way.settle!r} carries the error of the top layer's output only, and this loss also "
+                "reads hidden states of lower layers, or what is recorded inside layers (router logits: a "
+                "load-balancing loss, which TRL adds unless router_aux_loss_coef=0.0), or these have hooks or retain "
+                "their gradients: use settle='sweep', or PCGrowConfig(settle='backprop')"
+            )
+        if any(hooked.get(number) for number in lower):
+            raise RuntimeError(
+                "a hidden state between two layers has a hook (register_hook), and the loss reads it too: the hook "
+                "would see its error in two parts. Remove one of them, or use PCGrowConfig(settle='backprop')"
+            )
+        # along autograd's graph between the layers, where hooks of tensors run
+        linked = tape.linked or lower or hooked
+        return descent.found, descent.linked(runs, arrived) if linked else descent.run(runs, arrived[TOP])
+
+
+# Compiled code breaks its graph here, and goes on inside the layer: what settles is not for a compiler. A function of
+# the module, so that a model that holds it can be pickled.
+@torch.compiler.disable(recursive=False)
+def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., Any] | None, *args: Any, **kwargs: Any):
+    """The `forward` of a layer; `below` is the one that it had before, if not its class's."""
+    forward = below or partial(type(layer).forward, layer)
+    if not stack.attached:
+        return forward(*args, **kwargs)
+    enabled, ran = torch.is_grad_enabled(), False
+    try:
+        args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
+        if tape is not None:
+            torch._C._set_grad_enabled(False)
+        with nullcontext() if tape is None else tapped(layer, tape.tap):
+            output = forward(*args, **kwargs)
+        if tape is not None:
+            torch._C._set_grad_enabled(enabled)
+            output = stack.after(tape, index, layer, kwargs, output)  # type: ignore
+        ran = True
+        return output
+    finally:
+        # at once, whatever was raised: Python code around it could itself be interrupted before it does anything
+        torch._C._set_grad_enabled(enabled)
+        stack.close(index, ran)  # type: ignore
+
+
+def beneath(forward: Any) -> Any:
+    """The `forward` that a module had of its own before its stacks were attached; None: its class's."""
+    while getattr(forward, "func", None) is _run:
+        forward = forward.args[3]
+    return forward

@@ -1,0 +1,156 @@
+"""A learning rate for Muon on grown experts, found on a few batches by how far the first step may go.
+
+Rates that are best on a small model destroy a larger one, and neither the sizes of its weights nor those of its
+gradients tell by how much. What does, within a factor of two from 4 to 135 million parameters (see RESULTS.md), is the
+loss along the first update: its minimum lies about eight times as far as the rate that trains best.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcgrow_kernels.keep_off import keep_off
+from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
+from peft_pcgrow.maps.distributed import gathered, together
+from peft_pcgrow.training.muon import banks_of, update_of
+
+# the rate as a share of the best single step
+SHARE = 1 / 8
+# the shortest step that is tried
+FIRST = 2.0**-12
+# doublings of it
+TRIES = 16
+# a rise of the loss, relative, beyond which no longer step is tried; routes that flip make small ones anywhere
+TOO_FAR = 0.02
+
+
+def find_lr(
+    model: nn.Module,
+    batches: Any,
+    *,
+    batch_size: int = 8,
+    tokenizer: Callable[..., Any] | None = None,
+) -> float:
+    """The learning rate for `create_pcgrow_optimizer(model, lr=...)`: an eighth of the step along the first update that
+    lowers the loss most.
+
+    The update is that of half of the batches, the loss that of the others; weights, gradients, mode and random numbers
+    are left as they were. Costs a training step on one half and 5 to 15 forwards of the other. Under torch.distributed
+    each process searches with its own batches, and all get the geometric mean; all must call.
+
+    Args:
+        model: after `get_peft_model(model, PCGrowConfig(...))`.
+        batches: text of the domain, as for `measure_errors`; 2 batches at least, each as large as those of a training
+            step. batch_size: texts a batch, of those that are not batched yet. tokenizer: makes token ids of strings.
+
+    Raises:
+        ValueError: nothing grown trains, fewer than two batches, nothing to predict in them, no token of theirs that
+            reaches what trains, or no step along the update that lowers the loss (the batches have nothing in common,
+            or there is nothing left to learn from them).
+    """
+    with together("find_lr"):
+        check_causal(model)
+        check_gradients(model)
+        banks = banks_of(model)
+        with _put_back(model, banks) as starts:
+            read = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
+            if len(read) < 2:
+                raise ValueError(
+                    f"find_lr takes a step on some batches and looks at others, so it needs 2 at least, got {len(read)}"
+                )
+            half = len(read) // 2
+            if not all(
+                any(bool((target != IGNORED).any()) for _, target, _ in part) for part in (read[:half], read[half:])
+            ):
+                raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
+            updates = _updates(model, banks, read[:half])
+
+            def loss(step: float) -> float:
+                with torch.no_grad():
+                    for bank, start, update in zip(banks, starts, updates, strict=True):
+                        bank.copy_(start).add_(update, alpha=-step)
+                return losses(model, [read[half:]])[0]
+
+            found = SHARE * best_step(loss)
+    return math.exp(sum(map(math.log, (each := gathered(found)))) / len(each))
+
+
+def best_step(loss: Callable[[float], float]) -> float:
+    """Where the loss along a direction is least: the lowest of steps that double until it has risen too far, refined by
+    the parabola through its neighbours.
+
+    Raises:
+        ValueError: no step lowers it.
+    """
+    tried = {0.0: loss(0.0)}
+    for power in range(TRIES):
+        tried[FIRST * 2**power] = value = loss(FIRST * 2**power)
+        if not value <= (1 + TOO_FAR) * tried[0.0]:
+            break
+    least = min((value, step) for step, value in tried.items() if math.isfinite(value))[1]
+    if not least:
+        raise ValueError(
+            "no step along the first update lowers the loss of the other batches: give larger batches, that are alike, "
+            "or there is nothing left to learn from them"
+        )
+    before, after = (0.0 if least == FIRST else least / 2), 2 * least
+    if not math.isfinite(tried.get(after, math.inf)):
+        return least
+    (x0, y0), (x1, y1), (x2, y2) = ((x, tried[x]) for x in (before, least, after))
+    rise, fall = (y2 - y1) / (x2 - x1), (y1 - y0) / (x1 - x0)
+    curved = rise - fall
+    return least if curved <= 0 else (x0 + x1) / 2 - fall * (x2 - x0) / (2 * curved)
+
+
+def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) -> list[Tensor]:
+    """The first update of each bank, as Muon would take it at a rate of one, off what is protected."""
+    model.train()
+    for inputs, target, _ in batches:
+        settle_batch(model, inputs, target)
+    found = {}
+    for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
+        for adapter in layer.active_banks():
+            for stack, bank in layer.bank(adapter).items():
+                if not bank.requires_grad or bank.dim() < 3 or id(bank) in found:
+                    continue
+                gradient = torch.zeros_like(bank) if bank.grad is None else bank.grad.clone()
+                directions = layer.directions(adapter, stack) if layer.is_protected(adapter) else None
+                transposed = layer.base_layer.is_transposed
+                if directions is not None:
+                    keep_off(gradient, directions, None, transposed)
+                found[id(bank)] = update = update_of(gradient)
+                if directions is not None:
+                    keep_off(update, directions, None, transposed)
+    if not any(bool(update.any()) for update in found.values()):
+        raise ValueError(
+            "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "
+            "check what the adapter grows"
+        )
+    return [found[id(bank)] if id(bank) in found else torch.zeros_like(bank) for bank in banks]
+
+
+@contextmanager
+def _put_back(model: nn.Module, banks: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Inside, gradients are empty, and copies of the banks are at hand; afterwards all is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    starts = [bank.detach().clone() for bank in banks]
+    devices = sorted({str(p.device) for p in model.parameters() if p.device.type not in ("cpu", "meta")})
+    try:
+        for p, _ in gradients:
+            p.grad = None
+        with torch.random.fork_rng(devices, device_type=devices[0].split(":")[0] if devices else "cuda"):
+            yield starts
+    finally:
+        with torch.no_grad():
+            for bank, start in zip(banks, starts, strict=True):
+                bank.copy_(start)
+        for p, gradient in gradients:
+            p.grad = gradient
+        for module, training in modes.items():
+            module.training = training
