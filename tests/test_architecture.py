@@ -80,7 +80,7 @@ def test_public_names_are_documented():
 def test_files_stay_short():
     sources = [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]
     lines = {path: len(path.read_text().splitlines()) for path in sources}
-    others = [*(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    others = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
     assert not [path for path in [*sources, *others] if len(path.read_text().splitlines()) > LINES]
     assert sum(lines.values()) <= TOTAL
 
