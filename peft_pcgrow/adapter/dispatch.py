@@ -81,7 +81,7 @@ def nodes(
     return table.to(index)[takers(branches, index, total), index.clamp(max=total)]
 
 
-def forward(
+def run(
     base: ExpertsModule, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool = True
 ) -> Tensor:
     """The experts' output with the rows of each branch computed by its bank.

@@ -23,7 +23,7 @@ from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.gates.gate import Rows, unknown_gate
-from peft_pcgrow.gates.text_position import Sequence as TokenSequence
+from peft_pcgrow.gates.text_position import TextPosition
 from peft_pcgrow.locate import parts
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.say import ends
@@ -42,7 +42,7 @@ class Call(PerThread):
         waiting: what these gates are to remember, once the attention has made its entry in the KV cache.
     """
 
-    sequence: TokenSequence | None = None
+    sequence: TextPosition | None = None
     entered = False
     called = False
     passes: Mapping[str, Tensor] = MappingProxyType({})
@@ -287,7 +287,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         branches = [branch for _, branch in self._branches(hidden_states)]
         # training needs no bits, and computes no row twice
-        return dispatch.forward(
+        return dispatch.run(
             self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
         )
 

@@ -12,7 +12,7 @@ from torch import nn
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.gates.text_position import (
     UNKNOWN_CACHE,
-    Sequence,
+    TextPosition,
     attention_chunk,
     cache_place,
     entering,
@@ -75,7 +75,7 @@ def enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: d
     layer.call.end()
     layer.call.entered, layer.call.called = True, False
     called = by_name(decoder_layer, args, kwargs)
-    layer.call.sequence = Sequence.of(layer.place, *called, layer.chunk) if gated else None
+    layer.call.sequence = TextPosition.of(layer.place, *called, layer.chunk) if gated else None
 
 
 def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
@@ -93,6 +93,6 @@ def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[s
         return
     if not layer.call.entered:
         layer.call.end()
-        layer.call.sequence = Sequence.of(layer.place, args, kwargs, layer.chunk)
+        layer.call.sequence = TextPosition.of(layer.place, args, kwargs, layer.chunk)
     if not layer.call.passes:
         layer.note_entry(hidden)

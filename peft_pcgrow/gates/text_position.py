@@ -22,7 +22,7 @@ SOME = -1
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TextPosition:
     """One call of a decoder layer.
 
     Attributes:
@@ -39,7 +39,7 @@ class Sequence:
     held: int
 
     @classmethod
-    def of(cls, index: int, args: tuple, kwargs: dict[str, Any], chunk: int = 0) -> "Sequence":
+    def of(cls, index: int, args: tuple, kwargs: dict[str, Any], chunk: int = 0) -> "TextPosition":
         """From what a decoder layer is called with, whose place in a cache is `index`, and which attends in chunks of
         `chunk` tokens, if it does."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]

@@ -26,7 +26,7 @@ from transformers.masking_utils import flex_attention_mask, sliding_window_causa
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, measure_errors
 from peft_pcgrow.gates.text_borders import Told
-from peft_pcgrow.gates.text_position import Sequence
+from peft_pcgrow.gates.text_position import TextPosition
 from tiny import PAD, build, domain, logits, mixed, retain, taken, train
 
 LENGTHS = (24, 7, 1, 16, 9)
@@ -104,7 +104,7 @@ def test_the_cache_of_a_decoder():
     inner = DynamicCache()
     held = EncoderDecoderCache(inner, DynamicCache())
     inner.update(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4), 0)
-    call = Sequence.of(0, (torch.zeros(2, 3, 4),), {"past_key_values": held})
+    call = TextPosition.of(0, (torch.zeros(2, 3, 4),), {"past_key_values": held})
     assert (call.cache, call.held) == (inner, 5)
 
 
