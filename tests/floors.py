@@ -1,4 +1,10 @@
-"""The rules of the code base, read from its source: which room may import what, and what is public."""
+"""The rules of the code base, read from its source: which room may import what, and what is public.
+
+    python tests/floors.py
+
+draws the rooms from the highest floor to the lowest, with how many imports go from each to those below, and says what
+breaks the rules.
+"""
 
 import ast
 import sys
@@ -159,3 +165,22 @@ def kernels(folder: Path) -> list[str]:
     allowed = {"torch", "triton", "bitsandbytes", "pcgrow_kernels", *sys.stdlib_module_names}
     extra = {path.name: imported(path, set()) - allowed for path in folder.glob("*.py")}
     return [f"{name} imports {', '.join(sorted(others))}" for name, others in extra.items() if others]
+
+
+def draw(package: Path) -> str:
+    """The floors, one a line, each with its arrows down."""
+    files = modules(package)
+    lines = []
+    for room in (*reversed(ROOMS), ""):
+        mine = [name for name in files if room_of(name) == room and name != "__init__"]
+        arrows = [room_of(other) for name in mine for other in imported(files[name], set(files)) & set(files)]
+        counts = {other: arrows.count(other) for other in reversed(("", *ROOMS)) if other != room and other in arrows}
+        size = sum(len(files[name].read_text(encoding="utf-8").splitlines()) for name in mine)
+        below = ", ".join(f"{other or 'ground'} ({count})" for other, count in counts.items())
+        lines.append(f"{room or 'ground':14} {len(mine):3} files {size:6} lines  -> {below or '-'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    source = Path(__file__).parents[1] / "peft_pcgrow"
+    print(draw(source), *(problems(source) or ["no import goes up, no circle, no outsider"]), sep="\n")
