@@ -86,7 +86,7 @@ REFUSED = {
     "block": [None, 0, True, 10**12],
     "init_weights": [None, 0, 1, "x", "", [], "gaussian"],
     "inference_mode": [None, 0, "x"],
-    "select": [None, 0, "best", ["error"]],
+    "select": [0, "best", ["error"]],
     "settle": [None, 1],
     "grow": [None, {}],
     "router": [None],

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from peft_pcgrow import ErrorMap, Locus
+from peft_pcgrow import ErrorMap, Locus, PCGrowConfig, measure_errors
 from peft_pcgrow.locate.budget import choose
+from tiny import build, tokens
 
 LAYERS = (1, 2, 5)
 
@@ -151,3 +153,14 @@ def test_what_cannot_tell_parts_apart():
     emap.gradient = {}
     with pytest.raises(ValueError, match="holds no weight gradients"):
         choose(LAYERS, 8, 0.5, "joint", emap)
+
+
+@pytest.mark.parametrize(("settle", "select"), [("sweep", "removable"), ("direct", "error")])
+def test_default_is_the_best_that_the_map_can_tell(settle, select):
+    """What a step would remove, if the map has the gradients to tell; else the error. The config says which."""
+    emap = measure_errors(build(), [tokens()], settle=settle, progress=False)
+    found, asked = (
+        get_peft_model(build(), PCGrowConfig(error_map=emap, **given)) for given in ({}, {"select": select})
+    )
+    assert found.peft_config["default"].select == select
+    assert found.peft_config["default"].locus == asked.peft_config["default"].locus
