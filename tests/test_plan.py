@@ -157,7 +157,7 @@ def test_what_cannot_tell_parts_apart():
 
 @pytest.mark.parametrize(("settle", "select"), [("sweep", "removable"), ("direct", "error")])
 def test_default_is_the_best_that_the_map_can_tell(settle, select):
-    """What a step would remove, if the map has the gradients to tell; else the error. What was used is in the config."""
+    """What a step would remove, if the map has the gradients to tell; else the error. The config says which."""
     emap = measure_errors(build(), [tokens()], settle=settle, progress=False)
     found, asked = (
         get_peft_model(build(), PCGrowConfig(error_map=emap, **given)) for given in ({}, {"select": select})
