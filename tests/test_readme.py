@@ -1,14 +1,15 @@
-"""The README's program runs as printed, and its first command is the quickstart of the repository."""
+"""The programs of the README and the guides run as printed; the first command is the quickstart of the repository."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 from peft_pcgrow import measure_errors
 from tiny import build, domain, logits, retain, tokens
@@ -17,9 +18,22 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str, after: str) -> str:
-    found = re.search(rf"{re.escape(after)}\s*```{language}\n(.*?)```", README, re.DOTALL)
-    assert found, f"README has no {language} block after {after!r}"
+GUIDES = ROOT / "examples" / "guides"
+EMBEDDED = ROOT / "examples" / "embedded-moe"
+# what must be there when a guide's program has run
+WRITTEN = {
+    "compress": "compressed/model.safetensors",
+    "deepen": "deepened/adapter_model.safetensors",
+    "locate": None,
+    "measure": "map.html",
+    "ship": "merged/model.safetensors",
+    "spawn": "spawned/adapter_model.safetensors",
+}
+
+
+def block(language: str, after: str, page: str = README) -> str:
+    found = re.search(rf"{re.escape(after)}\s*```{language}\n(.*?)```", page, re.DOTALL)
+    assert found, f"no {language} block after {after!r}"
     return found.group(1)
 
 
@@ -56,10 +70,31 @@ def test_commands_of_the_readme():
     assert "pytest" in second
 
 
-def test_links_of_the_readme():
-    targets = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert targets
-    assert not [target for target in targets if not (ROOT / target).exists()]
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md", "examples/RESULTS.md"]
+    + [f"examples/guides/{guide.name}" for guide in sorted(GUIDES.glob("*.md"))]
+)  # fmt: skip
+def test_links(page):
+    """Every link within the repository leads to a file, and to a heading of it if it names one."""
+    path = ROOT / page
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+    targets = [target for target in targets if "://" not in target]
+    assert targets or page == "tests/README.md"
+    for target in targets:
+        name, _, heading = target.partition("#")
+        led = (path.parent / name).resolve() if name else path
+        assert led.exists(), target
+        assert not heading or heading in anchors(led), target
+
+
+def test_readme_is_a_front_page():
+    assert len(README.splitlines()) <= 150
 
 
 def test_spawn_program_of_the_readme(tmp_path, monkeypatch):
@@ -90,6 +125,33 @@ def test_compress_program_of_the_readme(tmp_path, monkeypatch):
     assert report.bytes_after <= 0.35 * report.bytes_before or report.stopped
     assert max(after - before for before, after in zip(report.before, report.after, strict=True)) <= 0.02
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")), logits(filled["model"]))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model that reads the embedded one's tokens and is much smaller."""
+    folder = tmp_path_factory.mktemp("small")
+    set_seed(0)
+    build("qwen3_moe", vocab_size=4096).save_pretrained(folder)
+    for file in EMBEDDED.glob("token*.json"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("guide", sorted(WRITTEN))
+def test_program_of_a_guide(guide, small, tmp_path, monkeypatch, capsys):
+    """Only the model is another one."""
+    monkeypatch.chdir(tmp_path)
+    program = block("python", "<!-- program -->", (GUIDES / f"{guide}.md").read_text())
+    assert program.count('"examples/embedded-moe"') == 1
+    exec(program.replace('"examples/embedded-moe"', repr(str(small))), {})
+    assert WRITTEN[guide] is None or (tmp_path / WRITTEN[guide]).is_file()
+    assert guide != "ship" or capsys.readouterr().out == "True\n"
+
+
+def test_guides_have_programs():
+    """But for the list of limits."""
+    assert {guide.stem for guide in GUIDES.glob("*.md")} == {*WRITTEN, "limits"}
 
 
 @pytest.mark.slow
