@@ -71,7 +71,6 @@ def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
         "sweep": (grown("sweep", budget), False),
         "sweep, top half": (grown("sweep", budget, top_half=True), False),
         "direct": (grown("direct", budget), False),
-        "relax": (grown("relax", budget), False),
         "sweep, nf4 base": (grown("sweep", budget, packed="nf4"), False),
         "spawn": (spawned(budget, 0.0), False),
         "spawn, protected": (spawned(budget, 0.8), False),

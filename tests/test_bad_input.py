@@ -154,8 +154,12 @@ def test_locus_outside_the_model(name, locus, text):
 def test_unknown_words():
     with pytest.raises(ValueError, match="unknown select='loss'; choose from error, square, coherent, removable, gate"):
         PCGrowConfig(locus=LOCUS, select="loss")
-    with pytest.raises(ValueError, match="unknown settle='newton'; choose from sweep, direct, relax, backprop"):
+    with pytest.raises(ValueError, match="unknown settle='newton'; choose from sweep, direct, backprop"):
         PCGrowConfig(locus=LOCUS, settle="newton")
+    with pytest.raises(ValueError, match="settle='relax' no longer trains: use settle='sweep'"):
+        PCGrowConfig(locus=LOCUS, settle="relax")
+    with pytest.raises(ValueError, match="settle_tol was of settle='relax', which no longer trains: leave it out"):
+        PCGrowConfig(locus=LOCUS, settle_tol=0.2)
     with pytest.raises(ValueError, match="unknown statistic 'loss'; a map can rank by error"):
         emap(build()).score("loss")
     with pytest.raises(ValueError, match=r"target_parameters=\['down_proj'\]: an experts module grows as a whole"):
