@@ -4,7 +4,7 @@ budgets     loss rises at some shares of the experts' bytes: plans by several st
             and without compensation, and against pruned experts (REAP's criterion).
 predictors  which statistic predicts what packing a single node does to the loss? Rank correlations, and a scatter.
 lifecycle   are grown nodes compressible again? Loss rise from packing them, before growth, halfway and after.
-adapter     an adapter's deltas in few bits or as two factors: bytes and gain kept.
+adapter     an adapter's deltas in few bits: bytes and gain kept.
 base        growing on a base in 16 bit, int8 and nf4: gain, bytes at rest, peak memory and time of a step (needs
             bitsandbytes).
 order       compress first and spawn then, or spawn first and compress then.
@@ -249,8 +249,6 @@ def adapter(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
         {"target": 0.25},
         {"bits": 3},
         {"bits": 2},
-        {"energy": 0.9},
-        {"energy": 0.7},
     ]
     for seed in args.seeds:
         emap = mapped(task, args, seed)
@@ -260,7 +258,7 @@ def adapter(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
         for way in ways:
             shrunk = copy.deepcopy(model)
             text = next(corpora.batches(task.domain_train, args.calibration, 1, seed)).split(args.batch)
-            report = compress.shrink_adapter(shrunk, batches=text if "energy" not in way else None, **way)
+            report = compress.shrink_adapter(shrunk, batches=text, **way)
             found = compare.finish({**row, "after": compare.losses(shrunk, task)}, before)
             yield {
                 "study": "adapter",

@@ -198,7 +198,7 @@ class PCGrowConfig(PeftConfig):
     # of settle="relax", which no longer trains: files of adapters still carry it
     settle_tol: InitVar[Any] = None
 
-    def __post_init__(self, settle_tol: Any = None):
+    def __post_init__(self, settle_tol: Any):
         if settle_tol not in (None, 0.01) and self.base is None:
             raise ValueError("settle_tol was of settle='relax', which no longer trains: leave it out")
         # JSON knows no enumerations: what comes from a file must not lead to another file
