@@ -53,7 +53,7 @@ def spawned(budget: float, protect: float) -> Callable:
         # the lower half of the vocabulary stands for the domain, as in the batch that is timed
         half = model.config.vocab_size // 2
         words = torch.randint(half, (16, 64))
-        emap = measure_errors(model, [words], retain=[words + half], coherent=False, progress=False)
+        emap = measure_errors(model, [words], retain=[words + half], gradients=False, progress=False)
         options = {"select": "random", "budget": budget, "gate_fpr": 0.05, "protect": protect}
         model = get_peft_model(model, PCGrowConfig(error_map=emap, grow="spawn", **options))
         return model, create_pcgrow_optimizer(model, lr=0.02)

@@ -20,7 +20,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
+from peft_pcgrow import (
+    ErrorMap,
+    ErrorMapCallback,
+    PCGrowConfig,
+    compress,
+    create_pcgrow_optimizer,
+    find_experts,
+    measure_errors,
+)
 from tiny import LOCUS, assert_same, build, dense, logits, snapshot, spawned, tokens, train
 
 
@@ -173,7 +181,7 @@ def test_nothing_to_choose_by():
     with refused(model, ValueError, "PCGrowConfig needs error_map=.*or locus=.*or select='random'"):
         grow(model)
     with refused(model, ValueError, "has no coherent anywhere"):
-        grow(model, error_map=emap(model, coherent=False), select="coherent")
+        grow(model, error_map=emap(model, gradients=False), select="coherent")
 
 
 def test_optimizer_without_an_adapter():
@@ -215,6 +223,15 @@ def test_errors_that_are_nan():
         measure_errors(model, [tokens()], progress=False)
 
 
+def test_arguments_that_it_does_not_have():
+    with pytest.raises(TypeError, match=r"measure_errors\(coherent=...\) is gone: it is called gradients="):
+        measure_errors(build(), [tokens()], coherent=False)
+    with pytest.raises(TypeError, match=r"measure_errors\(coherent=...\) is gone: it is called gradients="):
+        ErrorMapCallback([tokens()], every=1, coherent=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'settle_tolerance'"):
+        measure_errors(build(), [tokens()], settle_tolerance=0.1)
+
+
 def test_a_corpus_is_not_its_own_retain_text():
     text = [tokens()]
     with refused(build(), ValueError, "retain is the corpus itself"):
@@ -238,7 +255,7 @@ def test_maps_that_do_not_add():
     with pytest.raises(ValueError, match="different sketches"):
         first + emap(build(), sketch_dim=4)
     with pytest.raises(ValueError, match="these maps cannot be added"):
-        first + emap(build(), coherent=False)
+        first + emap(build(), gradients=False)
     other = build()
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight.mul_(2)

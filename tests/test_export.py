@@ -56,7 +56,7 @@ def batches() -> list:
 @cache
 def text_map(name: str = "qwen3_moe") -> ErrorMap:
     base, texts = build(name, **CHANGES.get(name, {})), ([domain(32, seed=1)], [retain(32, seed=1)])
-    return measure_errors(base, texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    return measure_errors(base, texts[0], retain=texts[1], window=8, gradients=False, progress=False)
 
 
 def config(name: str = "qwen3_moe", **changes) -> PCGrowConfig:

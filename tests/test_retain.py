@@ -18,7 +18,7 @@ TABLES = ("threshold", "recall", "false_positive")
 
 
 def measured(model, ours, theirs, **options):
-    return measure_errors(model, ours, retain=theirs, progress=False, coherent=False, **options)
+    return measure_errors(model, ours, retain=theirs, progress=False, gradients=False, **options)
 
 
 def padded(ids, side):
