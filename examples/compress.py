@@ -36,7 +36,7 @@ import corpora
 import frontier
 from locate import correlation
 from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
-from peft_pcgrow.compress.form_survey import SELECTIONS
+from peft_pcgrow.compress.form_survey import FORM_SELECTIONS
 from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.packed.quantize import storage_bytes
 
@@ -151,7 +151,7 @@ def predictors(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[st
                 found.append(statistics.mean(report.after) - before)
             measured, place = torch.tensor(found, dtype=torch.float64), survey.forms.index(form)
             scores = {
-                select: survey.score(select)[:, :, place].flatten() for select in SELECTIONS if select != "random"
+                select: survey.score(select)[:, :, place].flatten() for select in FORM_SELECTIONS if select != "random"
             }
             scores |= {"error mass": emap.mass.flatten(), "frequency": emap.count.flatten()}
             scores |= {
@@ -343,7 +343,7 @@ def main() -> None:
     add = parser.add_argument
     add("--study", choices=STUDIES, default="budgets")
     add("--targets", type=float, nargs="+", default=[0.5, 0.35, 0.25], help="shares of the experts' bytes in 16 bit")
-    add("--selects", nargs="+", choices=SELECTIONS, default=["fisher", "output", "weights", "random"])
+    add("--selects", nargs="+", choices=FORM_SELECTIONS, default=["fisher", "output", "weights", "random"])
     add("--methods", nargs="*", choices=("sparsify", "skip"), default=[], help="beside quantizing and thinning")
     add("--calibration", type=int, default=48, help="windows of domain and of retain text (default: %(default)s)")
     add("--widths", type=int, nargs="+", default=[3, 2], help="bits, for lifecycle (default: %(default)s)")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from close import assert_close
 from peft_pcgrow import ErrorMap, PCGrowConfig, export_flat, find_experts, measure_errors
 from peft_pcgrow.architectures.router_capacity import COUNTS
-from peft_pcgrow.export.flat import CLIP, RIDGE, FlatReport
+from peft_pcgrow.export.flat import CLIP, ROUTER_RIDGE, FlatReport
 from test_bad_input import facts
 from tiny import (
     EXPERTS,
@@ -234,7 +234,7 @@ def fitted(model: PeftModel, intercept: bool) -> dict[int, Tensor]:
         x, y = torch.cat(held), torch.cat(margins[layer])
         if intercept:
             x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-        penalty = (RIDGE * x.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1])
+        penalty = (ROUTER_RIDGE * x.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1])
         y = torch.cat([y, torch.zeros(x.shape[1])])
         found[layer] = torch.linalg.lstsq(torch.cat([x, penalty]), y[:, None]).solution[:, 0]
     return found

@@ -18,7 +18,7 @@ from peft_pcgrow.compress.thin import compensated, elimination_order
 from peft_pcgrow.packed.forms import MULTIPLE, WHOLE, Form, form_bytes
 
 # what can predict the change of the loss, see `Candidates.damage`
-STATISTICS = ("fisher", "output", "isotropic", "weights", "gradient")
+DAMAGES = ("fisher", "output", "isotropic", "weights", "gradient")
 # rows of an expert that forms are tried on, at least
 TRIED = 512
 # share of the rows' mean that moments of rarely used experts are drawn towards
@@ -111,7 +111,7 @@ def candidates(
     half = lowbit.half_of(stacks["down_proj"].dtype)
     first, count = experts.first_matrix(base), base.num_experts
     order = _order(plain["down_proj"], moments)
-    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in STATISTICS}
+    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in DAMAGES}
     spread = torch.zeros(count, len(forms), dtype=torch.float64, device="cpu")
     data: dict[Form, dict[str, list[Tensor]]] = {}
     kept_by_form: dict[Form, Tensor] = {}

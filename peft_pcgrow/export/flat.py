@@ -32,7 +32,7 @@ from peft_pcgrow.maps.batches import IGNORED, Batch, read_batches, token_losses
 
 # margins beyond this many nats tell a router no more
 CLIP = 8.0
-RIDGE = 1e-3
+ROUTER_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _fit_rows(
         if logit_bias(site) is None:
             # no intercept: what is constant in the inputs has to do
             gram, target = gram[:-1, :-1], target[:-1]
-        gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        gram = gram + ROUTER_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         row = torch.linalg.solve(gram, target)
         found.setdefault(layer, {})[name] = torch.nn.functional.pad(row, (0, width + 1 - len(row)))
     return found, logits

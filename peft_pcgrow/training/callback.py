@@ -29,7 +29,7 @@ from peft_pcgrow.settings import refuse_gone
 
 PREFIX = "pcgrow/"
 # in every entry of the Trainer's log history that stands for a map
-MARK = PREFIX + "seconds"
+SECONDS = PREFIX + "seconds"
 
 
 class ErrorMapCallback(TrainerCallback):
@@ -122,7 +122,7 @@ class ErrorMapCallback(TrainerCallback):
             handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
         if self.folder is not None:
-            self._find_saved([int(entry["step"]) for entry in state.log_history if MARK in entry])
+            self._find_saved([int(entry["step"]) for entry in state.log_history if SECONDS in entry])
 
     def _find_saved(self, steps: list[int]) -> None:
         wanted = sorted(set(steps))
@@ -184,7 +184,7 @@ class ErrorMapCallback(TrainerCallback):
             del self.maps[1]
         if self.folder is not None and state.is_world_process_zero:
             emap.save(self._path(step))
-        costs = {MARK: self.seconds, PREFIX + "time_share": self._time_share()}
+        costs = {SECONDS: self.seconds, PREFIX + "time_share": self._time_share()}
         return _report(args, state, control, emap.scalars(PREFIX) | costs)
 
     def _anew(self) -> Any:
