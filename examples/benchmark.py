@@ -53,7 +53,7 @@ def spawned(budget: float, protect: float) -> Callable:
         # the lower half of the vocabulary stands for the domain, as in the batch that is timed
         half = model.config.vocab_size // 2
         words = torch.randint(half, (16, 64))
-        emap = measure_errors(model, [words], retain=[words + half], coherent=False, progress=False)
+        emap = measure_errors(model, [words], retain=[words + half], gradients=False, progress=False)
         options = {"select": "random", "budget": budget, "gate_fpr": 0.05, "protect": protect}
         model = get_peft_model(model, PCGrowConfig(error_map=emap, grow="spawn", **options))
         return model, create_pcgrow_optimizer(model, lr=0.02)
@@ -71,7 +71,6 @@ def arms(budget: float) -> dict[str, tuple[Callable, bool]]:
         "sweep": (grown("sweep", budget), False),
         "sweep, top half": (grown("sweep", budget, top_half=True), False),
         "direct": (grown("direct", budget), False),
-        "relax": (grown("relax", budget), False),
         "sweep, nf4 base": (grown("sweep", budget, packed="nf4"), False),
         "spawn": (spawned(budget, 0.0), False),
         "spawn, protected": (spawned(budget, 0.8), False),

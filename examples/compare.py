@@ -102,7 +102,7 @@ def settings(args: argparse.Namespace, emap: ErrorMap) -> dict[str, list[Setting
                 continue
             for lr in lrs:
                 name = f"{budget:.0%} {optimizer} lr {lr:g}"
-                for arm in ("sweep", "direct", "relax", "backprop"):
+                for arm in ("sweep", "direct", "backprop"):
                     add(arm, f"{arm} {budget:.0%} {optimizer}", name, grown(emap, budget, optimizer, lr, settle=arm))
                 for arm in ("square", "coherent", "gate", "frequency", "random"):
                     build = grown(emap, budget, optimizer, lr, select=arm)
@@ -197,7 +197,7 @@ def table(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
-    known = ("lora", "lora-replay", "lora-attention", "sweep", "direct", "relax", "backprop", "square", "coherent")
+    known = ("lora", "lora-replay", "lora-attention", "sweep", "direct", "backprop", "square", "coherent")
     known += ("gate", "frequency", "random", "full")
     parser.add_argument("--arms", nargs="+", choices=known, default=["lora", "lora-replay", "sweep", "random"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.12, 0.25], help="shares of the experts grown")

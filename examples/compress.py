@@ -4,7 +4,7 @@ budgets     loss rises at some shares of the experts' bytes: plans by several st
             and without compensation, and against pruned experts (REAP's criterion).
 predictors  which statistic predicts what packing a single node does to the loss? Rank correlations, and a scatter.
 lifecycle   are grown nodes compressible again? Loss rise from packing them, before growth, halfway and after.
-adapter     an adapter's deltas in few bits or as two factors: bytes and gain kept.
+adapter     an adapter's deltas in few bits: bytes and gain kept.
 base        growing on a base in 16 bit, int8 and nf4: gain, bytes at rest, peak memory and time of a step (needs
             bitsandbytes).
 order       compress first and spawn then, or spawn first and compress then.
@@ -36,7 +36,7 @@ import corpora
 import frontier
 from locate import correlation
 from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
-from peft_pcgrow.compress.form_survey import SELECTIONS
+from peft_pcgrow.compress.form_survey import FORM_SELECTIONS
 from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.packed.quantize import storage_bytes
 
@@ -151,7 +151,7 @@ def predictors(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[st
                 found.append(statistics.mean(report.after) - before)
             measured, place = torch.tensor(found, dtype=torch.float64), survey.forms.index(form)
             scores = {
-                select: survey.score(select)[:, :, place].flatten() for select in SELECTIONS if select != "random"
+                select: survey.score(select)[:, :, place].flatten() for select in FORM_SELECTIONS if select != "random"
             }
             scores |= {"error mass": emap.mass.flatten(), "frequency": emap.count.flatten()}
             scores |= {
@@ -249,8 +249,6 @@ def adapter(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
         {"target": 0.25},
         {"bits": 3},
         {"bits": 2},
-        {"energy": 0.9},
-        {"energy": 0.7},
     ]
     for seed in args.seeds:
         emap = mapped(task, args, seed)
@@ -260,7 +258,7 @@ def adapter(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
         for way in ways:
             shrunk = copy.deepcopy(model)
             text = next(corpora.batches(task.domain_train, args.calibration, 1, seed)).split(args.batch)
-            report = compress.shrink_adapter(shrunk, batches=text if "energy" not in way else None, **way)
+            report = compress.shrink_adapter(shrunk, batches=text, **way)
             found = compare.finish({**row, "after": compare.losses(shrunk, task)}, before)
             yield {
                 "study": "adapter",
@@ -345,7 +343,7 @@ def main() -> None:
     add = parser.add_argument
     add("--study", choices=STUDIES, default="budgets")
     add("--targets", type=float, nargs="+", default=[0.5, 0.35, 0.25], help="shares of the experts' bytes in 16 bit")
-    add("--selects", nargs="+", choices=SELECTIONS, default=["fisher", "output", "weights", "random"])
+    add("--selects", nargs="+", choices=FORM_SELECTIONS, default=["fisher", "output", "weights", "random"])
     add("--methods", nargs="*", choices=("sparsify", "skip"), default=[], help="beside quantizing and thinning")
     add("--calibration", type=int, default=48, help="windows of domain and of retain text (default: %(default)s)")
     add("--widths", type=int, nargs="+", default=[3, 2], help="bits, for lifecycle (default: %(default)s)")

@@ -1,7 +1,7 @@
 """Does the order of the examples matter? Located experts trained on the same windows in several orders.
 
-Every run takes as many steps on the same windows; only their order differs. Surprisal is measured before training,
-under "live" when a window of examples begins; seconds per step include it. Gain and forgetting are as in compare.py.
+Every run takes as many steps on the same windows; only their order differs. Surprisal is measured before training;
+seconds per step include it. Gain and forgetting are as in compare.py.
 
     python examples/curriculum.py --json > rows.jsonl
     python examples/curriculum.py --table rows.jsonl
@@ -25,7 +25,6 @@ ORDERS: dict[str, dict[str, Any] | None] = {
     "ascending": {},
     "descending": {"descending": True},
     "ascending in windows": {"window": True},
-    "ascending in windows, live": {"window": True, "live": True},
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import corpora
 from peft_pcgrow import find_experts
-from peft_pcgrow.gates.gate import RIDGE, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.gates.gate import GATE_RIDGE, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
 
 RATES = (0.1, 0.05, 0.01, 0.002)
 # a gate: takes fitting features of domain and retain `[N, S, D]`, gives scores `[N, S]` of features
@@ -177,7 +177,7 @@ def main() -> None:
                 recalls.append((score(domain[kind][row]).flatten().unsqueeze(1) > limits).float().mean(0))
                 passes.append((score(other[kind][row]).flatten().unsqueeze(1) > limits).float().mean(0))
             found[name].append((torch.stack(recalls).mean(0).tolist(), torch.stack(passes).mean(0).tolist()))
-        corpora.note(f"seed {seed}, ridge {RIDGE}: done")
+        corpora.note(f"seed {seed}, ridge {GATE_RIDGE}: done")
     for name, seeds in found.items():
         row = {"gate": name}
         for i, rate in enumerate(RATES):

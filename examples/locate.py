@@ -214,7 +214,7 @@ def hops(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any
     for seed in args.seeds:
         for name, windows in texts.items():
             drawn = next(corpora.batches(windows, args.map_windows, 1, seed)).split(args.batch)
-            emap = measure_errors(model, drawn, settle="relax", settle_tol=args.tol, coherent=False, progress=False)
+            emap = measure_errors(model, drawn, settle="relax", settle_tol=args.tol, gradients=False, progress=False)
             assert emap.hops is not None
             mean = (emap.hops * torch.arange(emap.hops.shape[1])).sum(1) / emap.hops.sum(1)
             yield {
@@ -244,9 +244,9 @@ def cost(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any
 
     ways: dict[str, dict[str, Any]] = {
         "sweep": {},
-        "sweep, no gradients": {"coherent": False},
+        "sweep, no gradients": {"gradients": False},
         "direct": {"settle": "direct"},
-        "direct, gradients": {"settle": "direct", "coherent": True},
+        "direct, gradients": {"settle": "direct", "gradients": True},
         "relax": {"settle": "relax"},
     }
     maps: dict[str, ErrorMap] = {}

@@ -64,7 +64,7 @@ def grow(model: Any, kind: str) -> None:
         for stack, want in wanted[site.name].items():
             got = found[f"base_model.model.{site.name}.pcgrow_{stack}.default.weight"]
             check_close(got, want, GRADIENT[want.dtype], f"gradient of {stack} in layer {site.layer}")
-    texts = {"retain": [retain(16), retain(16, seed=1)], "window": 8, "coherent": False, "progress": False}
+    texts = {"retain": [retain(16), retain(16, seed=1)], "window": 8, "gradients": False, "progress": False}
     emap = measure_errors(model, [domain(16), domain(16, seed=1)], nodes=kind, **texts)
     newborn = get_peft_model(model, PCGrowConfig(error_map=emap, locus=locus, grow="spawn", gate_fpr=0.5))
     check_same(logits(newborn, ids), before, "logits with a newborn at birth")

@@ -220,7 +220,7 @@ def grouped_mm(name: str) -> str:
 @lru_cache(maxsize=2)
 def contrast(name: str) -> ErrorMap:
     texts = [domain(32, seed=1), domain(32, seed=2)], [retain(32, seed=1), retain(32, seed=2)]
-    return measure_errors(build(name), texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    return measure_errors(build(name), texts[0], retain=texts[1], window=8, gradients=False, progress=False)
 
 
 def spawned(name: str, dtype: torch.dtype = torch.float32, **changes) -> Any:

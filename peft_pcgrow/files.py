@@ -1,8 +1,9 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +33,21 @@ def staged(target: Path) -> Iterator[Path]:
             file.replace(target / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_whole(path: str | os.PathLike, *pieces: bytes | memoryview) -> None:
+    """Write a file, and the folders above it. Whoever reads it meanwhile, or after an interruption, finds what was
+    there before or all of this."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # not by tempfile, whose files could be read by their owner alone
+    staging = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    try:
+        with staging.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)

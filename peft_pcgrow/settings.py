@@ -81,3 +81,11 @@ def dictionary(name: str, value: Any) -> dict[str, Any] | None:
         return json.loads(json.dumps(value))
     except TypeError as error:
         raise ValueError(f"{name} holds what cannot be saved ({error})") from None
+
+
+def refuse_gone(function: str, given: Mapping[str, Any], gone: Mapping[str, str]) -> None:
+    """TypeError for keyword arguments that a function does not take, with what to do instead of those it once took."""
+    for name in given:
+        if name in gone:
+            raise TypeError(f"{function}({name}=...) is gone: {gone[name]}")
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

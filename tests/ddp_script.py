@@ -176,7 +176,7 @@ def refused(rank: int) -> dict[str, str]:
     calls = {
         "other base": lambda: measure_errors(build(seed=rank), ids, progress=False),
         "other weights": lambda: measure_errors(trained, ids, progress=False),
-        "other options": lambda: measure_errors(build(), ids, coherent=bool(rank), progress=False),
+        "other options": lambda: measure_errors(build(), ids, gradients=bool(rank), progress=False),
         "no text": lambda: measure_errors(build(), [], progress=False),
         "broken": lambda: measure_errors(build(), broken(), progress=False),
         "no number": lambda: measure_errors(build(), ids, max_tokens=-rank, progress=False),

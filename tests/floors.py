@@ -30,7 +30,7 @@ OUTSIDE = {
     "accelerate": set(),
     "bitsandbytes": set(),
     "datasets": set(),
-    "matplotlib": {"maps.draw", "maps.heatmap"},
+    "matplotlib": {"maps.draw"},
     "pandas": {"maps.node_table"},
 }
 PUBLIC = {

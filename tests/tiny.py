@@ -203,7 +203,7 @@ def mixed(length: int = 24, seed: int = 50) -> Tensor:
 def contrast(name: str = "qwen3_moe", window: int = 8) -> ErrorMap:
     """A map of domain text with branch gates against retain text; of the fp32 model, and good for its other dtypes."""
     texts = [domain(64, seed=1), domain(64, seed=2)], [retain(64, seed=1), retain(64, seed=2)]
-    return measure_errors(build(name), texts[0], retain=texts[1], window=window, coherent=False, progress=False)
+    return measure_errors(build(name), texts[0], retain=texts[1], window=window, gradients=False, progress=False)
 
 
 def spawning(name: str = "qwen3_moe", window: int = 8, **changes) -> PCGrowConfig:

@@ -4,7 +4,7 @@ Widths of 4, 3 and 2 bits: codes of a table of levels, times a scale for each 64
 4-bit table and the order of its codes are those of NormalFloat (QLoRA, arXiv:2305.14314) as bitsandbytes stores them,
 the other tables are the Lloyd-Max levels of a Gaussian. 8 bits: whole numbers times a scale for each row. Scales are in
 bf16 and chosen before the codes, so that their own rounding costs nothing. Sparse matrices keep half of their weights
-in 16 bits, beside a bitmap or, for 2:4, the places within each four. 16 bits are bf16 or fp16, see `half`.
+in 16 bits, beside a bitmap. 16 bits are bf16 or fp16, see `half`.
 
 Shapes: N matrices of O outputs and I inputs.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 WIDTHS = (16, 8, 4, 3, 2)
-SPARSITIES = ("half", "2:4")
+SPARSITIES = ("half",)
 # weights that share a scale
 BLOCK = 64
 _NF4 = (
@@ -50,12 +50,19 @@ def size(outputs: int, inputs: int, width: int, sparsity: str | None = None) -> 
     """Bytes that `encode` makes of one matrix."""
     weights = outputs * inputs
     if sparsity is not None:
-        # a bit for each weight, or two for each that is kept: as many
         return _words(weights // 2 * 2) + _words(-(-weights // 8))
     if width == 16:
         return _words(weights * 2)
     scales = outputs if width == 8 else -(-weights // BLOCK)
     return _words(-(-weights * width // 8)) + _words(scales * 2)
+
+
+def check_sparsity(sparsity: str | None) -> None:
+    """ValueError unless it is None or of `SPARSITIES`."""
+    if sparsity == "2:4":
+        raise ValueError("2:4 sparsity is gone: take 'half', or fewer bits")
+    if sparsity is not None and sparsity not in SPARSITIES:
+        raise ValueError(f"sparsity={sparsity!r}: it is {' or '.join(SPARSITIES)}, or None")
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
@@ -74,21 +81,21 @@ def encode(
 
     Args:
         width: of `WIDTHS`; sparse matrices keep their weights in 16 bits.
-        sparsity: None, "half" (any half of the weights) or "2:4" (two of each four inputs; I divisible by 4).
+        sparsity: None, or "half" (any half of the weights).
         moment: second moments of the inputs, `[N, I, I]`. With them, what rounding or pruning one input's weights does
             to the outputs is made up for by the inputs after it (GPTQ, arXiv:2210.17323; SparseGPT, arXiv:2301.00774).
         half: type of what is kept in 16 bits, bf16 or fp16; `decode` must be told the same.
 
     Raises:
-        ValueError: "2:4" with inputs that do not come in fours.
+        ValueError: another sparsity.
     """
+    check_sparsity(sparsity)
     weights = weights.float().contiguous()
-    if sparsity == "2:4" and weights.shape[2] % 4:
-        raise ValueError(f"2:4 sparsity needs inputs in fours; got {weights.shape[2]}: take 'half'")
     if sparsity is not None:
-        mask = _mask(weights, sparsity, moment)
+        mask = _mask(weights, moment)
         kept = torch.where(mask, weights if moment is None else _compensate(weights, moment, mask=mask), 0.0)
-        return _sparse_bytes(kept, mask, sparsity, half)
+        values = kept[mask].view(len(kept), -1).to(half)
+        return torch.cat([_bytes(values), _bytes(_pack(mask.flatten(1).to(torch.uint8), 1))], dim=1)
     if width == 16:
         return _bytes(weights.to(half))
     scales = _scales(weights, width)
@@ -113,12 +120,16 @@ def decode(
     Args:
         dtype: of the result, one rounding from fp32. None: fp32, or `half` where that is what is stored.
         half: that was written.
+
+    Raises:
+        ValueError: another sparsity than `encode` writes.
     """
+    check_sparsity(sparsity)
     if data.dim() == 1:
         return decode(data.unsqueeze(0), outputs, inputs, width, sparsity, dtype, half)[0]
     count, weights = len(data), outputs * inputs
     if sparsity is not None:
-        found = _read_sparse(data, weights, sparsity, half)
+        found = _read_sparse(data, weights, half)
     elif width == 16:
         found = data[:, : weights * 2].view(half)
     elif width == 8:
@@ -286,49 +297,29 @@ def _compensate(
     return chosen
 
 
-def _mask(weights: Tensor, sparsity: str, moment: Tensor | None) -> Tensor:
-    """The weights to keep: by size times the norm of their input (Wanda, arXiv:2306.11695)."""
+def _mask(weights: Tensor, moment: Tensor | None) -> Tensor:
+    """The half of the weights to keep: by size times the norm of their input (Wanda, arXiv:2306.11695)."""
     score = weights.abs()
     if moment is not None:
         score = score * moment.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().float()[:, None]
-    if sparsity == "half":
-        flat = score.flatten(1)
-        kept = flat.topk(flat.shape[1] // 2, dim=1).indices
-        return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, kept, True).view(weights.shape)
-    fours = score.view(*score.shape[:2], -1, 4)
-    kept = fours.topk(2, dim=-1).indices
-    return torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, kept, True).view(weights.shape)
-
-
-def _sparse_bytes(kept: Tensor, mask: Tensor, sparsity: str, half: torch.dtype) -> Tensor:
-    values = kept[mask].view(len(kept), -1).to(half)
-    if sparsity == "half":
-        return torch.cat([_bytes(values), _bytes(_pack(mask.flatten(1).to(torch.uint8), 1))], dim=1)
-    places = mask.view(len(mask), -1, 4).to(torch.uint8).nonzero()[:, 2].view(len(mask), -1).to(torch.uint8)
-    return torch.cat([_bytes(values), _bytes(_pack(places, 2))], dim=1)
+    flat = score.flatten(1)
+    kept = flat.topk(flat.shape[1] // 2, dim=1).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, kept, True).view(weights.shape)
 
 
 @cache
-def _masks(sparsity: str, device: torch.device) -> Tensor:
-    """Which of eight weights a byte says are kept, `[256, 8]` bool: a bit each, or the places in two fours."""
+def _masks(device: torch.device) -> Tensor:
+    """Which of eight weights a byte says are kept, `[256, 8]` bool."""
     byte = torch.arange(256, device="cpu").unsqueeze(1)
-    if sparsity == "half":
-        return ((byte >> torch.arange(7, -1, -1, device="cpu")) & 1).bool().to(device)
-    places = (byte >> torch.arange(6, -1, -2, device="cpu")) & 3
-    return (
-        torch.zeros(256, 2, 4, dtype=torch.bool, device="cpu")
-        .scatter_(2, places.view(256, 2, 2), True)
-        .view(256, 8)
-        .to(device)
-    )
+    return ((byte >> torch.arange(7, -1, -1, device="cpu")) & 1).bool().to(device)
 
 
-def _read_sparse(data: Tensor, weights: int, sparsity: str, half: torch.dtype) -> Tensor:
+def _read_sparse(data: Tensor, weights: int, half: torch.dtype) -> Tensor:
     """`[N, weights]` in `half`."""
     kept = weights // 2
     values, places = data[:, : kept * 2].view(half), data[:, _words(kept * 2) :]
     # some more than all weights, where the last bytes are not full
-    mask = _at(_masks(sparsity, data.device), places.int().reshape(-1)).view(len(data), -1)[:, :weights]
+    mask = _at(_masks(data.device), places.int().reshape(-1)).view(len(data), -1)[:, :weights]
     return values.new_zeros(len(data), weights).masked_scatter_(mask, values)
 
 

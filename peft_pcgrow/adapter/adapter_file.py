@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter import seal
 from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.adapter.seal import KEY, MARK, Seal
+from peft_pcgrow.adapter.seal import KEY, SEAL_MARK, Seal
 from peft_pcgrow.adapter.sealed_layer import came
 
 # modules that wrap others and leave no trace in a state dict
@@ -58,13 +58,13 @@ def check_file(model: nn.Module, adapter: str, verify: bool, tensors: Mapping[st
     """
     layers = grown_layers(model, adapter)
     facts = {layer.layer_index: layer.facts(adapter) for layer in layers.values()}
-    seals = {key: Seal.read(value) for key, value in tensors.items() if f".{MARK}." in key} if verify else {}
+    seals = {key: Seal.read(value) for key, value in tensors.items() if f".{SEAL_MARK}." in key} if verify else {}
     if verify:
         if not seals or any(each.tensors is None for each in seals.values()):
             raise ValueError(seal.unsealed(f"what is loaded into adapter {adapter!r}"))
         seal.check_facts([each.facts for each in seals.values()], facts.values(), adapter)
     noted = {each.facts["layer"]: each.tensors or {} for each in seals.values()}
-    beside = {key: t for key, t in tensors.items() if not (f".{MARK}." in key or key.endswith(_OLD))}
+    beside = {key: t for key, t in tensors.items() if not (f".{SEAL_MARK}." in key or key.endswith(_OLD))}
     for name, layer in layers.items():
         held = {key: beside.pop(key) for key in list(beside) if key.startswith(f"{name}.pcgrow_")}
         held = {rename(key, adapter).removeprefix(f"{name}."): tensor for key, tensor in held.items()}
@@ -78,7 +78,7 @@ def check_file(model: nn.Module, adapter: str, verify: bool, tensors: Mapping[st
         saved = _saved_keys(model, adapter)
         found = {tail(saved.get(key) or rename(key, adapter)): tensor for key, tensor in beside.items()}
         seal.check_contents(f"beside the layers of adapter {adapter!r}", seal.check_whole(seals.values()), found)
-    taken = {key: tensor for key, tensor in tensors.items() if not (f".{MARK}." in key or key.endswith(_OLD))}
+    taken = {key: tensor for key, tensor in tensors.items() if not (f".{SEAL_MARK}." in key or key.endswith(_OLD))}
     # checked, so the receiver's own, which torch's loading compares again
     return taken | {seal_key(name, adapter): Seal(facts[layer.layer_index]).write() for name, layer in layers.items()}
 
@@ -149,7 +149,7 @@ def grown_layers(model: nn.Module, adapter: str) -> dict[str, PCGrowExperts]:
 
 
 def seal_key(name: str, adapter: str) -> str:
-    return f"{name}.{MARK}.{adapter}.{KEY}"
+    return f"{name}.{SEAL_MARK}.{adapter}.{KEY}"
 
 
 def own_key(key: str, adapter: str) -> str:

@@ -1,7 +1,7 @@
 """The banks of grown experts: whole and in full width, or shrunk to what they add to the base's weights.
 
-A shrunk bank stores, for each of its N slices, the slice minus the base's own, in few bits or as two thin factors (see
-`Coding`), and nothing else. Decoded, it is the base's slice plus that. Shapes: O outputs, I inputs, R rank.
+A shrunk bank stores, for each of its N slices, the slice minus the base's own, in few bits (see `Coding`), and nothing
+else. Decoded, it is the base's slice plus that. Shapes: O outputs, I inputs.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pcgrow_kernels import lowbit
 
-# how deltas are stored: codes of some bits a weight, or factors of some rank
-KINDS = ("bits", "rank")
+# what a config file calls that, and what one of an adapter in two thin factors said
+KIND, FACTORS = "bits", "rank"
 SHRUNK = (
     "adapter {!r} is shrunk and cannot be trained: what it adds to the base is stored in few bits. Train the adapter "
     "that it was shrunk from and shrink that again, or train another adapter beside it"
@@ -26,21 +26,14 @@ class Coding:
     """How the slices of one stack are stored.
 
     Attributes:
-        kind: of `KINDS`.
-        numbers: of each slice, its bits (of `lowbit.WIDTHS`), or its rank; a rank whose factors would be no smaller
-            than the matrix stands for the matrix itself, in bf16.
+        numbers: of each slice, its bits a weight, of `lowbit.WIDTHS`.
     """
 
-    kind: str
     numbers: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"a shrunk bank is stored in {' or '.join(KINDS)}, got {self.kind!r}")
-        if not all(n in lowbit.WIDTHS if self.kind == "bits" else n >= 0 for n in self.numbers):
-            raise ValueError(
-                f"{self.numbers} are no {self.kind} to store slices with: the adapter's config was altered"
-            )
+        if not all(width in lowbit.WIDTHS for width in self.numbers):
+            raise ValueError(f"{self.numbers} are no bits to store slices with: the adapter's config was altered")
 
     def __str__(self) -> str:
         return " ".join(map(str, self.numbers))
@@ -50,13 +43,20 @@ def codings(shrunk: Any, layer: int) -> dict[str, Coding] | None:
     """By stack, how a layer's bank is stored, from what an adapter's config says; None: it is not shrunk.
 
     Raises:
-        ValueError: `shrunk` is not as `noted` gives it, or lacks the layer.
+        ValueError: `shrunk` is not as `noted` gives it, lacks the layer, or is of factors.
     """
     if shrunk is None:
         return None
+    if isinstance(shrunk, dict) and shrunk.get("kind") == FACTORS:
+        raise ValueError(
+            "this adapter was shrunk to factors (energy=), which are no longer read: shrink the adapter that it was "
+            "made from again, with bits= or target="
+        )
     try:
+        if shrunk["kind"] != KIND:
+            raise ValueError(f"stored in {shrunk['kind']!r}")
         stacks = shrunk["layers"][str(layer)].items()
-        return {name: Coding(shrunk["kind"], tuple(map(int, numbers.split()))) for name, numbers in stacks}
+        return {name: Coding(tuple(map(int, widths.split()))) for name, widths in stacks}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"shrunk={str(shrunk)[:80]!r} does not say how the bank of layer {layer} is stored: it is set by "
@@ -66,9 +66,8 @@ def codings(shrunk: Any, layer: int) -> dict[str, Coding] | None:
 
 def noted(found: dict[int, dict[str, Coding]]) -> dict[str, Any]:
     """What `codings` reads, for a config file."""
-    kinds = {coding.kind for stacks in found.values() for coding in stacks.values()}
     layers = {str(layer): {name: str(coding) for name, coding in stacks.items()} for layer, stacks in found.items()}
-    return {"kind": kinds.pop(), "layers": layers}
+    return {"kind": KIND, "layers": layers}
 
 
 class Bank(nn.Module):
@@ -104,7 +103,7 @@ class ShrunkBank(nn.Module):
         self.shape, self.coding = shape, coding
         self.turned = transposed and len(shape) == 3
         self.matrix = (1, shape[1]) if len(shape) == 2 else (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-        self.sizes = [slice_bytes(*self.matrix, coding.kind, number) for number in coding.numbers]
+        self.sizes = [lowbit.size(*self.matrix, width) for width in coding.numbers]
         packed = torch.zeros(sum(self.sizes), dtype=torch.uint8, device="cpu") if packed is None else packed
         # bytes: what casts an adapter to another dtype leaves them alone
         self.register_buffer("packed", packed)
@@ -113,7 +112,7 @@ class ShrunkBank(nn.Module):
     def matrices(self) -> Tensor:
         """What is stored, `[N, O, I]` in fp32."""
         pieces = zip(self.get_buffer("packed").split(self.sizes), self.coding.numbers, strict=True)
-        return torch.stack([decode(data, *self.matrix, self.coding.kind, number) for data, number in pieces])
+        return torch.stack([lowbit.decode(data, *self.matrix, width, dtype=torch.float32) for data, width in pieces])
 
     def deltas(self) -> Tensor:
         """The same in the stack's shape and layout."""
@@ -141,7 +140,7 @@ class ShrunkBank(nn.Module):
         return {**self.__dict__, "_decoded": None}
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, {self.coding.kind} {self.coding}"
+        return f"{tuple(self.shape)}, {KIND} {self.coding}"
 
 
 def make_bank(weight: Tensor, transposed: bool, coding: Coding | None) -> Bank | ShrunkBank:
@@ -154,37 +153,6 @@ def as_matrices(stack: Tensor, transposed: bool) -> Tensor:
     if stack.dim() == 2:
         return stack.unsqueeze(1)
     return stack.mT.contiguous() if transposed else stack
-
-
-def slice_bytes(outputs: int, inputs: int, kind: str, number: int) -> int:
-    """Bytes of one stored slice."""
-    if kind == "bits" or _is_full(outputs, inputs, number):
-        return lowbit.size(outputs, inputs, number if kind == "bits" else 16)
-    return lowbit.size(outputs, number, 16) + lowbit.size(number, inputs, 16)
-
-
-def encode(deltas: Tensor, kind: str, number: int, moment: Tensor | None = None) -> Tensor:
-    """Matrices `[N, O, I]` as bytes `[N, slice_bytes(O, I, kind, number)]`; `moment` as for `lowbit.encode`."""
-    if kind == "bits" or _is_full(deltas.shape[1], deltas.shape[2], number):
-        width = number if kind == "bits" else 16
-        return lowbit.encode(deltas, width, moment=moment if width < 16 else None)
-    u, s, vt = torch.linalg.svd(deltas.float(), full_matrices=False)
-    root = s[:, :number].sqrt()
-    factors = u[:, :, :number] * root.unsqueeze(1), root.unsqueeze(2) * vt[:, :number]
-    return torch.cat([lowbit.encode(factor, 16) for factor in factors], dim=1)
-
-
-def decode(data: Tensor, outputs: int, inputs: int, kind: str, number: int) -> Tensor:
-    """One matrix from its bytes, `[O, I]` fp32."""
-    if kind == "bits" or _is_full(outputs, inputs, number):
-        return lowbit.decode(data, outputs, inputs, number if kind == "bits" else 16).float()
-    left = lowbit.decode(data, outputs, number, 16)
-    right = lowbit.decode(data[lowbit.size(outputs, number, 16) :], number, inputs, 16)
-    return left.float() @ right.float()
-
-
-def _is_full(outputs: int, inputs: int, rank: int) -> bool:
-    return rank * (outputs + inputs) >= outputs * inputs
 
 
 def _state(tensor: Any) -> tuple[Any, ...]:

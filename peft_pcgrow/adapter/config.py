@@ -3,8 +3,9 @@
 import copy
 import os
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -21,13 +22,13 @@ from peft_pcgrow.locate.decide import GROWTHS, Decision
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.settings import dictionary, flag, names, number, plain, text, whole, wholes
-from peft_pcgrow.settling.descent import WAYS, Way
+from peft_pcgrow.settling.descent import Way
 
-SETTLING = (*WAYS, "backprop")
+SETTLING = ("sweep", "direct", "backprop")
 ROUTERS = ("branch", "flat")
 BASE_QUANTIZATIONS = ("nf4", "int8")
 # fields by what they hold (whole numbers: from, to)
-_NUMBERS = ("budget", "cost_weight", "gate_fpr", "protect", "settle_tol")
+_NUMBERS = ("budget", "cost_weight", "gate_fpr", "protect")
 _WHOLE = {"block": 1, "settle_depth": 0, "gate_window": 0}
 _FLAGS = ("init_weights", "inference_mode")
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
@@ -102,17 +103,13 @@ class PCGrowConfig(PeftConfig):
             matrix) or numbers of blocks (`"neurons"`), instead of `locus`. All parts of each located expert by default.
         settle (`str`, defaults to `"sweep"`):
             `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
-            through the model, with the same gradients (the control). `"relax"`: the sweep's errors by parallel hops,
-            at most as many as there are layers, until they have settled; costs more than a sweep. `"direct"`: an
-            approximation that costs less, the residual stream carries the top layer's error down unchanged (per layer,
-            cosines of 0.52 to 0.76 with the exact errors on a model of 6 layers; on one of 30 the gradients have 0.13,
-            in the lowest third 0.02: for a locus in the uppermost layers).
+            through the model, with the same gradients (the control). `"direct"`: an approximation that costs less, the
+            residual stream carries the top layer's error down unchanged (per layer, cosines of 0.52 to 0.76 with the
+            exact errors on a model of 6 layers; on one of 30 the gradients have 0.13, in the lowest third 0.02: for a
+            locus in the uppermost layers).
         settle_depth (`int`, defaults to `0`):
             Of `settle="direct"`: top decoder layers that the error is carried through exactly, 0 or more; with all of
             them it is the sweep.
-        settle_tol (`float`, defaults to `0.01`):
-            Of `settle="relax"`: change of a layer's error in one hop, as a share of its norm, at which it has settled,
-            in (0, 1).
         base_quantization (`str`, *optional*):
             `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
             experts of the base are packed in so few bits (see `compress.quantize`); loading the adapter packs the base
@@ -155,7 +152,6 @@ class PCGrowConfig(PeftConfig):
     parts: Optional[dict] = field(default=None, metadata={"help": "Parts to grow: layer -> expert -> [parts]."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
-    settle_tol: float = field(default=0.01, metadata={"help": "Change at which settle='relax' stops, in (0, 1)."})
     base_quantization: Optional[str] = field(
         default=None, metadata={"help": f"Pack the base's experts: {', '.join(BASE_QUANTIZATIONS)}."}
     )
@@ -199,8 +195,12 @@ class PCGrowConfig(PeftConfig):
     base: Optional[dict] = field(
         default=None, metadata={"help": "Facts of the base the adapter grew on. Set on creation."}
     )
+    # of settle="relax", which no longer trains: files of adapters still carry it
+    settle_tol: InitVar[Any] = None
 
-    def __post_init__(self):
+    def __post_init__(self, settle_tol: Any):
+        if settle_tol not in (None, 0.01) and self.base is None:
+            raise ValueError("settle_tol was of settle='relax', which no longer trains: leave it out")
         # JSON knows no enumerations: what comes from a file must not lead to another file
         self._noted_map = self.error_map if type(self.peft_type) is str and isinstance(self.error_map, str) else None
         super().__post_init__()
@@ -222,7 +222,7 @@ class PCGrowConfig(PeftConfig):
         check_budget(self.budget)
         if not isinstance(self.cost_weight, (int, float)) or not 0 <= self.cost_weight <= 1 or self.cost_weight is True:
             raise ValueError(f"cost_weight must be a number in [0, 1], got {self.cost_weight!r}")
-        Way(depth=self.settle_depth, tol=self.settle_tol)  # refuses what is out of range
+        Way(depth=self.settle_depth)  # refuses what is out of range
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
         if self.parts is not None:
@@ -251,6 +251,15 @@ class PCGrowConfig(PeftConfig):
 
     def _normalise(self) -> None:
         """Turn what other libraries give as settings into plain values."""
+        if self.settle == "relax":
+            if self.base is None:
+                raise ValueError("settle='relax' no longer trains: use settle='sweep', which has the same gradients")
+            warnings.warn(
+                "this adapter was made with settle='relax', which no longer trains: from now on it trains by "
+                "settle='sweep', which has the same gradients",
+                stacklevel=4,
+            )
+            self.settle = "sweep"
         if self.error_map is not None and not isinstance(self.error_map, (str, os.PathLike, ErrorMap)):
             raise ValueError(f"error_map must be a path or an ErrorMap, got {type(self.error_map).__name__}")
         for name in ("error_map", "base_model_name_or_path"):
@@ -288,8 +297,7 @@ class PCGrowConfig(PeftConfig):
         """How to settle, without the settings of other ways; None for backprop."""
         if self.settle == "backprop":
             return None
-        options = {"direct": {"depth": self.settle_depth}, "relax": {"tol": self.settle_tol}}
-        return Way(self.settle, **options.get(self.settle, {}))
+        return Way(self.settle, self.settle_depth if self.settle == "direct" else 0)
 
     def to_dict(self) -> dict[str, Any]:
         # a map held in memory does not belong in a config file; what it led to is in `locus`

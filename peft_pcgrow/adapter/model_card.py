@@ -1,9 +1,9 @@
 """How an adapter's files say what loads them, to readers and to a PEFT that does not know the method."""
 
-import uuid
 from pathlib import Path
 
 from peft_pcgrow.adapter.register import NAME
+from peft_pcgrow.files import write_whole
 
 # the peft_type of an adapter_config.json: where the package was not imported, PEFT raises a KeyError with this text
 SPELLED_OUT = f"{NAME}: needs `pip install peft-pcgrow`, and `import peft_pcgrow` before loading"
@@ -25,14 +25,4 @@ def add_usage(folder: Path) -> None:
     """Tell in the model card that PEFT has written there, if it has, and once."""
     card = folder / "README.md"
     if card.is_file() and USAGE.strip() not in (text := card.read_text(encoding="utf-8")):
-        replace(card, f"{text.rstrip()}\n\n{USAGE}")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole, or leave it."""
-    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        staging.write_text(text, encoding="utf-8")
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+        write_whole(card, f"{text.rstrip()}\n\n{USAGE}".encode())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_pcgrow.architectures.same_base import difference
 
-MARK, KEY = "pcgrow_seal", "_extra_state"
+SEAL_MARK, KEY = "pcgrow_seal", "_extra_state"
 OPEN = "this file was altered or mixed up with another; copy it again from where it was saved"
 # facts that every seal has
 NAMED = {"layer", "locus", "spawned", "base"}

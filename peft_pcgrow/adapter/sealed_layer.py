@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_pcgrow.adapter.bank import KIND
 from peft_pcgrow.adapter.birth import Birth
 from peft_pcgrow.adapter.seal import KEY, Seal, check_contents, check_facts, unsealed
 
@@ -78,7 +79,7 @@ class SealedLayer(nn.Module):
     def facts(self, adapter_name: str) -> dict[str, Any]:
         """What an adapter's bank is for, as JSON gives it back."""
         birth = self.births[adapter_name]
-        shrunk = {name: f"{coding.kind} {coding}" for name, coding in (birth.shrunk or {}).items()}
+        shrunk = {name: f"{KIND} {coding}" for name, coding in (birth.shrunk or {}).items()}
         return json.loads(json.dumps({**birth.facts, "layer": self.layer_index, "shrunk": shrunk}))
 
     def own_tensors(self, adapter_name: str) -> dict[str, Tensor]:

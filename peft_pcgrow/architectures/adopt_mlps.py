@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_pcgrow.architectures.adopted_experts import (
-    MARK,
+    EXPERTS_MARK,
     AdoptedBlock,
     LinearBlock,
     LinearExperts,
@@ -42,7 +42,9 @@ DROPOUTS = ("dropout", "resid_dropout")
 
 def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, nn.Module]:
     """The experts modules of a kind."""
-    return {name: module for name, module in modules.items() if MARK in module.__dict__ and kind_of(module) == kind}
+    return {
+        name: module for name, module in modules.items() if EXPERTS_MARK in module.__dict__ and kind_of(module) == kind
+    }
 
 
 def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peft_pcgrow.architectures.adopted_experts import (
-    MARK,
+    EXPERTS_MARK,
     AdoptedBlock,
     AdoptedExperts,
     adopt_block,
@@ -341,7 +341,7 @@ def _adopt(block: Any, how: Foreign, config: Any) -> None:
         return
     held = _innermost(block.experts)
     count, act_fn = attrgetter(how.count)(held), attrgetter(how.act_fn)(held)
-    setattr(held, MARK, False)
+    setattr(held, EXPERTS_MARK, False)
     held.num_experts, held.act_fn, held.config = count, act_fn, config
     adopt_block(held, how.experts)
     adopt_block(block, how.block)
@@ -371,7 +371,7 @@ def _innermost(module: Any) -> Any:
 def _is_marked(block: nn.Module) -> bool:
     """Whether this transformers has marked its experts itself."""
     held = getattr(block, "experts", None)
-    return held is not None and MARK in _innermost(held).__dict__
+    return held is not None and EXPERTS_MARK in _innermost(held).__dict__
 
 
 def _tried(block: Any) -> Any:

@@ -20,7 +20,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from peft_pcgrow.architectures.stack_view import StackView
 
 # set on every instance of an experts module by transformers' use_experts_implementation
-MARK = "_is_expert_parallel"
+EXPERTS_MARK = "_is_expert_parallel"
 # tokens that an adopted block is tried on
 TRIED = 3
 
@@ -41,7 +41,7 @@ class AdoptedExperts(nn.Module):
 
     def __init__(self, block: nn.Module, num_experts: int, act_fn: Any, config: Any, kind: str = "routed"):
         super().__init__()
-        setattr(self, MARK, False)
+        setattr(self, EXPERTS_MARK, False)
         # not registered as a child, which it is not
         self._held = (block,)
         self.num_experts, self.act_fn, self.config, self.kind = num_experts, act_fn, config, kind
@@ -217,7 +217,7 @@ def return_block(block: nn.Module) -> None:
     held: Any = block._modules.get("experts")
     if isinstance(held, AdoptedExperts):
         if held.block is held:
-            delattr(held, MARK)
+            delattr(held, EXPERTS_MARK)
             return_block(held)
         else:
             del block._modules["experts"]

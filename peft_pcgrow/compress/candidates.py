@@ -15,10 +15,10 @@ from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import Tree
 from peft_pcgrow.compress.calibrate import LayerSample
 from peft_pcgrow.compress.thin import compensated, elimination_order
-from peft_pcgrow.packed.forms import MULTIPLE, WHOLE, Form, form_bytes, matrix_shape
+from peft_pcgrow.packed.forms import MULTIPLE, WHOLE, Form, form_bytes
 
 # what can predict the change of the loss, see `Candidates.damage`
-STATISTICS = ("fisher", "output", "isotropic", "weights", "gradient")
+DAMAGES = ("fisher", "output", "isotropic", "weights", "gradient")
 # rows of an expert that forms are tried on, at least
 TRIED = 512
 # share of the rows' mean that moments of rarely used experts are drawn towards
@@ -62,8 +62,7 @@ def forms_of(base: experts.ExpertsModule, methods: Sequence[str]) -> tuple[Form,
     if "thin" in methods:
         found.append(Form(neurons=0))
     if "sparsify" in methods:
-        fours = all(matrix_shape(base, name, WHOLE)[1] % 4 == 0 for name in experts.matrices(base))
-        found += [Form(sparsity=kind) for kind in lowbit.SPARSITIES if kind != "2:4" or fours]
+        found += [Form(sparsity=kind) for kind in lowbit.SPARSITIES]
     return tuple(dict.fromkeys([WHOLE, *found]))
 
 
@@ -112,7 +111,7 @@ def candidates(
     half = lowbit.half_of(stacks["down_proj"].dtype)
     first, count = experts.first_matrix(base), base.num_experts
     order = _order(plain["down_proj"], moments)
-    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in STATISTICS}
+    damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in DAMAGES}
     spread = torch.zeros(count, len(forms), dtype=torch.float64, device="cpu")
     data: dict[Form, dict[str, list[Tensor]]] = {}
     kept_by_form: dict[Form, Tensor] = {}

@@ -3,18 +3,17 @@
 import json
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft_pcgrow.architectures.same_base import WEIGHTS
 from peft_pcgrow.compress.calibrate import Calibration
+from peft_pcgrow.files import write_whole
 from peft_pcgrow.packed.forms import Form
 from peft_pcgrow.say import ends
 
-FORMAT = 1
+PLAN_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,9 @@ class CompressionPlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as one JSON file, all or nothing; a file of that name is replaced."""
-        target = Path(path)
         held = {name: value for name, value in vars(self).items() if name not in ("calibration", "nodes")}
-        held |= {"format": FORMAT, "nodes": [asdict(node) for node in self.nodes]}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # a file in a folder of its own, since temporary files could be read by their owner alone
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            (staging / target.name).write_text(json.dumps(held), encoding="utf-8")
-            (staging / target.name).replace(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        held |= {"format": PLAN_FORMAT, "nodes": [asdict(node) for node in self.nodes]}
+        write_whole(path, json.dumps(held).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CompressionPlan":
@@ -163,8 +154,8 @@ class CompressionPlan:
 
 
 def _read(held: Any) -> CompressionPlan:
-    if not isinstance(held, dict) or str(held.pop("format", None)) != str(FORMAT):
-        raise ValueError(f"this version reads format {FORMAT}")
+    if not isinstance(held, dict) or str(held.pop("format", None)) != str(PLAN_FORMAT):
+        raise ValueError(f"this version reads format {PLAN_FORMAT}")
     _number(held["skipping"], "skipping")
     for name in ("nodes", "skipped", "names", "losses"):
         if not isinstance(held[name], list):

@@ -13,7 +13,7 @@ from peft_pcgrow.architectures import fingerprint, same_base
 from peft_pcgrow.architectures.find import Tree, find_experts
 from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
-from peft_pcgrow.compress.candidates import STATISTICS, candidates, check_whole, forms_of
+from peft_pcgrow.compress.candidates import DAMAGES, candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.compress.skip import can_skip, skip_damage
 from peft_pcgrow.maps.distributed import from_first
@@ -22,7 +22,7 @@ from peft_pcgrow.packed.forms import Form
 
 METHODS = ("quantize", "thin", "sparsify", "skip")
 # what forms are chosen by: predicted damage, or at random (the control)
-SELECTIONS = (*STATISTICS, "random")
+FORM_SELECTIONS = (*DAMAGES, "random")
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Survey:
     def plan(self, target: float, select: str = "fisher", seed: int = 0) -> CompressionPlan:
         """A plan for one budget; arguments and errors as of `plan`."""
         check_target(target)
-        if select not in SELECTIONS:
-            raise ValueError(f"unknown select={select!r}; choose from {', '.join(SELECTIONS)}")
+        if select not in FORM_SELECTIONS:
+            raise ValueError(f"unknown select={select!r}; choose from {', '.join(FORM_SELECTIONS)}")
         damage = self.score(select, seed)
         sizes = self.bytes[:, None].expand_as(damage)
         total = float(sizes[..., 0].sum())
@@ -150,7 +150,7 @@ def survey(
         # what would be stored is made again by `apply`: of all forms together it would be larger than the model
         tried.data.clear()
         found.append(tried)
-    damage = {name: torch.stack([each.damage[name] for each in found]) / labels for name in STATISTICS}
+    damage = {name: torch.stack([each.damage[name] for each in found]) / labels for name in DAMAGES}
     by_map = None
     if emap is not None and domain is None:
         # without the domain's text: its squared error at each node, spread evenly over the H directions
@@ -189,7 +189,7 @@ def plan(
         emap: its error map on the domain; used for the domain's share where `domain` gives no text: the map knows how
             much squared error reaches each node, the retain text how far each form moves its output.
         target: share of the experts' bytes in 16 bit, in (0, 1].
-        select: the statistic to choose by, of `SELECTIONS`.
+        select: the statistic to choose by, of `FORM_SELECTIONS`.
         methods: of `METHODS`, "quantize" and "thin" by default. "thin" may remove experts altogether; "skip" takes out
             whole decoder layers.
         retain, domain: batches as for `measure_errors`, at least one of them.
@@ -206,8 +206,8 @@ def plan(
         UserWarning: layers of this model cannot be skipped.
     """
     check_target(target)
-    if select not in SELECTIONS:
-        raise ValueError(f"unknown select={select!r}; choose from {', '.join(SELECTIONS)}")
+    if select not in FORM_SELECTIONS:
+        raise ValueError(f"unknown select={select!r}; choose from {', '.join(FORM_SELECTIONS)}")
     return survey(model, emap, **options).plan(target, select)
 
 

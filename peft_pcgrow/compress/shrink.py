@@ -1,4 +1,4 @@
-"""Shrink an adapter: store what its experts add to the base's in few bits, or as thin factors, instead of whole.
+"""Shrink an adapter: store what its experts add to the base's in few bits instead of whole.
 
 A delta is a grown slice minus the base's own. Quantized, each slice has a width; with text, the error that rounding one
 input's weights makes is made up for by the inputs after it (see `lowbit.encode`), for the text that the experts really
@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from pcgrow_kernels import lowbit
-from peft_pcgrow.adapter.bank import SHRUNK, Coding, ShrunkBank, as_matrices, encode, noted, slice_bytes
+from peft_pcgrow.adapter.bank import SHRUNK, Coding, ShrunkBank, as_matrices, noted
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.model import PCGrowModel
@@ -23,6 +23,7 @@ from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.compress.bank_moments import Moments, Place, input_moments
 from peft_pcgrow.maps.batches import IGNORED, Batch, losses
 from peft_pcgrow.maps.distributed import read_everywhere
+from peft_pcgrow.settings import refuse_gone
 
 # widths of matrices, narrowest first
 LADDER = tuple(sorted(lowbit.WIDTHS))
@@ -100,10 +101,10 @@ def shrink_adapter(
     adapter_name: str = "default",
     *,
     bits: int | None = None,
-    energy: float | None = None,
     target: float | None = None,
     batches: Iterable[Any] | None = None,
     compensate: bool = True,
+    **gone: NoReturn,
 ) -> ShrinkReport:
     """Replace an adapter's banks, in place, by what they add to the base, stored small.
 
@@ -114,11 +115,9 @@ def shrink_adapter(
     Args:
         model: with the adapter, not merged: a `PeftModel`, or a transformers model that loaded the adapter itself.
         bits: 8, 4, 3 or 2 for all matrices.
-        energy: instead, the share of each delta's energy (sum of its squared singular values) that factors in bf16
-            keep, in (0, 1].
         target: instead, the share of the banks' bytes in bf16 to come out under: two neighbouring widths (4 and 3 bits
             at 0.25), the wider where it saves most of the squared error that rounding makes per byte: at the outputs
-            if there are `batches`, and otherwise of the weights. 0.25 if none of the three is given.
+            if there are `batches`, and otherwise of the weights. 0.25 if neither is given.
         batches: text of the domain, as for `measure_errors`, to measure the loss on before and after and, if
             `compensate`, to fit the rounding to. Needs the adapter to be active, and the memory of one fp32 matrix
             `[I, I]` for each matrix that grew. Under torch.distributed all processes must call; that of all counts.
@@ -129,18 +128,19 @@ def shrink_adapter(
         Bytes, errors and losses.
 
     Raises:
+        TypeError: energy=, which is gone.
         ValueError: no such adapter, one that is shrunk or merged already, a setting out of its range or two of them, a
             target that 2 bits do not reach, no tokens in the text, or weights that are not finite. The adapter is then
             as it was.
     """
+    refuse_gone("shrink_adapter", gone, {"energy": "deltas are stored in few bits, give bits= or target="})
     layers, config = _adapter(model, adapter_name)
-    if sum(setting is not None for setting in (bits, energy, target)) > 1:
-        raise ValueError(f"give one of bits={bits}, energy={energy}, target={target}: each says how small to store")
+    if bits is not None and target is not None:
+        raise ValueError(f"give one of bits={bits}, target={target}: each says how small to store")
     if bits is not None and bits not in LADDER[:-1]:
         raise ValueError(f"bits={bits!r}: deltas are stored in {', '.join(map(str, LADDER[:-1]))} bits")
-    for name, share in (("energy", energy), ("target", target)):
-        if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
-            raise ValueError(f"{name} must be a share in (0, 1], got {share!r}")
+    if target is not None and (isinstance(target, bool) or not 0 < target <= 1):
+        raise ValueError(f"target must be a share in (0, 1], got {target!r}")
     read = _read(model, batches, layers, adapter_name) if batches is not None else None
     measured: dict[str, float] = {}
     moments: Moments = {}
@@ -148,12 +148,12 @@ def shrink_adapter(
         with _without(model):
             (measured["loss_base"],) = losses(model, [read])
         with ExitStack() as watching:
-            if compensate and energy is None:
+            if compensate:
                 kept = [batch.real.reshape(-1) for batch in read]
                 watching.enter_context(input_moments(layers, adapter_name, moments, kept))
             (measured["loss_before"],) = losses(model, [read])
     deltas = dict(_deltas(layers, adapter_name))
-    chosen, form = _choose(deltas, moments, bits, energy, 0.25 if target is None else target)
+    chosen, form = _choose(deltas, moments, bits, 0.25 if target is None else target)
     found: dict[int, dict[str, ShrunkBank]] = {layer.layer_index: {} for layer in layers}
     lost = total = 0.0
     for (layer, stack), delta in deltas.items():
@@ -237,14 +237,9 @@ def _choose(
     deltas: dict[Place, Delta],
     moments: Moments,
     bits: int | None,
-    energy: float | None,
     target: float,
 ) -> tuple[dict[Place, Coding], str]:
     """How each slice is stored, and that in words."""
-    if energy is not None:
-        kept = {place: Coding("rank", tuple(_ranks(delta.matrices, energy))) for place, delta in deltas.items()}
-        ranks = [rank for place, coding in kept.items() if not deltas[place].is_bias for rank in coding.numbers]
-        return kept, f"{energy:.0%} of the energy, ranks {min(ranks)} to {max(ranks)}"
     if bits is not None:
         return _widths(deltas, {}, bits, bits), f"{bits} bits"
     before = _bytes_before(deltas)
@@ -259,8 +254,8 @@ def _choose(
     high = LADDER[min(LADDER.index(low) + 1, len(LADDER) - 1)]
     wider = _wider(deltas, moments, low, high, allowed - sizes[low])
     chosen = _widths(deltas, wider, low, high)
-    numbers = [n for place, coding in chosen.items() if not deltas[place].is_bias for n in coding.numbers]
-    return chosen, f"{numbers.count(high)} matrices in {high} and {len(numbers) - numbers.count(high)} in {low} bits"
+    widths = [width for place, coding in chosen.items() if not deltas[place].is_bias for width in coding.numbers]
+    return chosen, f"{widths.count(high)} matrices in {high} and {len(widths) - widths.count(high)} in {low} bits"
 
 
 def _widths(deltas: dict[Place, Delta], wider: dict[Place, set[int]], low: int, high: int) -> dict[Place, Coding]:
@@ -268,17 +263,13 @@ def _widths(deltas: dict[Place, Delta], wider: dict[Place, set[int]], low: int, 
     found = {}
     for place, delta in deltas.items():
         narrow, wide = (16, 16) if delta.is_bias else (low, high)
-        numbers = (wide if n in wider.get(place, ()) else narrow for n in range(len(delta.matrices)))
-        found[place] = Coding("bits", tuple(numbers))
+        widths = (wide if n in wider.get(place, ()) else narrow for n in range(len(delta.matrices)))
+        found[place] = Coding(tuple(widths))
     return found
 
 
 def _total(deltas: dict[Place, Delta], chosen: dict[Place, Coding]) -> int:
-    return sum(
-        slice_bytes(*deltas[place].size, coding.kind, number)
-        for place, coding in chosen.items()
-        for number in coding.numbers
-    )
+    return sum(lowbit.size(*deltas[place].size, width) for place, coding in chosen.items() for width in coding.numbers)
 
 
 def _wider(deltas: dict[Place, Delta], moments: Moments, low: int, high: int, spare: float) -> dict[Place, set[int]]:
@@ -287,7 +278,7 @@ def _wider(deltas: dict[Place, Delta], moments: Moments, low: int, high: int, sp
     for place, delta in deltas.items():
         if delta.is_bias or low == high:
             continue
-        cost = slice_bytes(*delta.size, "bits", high) - slice_bytes(*delta.size, "bits", low)
+        cost = lowbit.size(*delta.size, high) - lowbit.size(*delta.size, low)
         given, moment = delta.matrices, moments.get(place)
         errors = [_squared(lowbit.rounded(given, width, moment=moment) - given, moment) for width in (low, high)]
         ranked += [(float(saved) / cost, cost, place, n) for n, saved in enumerate(errors[0] - errors[1])]
@@ -304,21 +295,12 @@ def _squared(error: Tensor, moment: Tensor | None) -> Tensor:
     return (error * (error if moment is None else error @ moment.to(error))).sum(dim=(1, 2))
 
 
-def _ranks(delta: Tensor, energy: float) -> Iterator[int]:
-    """The least rank of each of `[N, O, I]` that keeps a share of the energy."""
-    squares = torch.linalg.svdvals(delta.double()).square()
-    kept = squares.cumsum(dim=1)
-    for row, total in zip(kept, kept[:, -1].tolist(), strict=True):
-        # in exact arithmetic the last one reaches the total
-        yield min(int((row < energy * total).sum()) + 1, len(row)) if total else 0
-
-
 def _encode(delta: Tensor, coding: Coding, moment: Tensor | None) -> Tensor:
     """All slices of a stack as bytes, one after the other."""
     found: list[Tensor] = [torch.empty(0, device="cpu")] * len(delta)
-    for number in sorted(set(coding.numbers)):
-        mine = [n for n, given in enumerate(coding.numbers) if given == number]
-        data = encode(delta[mine], coding.kind, number, None if moment is None else moment[mine])
+    for width in sorted(set(coding.numbers)):
+        mine = [n for n, given in enumerate(coding.numbers) if given == width]
+        data = lowbit.encode(delta[mine], width, moment=None if moment is None else moment[mine])
         for n, row in zip(mine, data, strict=True):
             found[n] = row
     return torch.cat(found)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 # share of the mean of a moment's diagonal that is added to it
-RIDGE = 1e-4
+THIN_RIDGE = 1e-4
 
 
 def damped(moment: Tensor) -> Tensor:
     """`[E, I, I]`, invertible."""
     mean = moment.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
-    return moment + RIDGE * mean[:, None, None] * torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
+    return moment + THIN_RIDGE * mean[:, None, None] * torch.eye(
+        moment.shape[1], dtype=moment.dtype, device=moment.device
+    )
 
 
 def elimination_order(down: Tensor, moment: Tensor, at_once: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 from tqdm.auto import tqdm
 
 from peft_pcgrow.adapter.gated_lora import is_gated
@@ -28,11 +28,11 @@ from peft_pcgrow.architectures.adopted_experts import kind_of
 from peft_pcgrow.architectures.find import ExpertsSite, Tree, find_experts
 from peft_pcgrow.architectures.router_capacity import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.files import check_empty, staged
-from peft_pcgrow.maps.batches import IGNORED, Batch, read_batches
+from peft_pcgrow.maps.batches import IGNORED, Batch, read_batches, token_losses
 
 # margins beyond this many nats tell a router no more
 CLIP = 8.0
-RIDGE = 1e-3
+ROUTER_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _fit_rows(
         if logit_bias(site) is None:
             # no intercept: what is constant in the inputs has to do
             gram, target = gram[:-1, :-1], target[:-1]
-        gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        gram = gram + ROUTER_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         row = torch.linalg.solve(gram, target)
         found.setdefault(layer, {})[name] = torch.nn.functional.pad(row, (0, width + 1 - len(row)))
     return found, logits
@@ -288,10 +288,8 @@ def _compare(flat: Any, again: Any, read: list[Batch], branch: list[Tensor], cou
         kl += float((ours.exp() * (ours - theirs)).sum())
         agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += len(ours)
-        wanted = target[:, 1:].cpu().reshape(-1)
-        labels += int((wanted != IGNORED).sum())
+        labels += int((target[:, 1:] != IGNORED).sum())
         for i, found in enumerate((grown, logits)):
-            flattened = found[:, :-1].reshape(len(wanted), -1)
-            losses[i] += float(cross_entropy(flattened, wanted, ignore_index=IGNORED, reduction="sum"))
+            losses[i] += float(token_losses(found[:, :-1], target).sum())
     per_token = [loss / max(labels, 1) for loss in losses]
     return FlatReport(per_token[0], per_token[1], kl / tokens, agree / tokens, difference, count)

@@ -26,7 +26,7 @@ RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
 # the rate that may be asked for, at most: less than a step of the table away
 MOST = 0.5
 # added to the covariance of the means, relative to their mean variance
-RIDGE = 1e-3
+GATE_RIDGE = 1e-3
 # means of fewer tokens say too little about a text to fit the direction on
 ENOUGH = 8
 # share of the scatter between windows that is put down to the texts, at least
@@ -135,7 +135,7 @@ def discriminant(domain: Moments, retain: Moments) -> Tensor:
     for moments, mean in zip((domain, retain), means, strict=True):
         covariance += moments.outer.double() - moments.count * torch.outer(mean, mean)
     covariance /= domain.count + retain.count
-    covariance += RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance), device="cpu")
+    covariance += GATE_RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance), device="cpu")
     return torch.linalg.solve(covariance, means[0] - means[1]).float()
 
 

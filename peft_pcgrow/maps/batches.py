@@ -51,16 +51,23 @@ def check_gradients(model: nn.Module) -> None:
         raise RuntimeError(NO_GRADIENTS)
 
 
+def token_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss of each token but the first in nats, `[B, S - 1]`, in fp32 at least; 0 where there is no label.
+
+    Args:
+        logits: as `predict` gives them, `[B, S - 1, V]`. target: labels `[B, S]`, -100 where there is none.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    wanted = target[:, 1:].to(flat.device)
+    return cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="none").view(wanted.shape)
+
+
 def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
     """Sum the token losses of one batch, carry their error down, return the sum in nats."""
     with torch.enable_grad():
         logits = predict(model, inputs)
-        loss = cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32)),
-            target[:, 1:].reshape(-1),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        loss = token_losses(logits, target).sum()
     value = float(loss.detach())
     if not value < float("inf"):
         raise FloatingPointError(f"the loss of a batch is {value}: check the model's weights and the batch's tokens")
@@ -219,10 +226,7 @@ def losses(model: nn.Module, batches: Sequence[Sequence[Batch]]) -> list[float]:
         for held in batches:
             total = count = 0.0
             for inputs, target, _ in held:
-                logits = predict(model, inputs).flatten(0, 1)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                wanted = target[:, 1:].reshape(-1).to(logits.device)
-                total += float(cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
-                count += int((wanted != IGNORED).sum())
+                total += float(token_losses(predict(model, inputs), target).sum())
+                count += int((target[:, 1:] != IGNORED).sum())
             found.append(total / count)
     return found

@@ -6,8 +6,6 @@ Shapes: L layers with experts, E experts.
 import io
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,31 +116,15 @@ def suffix_of(path: str | os.PathLike) -> str:
     return suffix
 
 
-def write(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file, all or nothing."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        (staging / target.name).write_bytes(content)
-        (staging / target.name).replace(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def draw(page: Page, suffix: str) -> bytes:
-    """The page as a picture in the format of `suffix`.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+def rendered(drawn: Any, suffix: str) -> bytes:
+    """A figure as a picture in the format of `suffix`."""
     content = io.BytesIO()
-    figure(page).savefig(content, format=suffix.removeprefix("."), dpi=150)
+    drawn.savefig(content, format=suffix.removeprefix("."), dpi=150)
     return content.getvalue()
 
 
 def figure(page: Page) -> Any:
-    """The page as a matplotlib figure."""
+    """The page as a matplotlib figure; ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from peft_pcgrow.architectures import same_base
 from peft_pcgrow.architectures.layout import StackLayout
+from peft_pcgrow.files import write_whole
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.locus import Locus
-from peft_pcgrow.maps import draw, draw_html, heatmap, lifecycle, map_file, node_table
+from peft_pcgrow.maps import draw, draw_html, lifecycle, map_file, node_table
 from peft_pcgrow.maps.diagnosis import Diagnosis, context_free, judge, on_heldout
 from peft_pcgrow.maps.newborns import SUMS, Newborns
 from peft_pcgrow.maps.node_table import NodeError
@@ -113,7 +114,7 @@ class ErrorMap:
             ValueError: a map without gradients, an unknown resolution, or a block that does not fit.
         """
         if not self.has_parts:
-            raise ValueError("this map holds no weight gradients: measure_errors(model, batches, coherent=True)")
+            raise ValueError("this map holds no weight gradients: measure_errors(model, batches, gradients=True)")
         key = resolution, block if resolution == "neurons" else 0
         if key not in self._removable:
             sizes, layouts = self.base["shapes"], self._layouts()
@@ -331,17 +332,10 @@ class ErrorMap:
 
         Nodes of `locus` are outlined. Needs matplotlib (`pip install peft-pcgrow[plot]`).
         """
-        score = self.with_newborns(by)
-        share = score / score.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        marked = [(self.layers.index(layer), expert) for layer, expert in locus.nodes] if locus else []
-        return heatmap.draw(
-            share.numpy(),
-            rows=self.layers,
-            title=f"{by} per node",
-            subtitle=str(self.diagnosis),
-            marked=marked,
-            path=path,
-        )
+        figure = draw.figure(node_table.picture(self, by, locus))
+        if path is not None:
+            write_whole(path, draw.rendered(figure, Path(path).suffix or ".png"))
+        return figure
 
     def __str__(self) -> str:
         return node_table.text(self)
@@ -372,7 +366,8 @@ class ErrorMap:
         """
         suffix = draw.suffix_of(path)
         contents = node_table.contents(self, before, locus)
-        draw.write(path, draw_html.draw(contents) if suffix == ".html" else draw.draw(contents, suffix))
+        drawn = draw_html.draw(contents) if suffix == ".html" else draw.rendered(draw.figure(contents), suffix)
+        write_whole(path, drawn)
 
     def to_pandas(self) -> Any:
         """A DataFrame with one row per node: layer, expert, count, weight, error, share, square, coherent.

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps.map_check import check_map
 
-FORMAT = 4
+MAP_FORMAT = 4
 FILE = "error_map.safetensors"
 # where format 2 kept its facts
 OLD = "error_map.json"
@@ -27,22 +26,12 @@ def write(target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any])
     """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; an error map is saved as a folder, give another name")
-    text = json.dumps({"format": FORMAT, **facts}, allow_nan=False)
+    text = json.dumps({"format": MAP_FORMAT, **facts}, allow_nan=False)
     header, body = _parts(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     noted = {"facts": text, "sha256": _digest(text, header, body)}
     head = json.dumps({"__metadata__": noted, **header}).encode()
     head += b" " * (-len(head) % 8)
-    target.mkdir(parents=True, exist_ok=True)
-    staging = target / f".{FILE}-{uuid.uuid4().hex}"
-    try:
-        with staging.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(target / FILE)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_whole(target / FILE, len(head).to_bytes(8, "little") + head, body)
     (target / OLD).unlink(missing_ok=True)
 
 
@@ -66,9 +55,9 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(damaged(folder, f"{FILE} does not begin with a readable header: {error}")) from error
     found = facts.get("format") if isinstance(facts, dict) else facts
-    if found != FORMAT:
+    if found != MAP_FORMAT:
         raise ValueError(
-            f"the error map in {folder} has format {found!r}; this version reads {FORMAT}: measure it again"
+            f"the error map in {folder} has format {found!r}; this version reads {MAP_FORMAT}: measure it again"
         )
     if _digest(noted["facts"], header, body) != noted.get("sha256"):
         raise ValueError(damaged(folder, f"{FILE} does not have the checksum noted in it"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from peft_pcgrow.maps.fit_gates import compare
 from peft_pcgrow.maps.gradient_sketch import GradientSketch
 from peft_pcgrow.maps.resume import Checkpoint, TextDigest, weights_in_use
 from peft_pcgrow.maps.sample import sample_text
+from peft_pcgrow.settings import refuse_gone
 from peft_pcgrow.settling.descent import Way
 from peft_pcgrow.settling.layer_stack import LayerStack
 
@@ -42,6 +43,7 @@ EXACT_PARAMETERS = 2**26
 SKETCH_DIM = 64
 # inputs with a row for each row of a batch; others, of images for example, only look so when numbers happen to agree
 BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+GONE = {"coherent": "it is called gradients="}
 OTHER_TEXT = "of other text, of more of it, or of the same in other batches"
 
 
@@ -55,7 +57,7 @@ def measure_errors(
     settle: str = "sweep",
     settle_depth: int = 0,
     settle_tol: float = 0.01,
-    coherent: bool | None = None,
+    gradients: bool | None = None,
     sketch_dim: int | None = None,
     heldout: Any = None,
     retain: Any = None,
@@ -64,6 +66,7 @@ def measure_errors(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
+    **gone: NoReturn,
 ) -> ErrorMap:
     """The error map of a corpus: one sweep over it, nothing is trained.
 
@@ -87,7 +90,7 @@ def measure_errors(
         settle: how errors reach the nodes: "sweep" (exact); "relax" (exact to `settle_tol`, and the map holds how many
             hops each layer's tokens needed); "direct" (the top error for all layers below the top `settle_depth`: a
             forward pass and the output head, for a map that ranks nearly alike).
-        coherent: also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients and the
+        gradients: also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients and the
             memory to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless settle="direct".
         sketch_dim: longest hidden side of a gradient that is kept whole (see `GradientSketch`); None decides by size.
             Second moments of the retain text are kept alike.
@@ -106,14 +109,15 @@ def measure_errors(
         progress: show a progress bar on standard error.
 
     Raises:
-        TypeError: no model, or no corpus.
-        ValueError: no experts in the model, or offloaded ones (unless coherent=False), no causal LM, a corpus without
+        TypeError: no model, no corpus, or an argument that it does not have.
+        ValueError: no experts in the model, or offloaded ones (unless gradients=False), no causal LM, a corpus without
             token ids or without one label token, words that the model does not know, too few texts to fit gates on, a
             number out of its range, an unknown way to settle, a checkpoint of other weights, text or options, or other
             models on other processes.
         FloatingPointError: a loss, or an error at a node, that is NaN or infinite.
         RuntimeError: another process failed.
     """
+    refuse_gone("measure_errors", gone, GONE)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with together("measure_errors"):
         check_causal(model)
@@ -128,13 +132,13 @@ def measure_errors(
             raise ValueError("heldout is the corpus itself: give text of the same domain that nothing was trained on")
         if retain is batches:
             raise ValueError("retain is the corpus itself: give text whose behaviour must stay, or 'self'")
-        if coherent is None:
-            coherent = settle != "direct"
-        if coherent:
+        if gradients is None:
+            gradients = settle != "direct"
+        if gradients:
             check_in_memory(tree)
         sketch_dim = given.get("sketch_dim", _sketch_dim(tree))
         base = fingerprint.describe_base(model, tree) | {
-            "sketch": sketch_dim if coherent else None,
+            "sketch": sketch_dim if gradients else None,
             "settle": [settle, settle_depth] if settle == "direct" else settle,
         }
         run = {name: base[name] for name in ("sketch", "settle")} | {"nodes": tree.nodes}
@@ -146,7 +150,7 @@ def measure_errors(
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
     limit = None if limit is None else -(-limit // processes())
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
-    how = _How(model, tree, way, GradientSketch(sketch_dim) if coherent else None, base, limit, progress)
+    how = _How(model, tree, way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
     seen: list[Batch] | None = None if retain is None else []
     with together("measure_errors"):
         resumed = saving.load()

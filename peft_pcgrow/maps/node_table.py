@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from peft_pcgrow.gates.gate import at_rate
 from peft_pcgrow.locus import Locus
-from peft_pcgrow.maps import heatmap
 from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.draw import Column, Page
 from peft_pcgrow.maps.lifecycle import CONVERGED, HEAVY, MOVED, STAGES, stages
@@ -24,6 +24,7 @@ TOP = 8
 # share of the nodes whose share of the error goes to a log
 FEW = 0.05
 IN_LAYER = "in the layer"
+BLOCKS = " ▁▂▃▄▅▆▇█"
 MEANINGS = {
     "generic": "no row of this corpus, or a light or covered node whose error stayed",
     "relieved": f"not grown itself: error per row fell by over {MOVED:.0%} because others grew",
@@ -69,6 +70,21 @@ def located(emap: Any, locus: Locus | None) -> Tensor:
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, 0 where whole is 0."""
     return torch.where(whole > 0, part / whole.where(whole > 0, torch.ones_like(whole)), 0.0)
+
+
+def _bars(values: Sequence[float]) -> str:
+    """One character per value in 0..1."""
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, round(max(0.0, v) * (len(BLOCKS) - 1)))] for v in values)
+
+
+def picture(emap: Any, by: str, locus: Locus | None) -> Page:
+    """One panel of a map: each node's share of a statistic, newborns' with their donors."""
+    score = emap.with_newborns(by)
+    share = ratio(score, score.sum())
+    panel = Column(by, f"Share of {by}", share, "orange", "of the whole model", True, share.sum(1), IN_LAYER)
+    present, inside = emap.with_newborns("frequency") > 0, located(emap, locus)
+    facts = [str(emap.diagnosis)]
+    return Page(f"{by} per node".capitalize(), facts, "", emap.layers, [panel], present, inside, (), ())
 
 
 def contents(emap: Any, before: Any, locus: Locus | None) -> Page:
@@ -178,7 +194,7 @@ def text(emap: Any) -> str:
     ]
     for layer, row in zip(emap.layers, mass, strict=True):
         share = float(row.sum()) / total if total else 0.0
-        lines.append(f"{layer:5d}  {share:5.1%}  {heatmap.bars((row / largest).tolist())}")
+        lines.append(f"{layer:5d}  {share:5.1%}  {_bars((row / largest).tolist())}")
     if emap.newborns.nodes:
         held = [float(getattr(emap.newborns, name).sum()) for name in ("count", "mass")]
         rows, error = held[0] / float(emap.with_newborns("frequency").sum() or 1), held[1] / (total or 1)

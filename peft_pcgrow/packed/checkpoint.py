@@ -46,7 +46,7 @@ _RUN = re.compile(r"(\d{1,9})x(\d{1,9})(?:/(\d{1,9}))?(?::(\S+))?", re.ASCII)
 
 
 def write_forms(forms: Iterable[Form]) -> str:
-    """Forms in few characters: runs of `<experts>x<bits>[/<neurons>][:<sparsity>]`, such as `60x4 3x4/512 1x16:2:4`."""
+    """Forms in few characters: runs of `<experts>x<bits>[/<neurons>][:<sparsity>]`, as in `60x4 3x4/512 1x16:half`."""
     runs = []
     for form, run in groupby(forms):
         thin = "" if form.neurons is None else f"/{form.neurons}"
@@ -59,17 +59,22 @@ def read_forms(text: str) -> tuple[Form, ...]:
     """What `write_forms` wrote.
 
     Raises:
-        ValueError: `text` is something else, or of more than `MOST` experts.
+        ValueError: `text` is something else, of more than `MOST` experts, or of 2:4 sparsity.
     """
     forms: list[Form] = []
     for run in str(text).split():
         found = _RUN.fullmatch(run)
         if found is None or len(forms) + int(found[1]) > MOST:
             raise ValueError(
-                f"{run!r} in {text!r} does not say the form of packed experts, as in 60x4 3x4/512 1x16:2:4 (experts, "
+                f"{run!r} in {text!r} does not say the form of packed experts, as in 60x4 3x4/512 1x16:half (experts, "
                 f"bits, neurons, sparsity): the config.json was altered; {AGAIN}"
             )
         count, width, neurons, sparsity = found.groups()
+        if sparsity == "2:4":
+            raise ValueError(
+                f"{run!r}: packed experts in 2:4 sparsity are no longer read; pack the model again, from full "
+                "precision, with sparsity 'half' or in fewer bits"
+            )
         forms += [Form(int(width), None if neurons is None else int(neurons), sparsity)] * int(count)
     return tuple(forms)
 

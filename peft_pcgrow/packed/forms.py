@@ -32,10 +32,9 @@ class Form:
         # 4.0 and True are equal to widths
         if type(self.width) is not int or self.width not in lowbit.WIDTHS:
             raise ValueError(f"width={self.width!r}: experts are stored in {', '.join(map(str, lowbit.WIDTHS))} bits")
-        if self.sparsity is not None and (self.sparsity not in lowbit.SPARSITIES or self.width != 16):
-            raise ValueError(
-                f"sparsity={self.sparsity!r} at {self.width} bits: it is {' or '.join(lowbit.SPARSITIES)}, at 16 bits"
-            )
+        lowbit.check_sparsity(self.sparsity)
+        if self.sparsity is not None and self.width != 16:
+            raise ValueError(f"sparsity={self.sparsity!r} at {self.width} bits: sparse experts take 16")
         if self.neurons is None:
             return
         if type(self.neurons) is not int:

@@ -23,12 +23,13 @@ from peft_pcgrow.architectures.adopted_experts import kind_of
 from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.distributed import processes
 from peft_pcgrow.maps.error_map import ErrorMap
-from peft_pcgrow.maps.measure import measure_errors, whole_numbers
+from peft_pcgrow.maps.measure import GONE, measure_errors, whole_numbers
 from peft_pcgrow.say import say
+from peft_pcgrow.settings import refuse_gone
 
 PREFIX = "pcgrow/"
 # in every entry of the Trainer's log history that stands for a map
-MARK = PREFIX + "seconds"
+SECONDS = PREFIX + "seconds"
 
 
 class ErrorMapCallback(TrainerCallback):
@@ -51,7 +52,7 @@ class ErrorMapCallback(TrainerCallback):
         save_to: a folder; each map is saved to its `step-N`, and found there again when training resumes.
         max_share: a refresh that is due is skipped while measuring has taken more than this share of the time since
             training began; 1 never skips. `at_start` and `at_end` are not skipped.
-        measure: keyword arguments of `measure_errors`; without them no coherent error and no progress bar. With
+        measure: keyword arguments of `measure_errors`; without them no weight gradients and no progress bar. With
             `heldout`, the verdict of each map tells whether the model learns the domain or memorises the text.
 
     Attributes:
@@ -84,6 +85,7 @@ class ErrorMapCallback(TrainerCallback):
         if not 0 < max_share <= 1:
             raise ValueError(f"max_share must be above 0 and at most 1 (1 never skips a refresh); got {max_share!r}")
         known = [p.name for p in inspect.signature(measure_errors).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        refuse_gone("measure_errors", {name: value for name, value in measure.items() if name in GONE}, GONE)
         if unknown := sorted(measure.keys() - set(known)):
             raise TypeError(f"measure_errors has no argument {', '.join(unknown)}; it has {', '.join(known)}")
         whole_numbers(**measure)
@@ -97,7 +99,7 @@ class ErrorMapCallback(TrainerCallback):
             raise FileExistsError(f"save_to={str(save_to)!r} is a file; maps are saved in a folder, give another name")
         self.batches, self.every, self.at_start, self.at_end = batches, every, at_start, at_end
         self.keep, self.max_share = keep, max_share
-        self.measure = {"coherent": False, "progress": False, **measure}
+        self.measure = {"gradients": False, "progress": False, **measure}
         self.maps: list[tuple[int, ErrorMap]] = []
         self._start(0)
 
@@ -120,7 +122,7 @@ class ErrorMapCallback(TrainerCallback):
             handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
         if self.folder is not None:
-            self._find_saved([int(entry["step"]) for entry in state.log_history if MARK in entry])
+            self._find_saved([int(entry["step"]) for entry in state.log_history if SECONDS in entry])
 
     def _find_saved(self, steps: list[int]) -> None:
         wanted = sorted(set(steps))
@@ -182,7 +184,7 @@ class ErrorMapCallback(TrainerCallback):
             del self.maps[1]
         if self.folder is not None and state.is_world_process_zero:
             emap.save(self._path(step))
-        costs = {MARK: self.seconds, PREFIX + "time_share": self._time_share()}
+        costs = {SECONDS: self.seconds, PREFIX + "time_share": self._time_share()}
         return _report(args, state, control, emap.scalars(PREFIX) | costs)
 
     def _anew(self) -> Any:

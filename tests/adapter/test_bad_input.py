@@ -20,7 +20,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
+from peft_pcgrow import (
+    ErrorMap,
+    ErrorMapCallback,
+    PCGrowConfig,
+    compress,
+    create_pcgrow_optimizer,
+    find_experts,
+    measure_errors,
+)
 from tiny import LOCUS, assert_same, build, dense, logits, snapshot, spawned, tokens, train
 
 
@@ -154,8 +162,12 @@ def test_locus_outside_the_model(name, locus, text):
 def test_unknown_words():
     with pytest.raises(ValueError, match="unknown select='loss'; choose from error, square, coherent, removable, gate"):
         PCGrowConfig(locus=LOCUS, select="loss")
-    with pytest.raises(ValueError, match="unknown settle='newton'; choose from sweep, direct, relax, backprop"):
+    with pytest.raises(ValueError, match="unknown settle='newton'; choose from sweep, direct, backprop"):
         PCGrowConfig(locus=LOCUS, settle="newton")
+    with pytest.raises(ValueError, match="settle='relax' no longer trains: use settle='sweep'"):
+        PCGrowConfig(locus=LOCUS, settle="relax")
+    with pytest.raises(ValueError, match="settle_tol was of settle='relax', which no longer trains: leave it out"):
+        PCGrowConfig(locus=LOCUS, settle_tol=0.2)
     with pytest.raises(ValueError, match="unknown statistic 'loss'; a map can rank by error"):
         emap(build()).score("loss")
     with pytest.raises(ValueError, match=r"target_parameters=\['down_proj'\]: an experts module grows as a whole"):
@@ -169,7 +181,7 @@ def test_nothing_to_choose_by():
     with refused(model, ValueError, "PCGrowConfig needs error_map=.*or locus=.*or select='random'"):
         grow(model)
     with refused(model, ValueError, "has no coherent anywhere"):
-        grow(model, error_map=emap(model, coherent=False), select="coherent")
+        grow(model, error_map=emap(model, gradients=False), select="coherent")
 
 
 def test_optimizer_without_an_adapter():
@@ -211,6 +223,15 @@ def test_errors_that_are_nan():
         measure_errors(model, [tokens()], progress=False)
 
 
+def test_arguments_that_it_does_not_have():
+    with pytest.raises(TypeError, match=r"measure_errors\(coherent=...\) is gone: it is called gradients="):
+        measure_errors(build(), [tokens()], coherent=False)
+    with pytest.raises(TypeError, match=r"measure_errors\(coherent=...\) is gone: it is called gradients="):
+        ErrorMapCallback([tokens()], every=1, coherent=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'settle_tolerance'"):
+        measure_errors(build(), [tokens()], settle_tolerance=0.1)
+
+
 def test_a_corpus_is_not_its_own_retain_text():
     text = [tokens()]
     with refused(build(), ValueError, "retain is the corpus itself"):
@@ -234,7 +255,7 @@ def test_maps_that_do_not_add():
     with pytest.raises(ValueError, match="different sketches"):
         first + emap(build(), sketch_dim=4)
     with pytest.raises(ValueError, match="these maps cannot be added"):
-        first + emap(build(), coherent=False)
+        first + emap(build(), gradients=False)
     other = build()
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight.mul_(2)

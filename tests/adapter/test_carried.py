@@ -60,7 +60,7 @@ def test_gates_of_another_map_are_not_taken(tmp_path):
     """Same nodes, same base, other text: other gates."""
     model = read_back(tmp_path)
     texts = [domain(64, seed=7)], [retain(64, seed=7)]
-    emap = measure_errors(build(), texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    emap = measure_errors(build(), texts[0], retain=texts[1], window=8, gradients=False, progress=False)
     other = spawned(error_map=emap)
     mine, theirs = model.peft_config["default"], other.peft_config["default"]
     assert (mine.locus, mine.spawned, mine.base) == (theirs.locus, theirs.spawned, theirs.base)

@@ -17,7 +17,7 @@ GROWTHS = {
     "at random": lambda: PCGrowConfig(select="random", budget=0.2, settle="direct"),
     "spawn": lambda: spawning(protect=0.5),
     "neurons": lambda: PCGrowConfig(parts={1: {1: [0]}, 2: {0: [0, 1]}}, resolution="neurons", block=8),
-    "packed base": lambda: PCGrowConfig(locus=LOCUS, base_quantization="nf4", settle="relax"),
+    "packed base": lambda: PCGrowConfig(locus=LOCUS, base_quantization="nf4", settle="direct"),
 }
 
 

@@ -311,7 +311,7 @@ def test_other_caches_and_two_attentions(name):
 
     model = conformance(name).eval()
     texts = [domain(16, seed=n) for n in range(4)], [retain(16, seed=n) for n in range(4)]
-    emap = measure_errors(model, texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    emap = measure_errors(model, texts[0], retain=texts[1], window=8, gradients=False, progress=False)
     names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and "attn" in n}
     targets = sorted(names & {"q_proj", "qkv_proj", "out_proj", "q_b_proj", "o_proj"})
     config = PCGrowConfig(error_map=emap, grow="spawn", budget=0.3, gate_fpr=0.3, lora=lora(target_modules=targets))

@@ -128,7 +128,7 @@ def test_one_config_for_two_models():
 
 def test_retain_text_of_the_model_itself():
     """retain='self': gates that tell the domain from what the model writes."""
-    emap = measure_errors(build(), [domain(32)], retain="self", window=8, coherent=False, progress=False)
+    emap = measure_errors(build(), [domain(32)], retain="self", window=8, gradients=False, progress=False)
     model = spawned(error_map=emap, gate_fpr=0.2)
     assert torch.equal(logits(model, mixed()), logits(build(), mixed()))
 
@@ -319,7 +319,7 @@ def test_without_retain_text(settings):
 def test_texts_that_are_alike(grow):
     """Retain text that is the domain's own."""
     texts = [domain(32, seed=1)]
-    emap = measure_errors(build(), texts, retain=list(texts), window=8, coherent=False, progress=False)
+    emap = measure_errors(build(), texts, retain=list(texts), window=8, gradients=False, progress=False)
     refused(
         "none of the 5 located nodes can grow at gate_fpr=0.05:\n.*cannot be told apart.*\n(.*\n)*Raise gate_fpr, give "
         "retain text that differs",
@@ -332,7 +332,7 @@ def test_texts_that_are_alike(grow):
 def test_donors_that_no_domain_token_reaches(grow):
     """A domain of one word reaches few experts: left out among others, refused alone."""
     words = torch.full((8, 12), 5)
-    emap = measure_errors(build(), [words], retain=[retain(32)], window=8, coherent=False, progress=False)
+    emap = measure_errors(build(), [words], retain=[retain(32)], window=8, gradients=False, progress=False)
     row = emap.layers.index(1)
     idle = int((emap.count[row] == 0).nonzero()[0])
     busy = int(emap.count[row].argmax())

@@ -156,7 +156,7 @@ def test_two_branches(name):
     """A newborn beside an MLP: the MLP's bits for tokens that its gate keeps out, whatever it has learned."""
     model, nodes = made(name)
     texts = [domain(64, seed=1), domain(64, seed=2)], [retain(64, seed=1), retain(64, seed=2)]
-    emap = measure_errors(model, texts[0], retain=texts[1], nodes=nodes, window=8, coherent=False, progress=False)
+    emap = measure_errors(model, texts[0], retain=texts[1], nodes=nodes, window=8, gradients=False, progress=False)
     top = emap.layers[-1]
     ids = torch.cat([domain(4, seed=9), retain(4, seed=9)])
     before = logits(model, ids)
@@ -276,7 +276,7 @@ def test_what_cannot_be_adopted():
 
 def test_no_router_to_export(tmp_path):
     model = dense()
-    emap = measure_errors(model, [domain(64)], retain=[retain(64)], window=8, coherent=False, progress=False)
+    emap = measure_errors(model, [domain(64)], retain=[retain(64)], window=8, gradients=False, progress=False)
     model = get_peft_model(model, PCGrowConfig(error_map=emap, locus={2: [0]}, grow="spawn", gate_fpr=0.2))
     with pytest.raises(ValueError, match="beside an MLP that no router chooses"):
         export_flat(model, tmp_path / "flat", [domain()])

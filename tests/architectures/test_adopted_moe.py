@@ -40,7 +40,7 @@ def grown(name: str, dtype: torch.dtype = torch.float32, **config) -> PeftModel:
 
 def spawned(name: str, dtype: torch.dtype = torch.float32, gate_fpr: float = 0.05) -> PeftModel:
     texts = [domain(64, seed=1)], [retain(64, seed=1)]
-    emap = measure_errors(foreign(name), texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    emap = measure_errors(foreign(name), texts[0], retain=texts[1], window=8, gradients=False, progress=False)
     return grown(name, dtype, error_map=emap, grow="spawn", gate_fpr=gate_fpr)
 
 

@@ -190,7 +190,7 @@ def test_offloaded_experts(way):
     cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"offloaded, and their values are needed here|has no values here"):
         WAYS_IN[way](model)
-    found, want = (measure_errors(m, [tokens()], coherent=False, progress=False) for m in (model, build()))
+    found, want = (measure_errors(m, [tokens()], gradients=False, progress=False) for m in (model, build()))
     assert_close("mass", found.mass, want.mass, "fp32")
 
 

@@ -156,7 +156,7 @@ def test_damage_from_its_definition(name):
     found = calibrate(model, texts(), progress=False)
     site = find_experts(model).sites[1]
     sample = found.layers[site.layer]
-    forms = (WHOLE, Form(4), Form(2), Form(3, 8), Form(neurons=8), Form(sparsity="2:4"), Form(neurons=0))
+    forms = (WHOLE, Form(4), Form(2), Form(3, 8), Form(neurons=8), Form(sparsity="half"), Form(neurons=0))
     made = candidates(site.base, sample, forms, 2)
     assert made.bytes.tolist() == [form_bytes(site.base, form) for form in forms]
     before = site.base(sample.x, sample.index, sample.weight).detach()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from close import assert_close
 from peft_pcgrow.compress.allocate import allocate
-from peft_pcgrow.compress.thin import RIDGE, compensated, elimination_order
+from peft_pcgrow.compress.thin import THIN_RIDGE, compensated, elimination_order
 from peft_pcgrow.packed.forms import Form
 
 
@@ -23,7 +23,7 @@ def gram(x: Tensor) -> Tensor:
 def ridged(x: Tensor) -> Tensor:
     """Rows whose second moments are the damped ones."""
     mean = x.square().sum((1, 2)) / x.shape[2]
-    return torch.cat([x, (RIDGE * mean).sqrt()[:, None, None] * torch.eye(x.shape[2], dtype=x.dtype)], dim=1)
+    return torch.cat([x, (THIN_RIDGE * mean).sqrt()[:, None, None] * torch.eye(x.shape[2], dtype=x.dtype)], dim=1)
 
 
 @pytest.mark.parametrize("rows", [5, 300])
@@ -73,7 +73,7 @@ def test_what_is_redundant_goes_first_and_is_made_up_for(gone):
     left = compensated(down, gram(x), kept)
     before = x @ down.mT
     after = torch.stack([x[e][:, kept[e]] @ left[e].mT for e in range(2)])
-    assert float((after - before).square().mean() / before.square().mean()) < 10 * RIDGE**2
+    assert float((after - before).square().mean() / before.square().mean()) < 10 * THIN_RIDGE**2
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 8, 16])

@@ -37,7 +37,7 @@ def shrunk(base, tmp_path, dtype=torch.float32, **settings) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("settings", [{"target": 0.3}, {"energy": 0.6}])
+@pytest.mark.parametrize("settings", [{"target": 0.3}, {"bits": 4}])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_loaders_agree(base, loader, settings, tmp_path):
     """Every loader gives a model with the shrunk model's logits, bit for bit, and nothing of it trains."""
@@ -237,8 +237,7 @@ def test_refusals_change_nothing():
     before = snapshot(model)
     for settings, match in (
         ({"bits": 5}, "2, 3, 4, 8 bits"),
-        ({"bits": 3, "energy": 0.9}, "give one of"),
-        ({"energy": 0.0}, "energy must be a share"),
+        ({"bits": 3, "target": 0.9}, "give one of"),
         ({"target": 1.5}, "target must be a share"),
         ({"target": 0.1}, "at least 0.141"),
         ({"bits": 3, "batches": []}, "no token to predict"),
@@ -264,6 +263,20 @@ def test_refusals_change_nothing():
     for other in (build(), get_peft_model(build(), LoraConfig(target_modules=["q_proj"]))):
         with pytest.raises(ValueError, match="has no grown adapter"):
             shrink_adapter(other, bits=3)
+
+
+def test_factors_are_gone(tmp_path):
+    with pytest.raises(TypeError, match=r"energy=...\) is gone: .*give bits= or target="):
+        shrink_adapter(trained(), energy=0.9)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bit'"):
+        shrink_adapter(trained(), bit=4)
+    model = trained()
+    shrink_adapter(model, bits=4)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"kind": "bits"', '"kind": "rank"'))
+    with pytest.raises(ValueError, match=r"shrunk to factors \(energy=\), which are no longer read: shrink .* again"):
+        PeftModel.from_pretrained(build(), tmp_path)
 
 
 def test_twice_is_refused():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from close import assert_close
 from peft_pcgrow import ErrorMap, PCGrowConfig, export_flat, find_experts, measure_errors
 from peft_pcgrow.architectures.router_capacity import COUNTS
-from peft_pcgrow.export.flat import CLIP, RIDGE, FlatReport
+from peft_pcgrow.export.flat import CLIP, ROUTER_RIDGE, FlatReport
 from tiny import (
     EXPERTS,
     LOCUS,
@@ -56,7 +56,7 @@ def batches() -> list:
 @cache
 def text_map(name: str = "qwen3_moe") -> ErrorMap:
     base, texts = build(name, **CHANGES.get(name, {})), ([domain(32, seed=1)], [retain(32, seed=1)])
-    return measure_errors(base, texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    return measure_errors(base, texts[0], retain=texts[1], window=8, gradients=False, progress=False)
 
 
 def config(name: str = "qwen3_moe", **changes) -> PCGrowConfig:
@@ -234,7 +234,7 @@ def fitted(model: PeftModel, intercept: bool) -> dict[int, Tensor]:
         x, y = torch.cat(held), torch.cat(margins[layer])
         if intercept:
             x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-        penalty = (RIDGE * x.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1])
+        penalty = (ROUTER_RIDGE * x.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1])
         y = torch.cat([y, torch.zeros(x.shape[1])])
         found[layer] = torch.linalg.lstsq(torch.cat([x, penalty]), y[:, None]).solution[:, 0]
     return found

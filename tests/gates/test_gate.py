@@ -9,9 +9,9 @@ from torch.nn.functional import cosine_similarity, pad
 
 from close import assert_close
 from peft_pcgrow.gates.gate import (
+    GATE_RIDGE,
     LEAST_BETWEEN,
     RATES,
-    RIDGE,
     Gate,
     Moments,
     Rows,
@@ -201,7 +201,7 @@ def test_discriminant_is_ridge_regression(hidden, offset):
     domain, retain = two_classes(hidden, (30, 12), offset)
     v = discriminant(moments_of(domain), moments_of(retain)).double()
     covariance = pooled_covariance(domain, retain)
-    ridge = RIDGE * covariance.diagonal().mean()
+    ridge = GATE_RIDGE * covariance.diagonal().mean()
     want = regression(domain, retain, penalty=float(42 * ridge))
     kind = "fp32 solve" if hidden < 30 and not offset else "fp32 ill-conditioned solve"
     assert_close("direction", v / v.norm(), want / want.norm(), kind)

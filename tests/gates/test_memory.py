@@ -134,7 +134,7 @@ def hybrid() -> PeftModel:
         return Qwen3NextForCausalLM(Qwen3NextConfig(**settings))
 
     base, texts = build(build_it, torch.float64), ([domain(32, seed=1)], [retain(32, seed=1)])
-    emap = measure_errors(base, texts[0], retain=texts[1], window=8, coherent=False, progress=False)
+    emap = measure_errors(base, texts[0], retain=texts[1], window=8, gradients=False, progress=False)
     locus = {0: [1, 4], 1: [0, 3], 2: [2, 5]}
     model = get_peft_model(base, PCGrowConfig(error_map=emap, locus=locus, grow="spawn", gate_fpr=0.15))
     train(model, lr=3e-2, texts=domain)

@@ -236,7 +236,11 @@ def test_text_and_picture_show_the_map(tmp_path):
     figure = emap.plot(tmp_path / "deep" / "map.png", locus=Locus({best.layer: [best.expert]}))
     assert (tmp_path / "deep" / "map.png").read_bytes().startswith(b"\x89PNG")
     cells, sums = figure.axes[:2]
-    assert torch.allclose(torch.as_tensor(cells.images[0].get_array().data), 100 * emap.mass / emap.mass.sum())
-    assert [patch.get_xy() for patch in cells.patches] == [(best.expert - 0.5, emap.layers.index(best.layer) - 0.5)]
+    shown = torch.as_tensor(cells.images[0].get_array().filled(0.0))
+    assert torch.allclose(shown, 100 * emap.mass / emap.mass.sum())
+    (outline,) = [drawn for drawn in cells.collections if drawn.get_gid() == "locus"]
+    corner = best.expert - 0.5, emap.layers.index(best.layer) - 0.5
+    assert [tuple(each[0]) for each in outline.get_segments()].count(corner) == 2
+    assert len(outline.get_segments()) == 4
     assert [tick.get_text() for tick in cells.get_yticklabels()] == ["1", "2", "3"]
     assert len(sums.patches) == 3

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft_pcgrow import Locus, PCGrowConfig
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.locate.decide import Decision, report
-from peft_pcgrow.maps.heatmap import draw
+from peft_pcgrow.maps.draw import Column, Page, figure
 from peft_pcgrow.packed.forms import Form
 from peft_pcgrow.say import ends
 from tiny import build, contrast
@@ -68,15 +68,19 @@ def test_layer_with_many_nodes():
 def test_heat_map_has_room_for_what_it_says(shape):
     """Nothing is cut at the sides, and nothing is written over the picture."""
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    figure = draw(values.numpy(), range(shape[0]), "error per node", VERDICT)
-    figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.texts]
-    assert " ".join(text.get_text() for text in figure.texts[1:]) == VERDICT
+    panel = Column(
+        "error", "Share of error", values, "orange", "of the whole model", True, values.sum(1), "in the layer"
+    )
+    everywhere = torch.ones(shape, dtype=torch.bool)
+    drawn = figure(Page("Error per node", [VERDICT], "", range(shape[0]), [panel], everywhere, ~everywhere, (), ()))
+    drawn.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn.texts]
+    assert " ".join(text.get_text() for text in drawn.texts[1:]) == VERDICT
     for box in boxes:
         assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
+        assert box.x1 <= drawn.bbox.x1
+        assert box.y1 <= drawn.bbox.y1
     lowest = min(box.y0 for box in boxes)
-    assert all(axes.get_tightbbox().y1 <= lowest for axes in figure.axes)
+    assert all(axes.get_tightbbox().y1 <= lowest for axes in drawn.axes)
     for one, other in pairwise(boxes):
         assert one.y0 >= other.y1 - 2

@@ -32,11 +32,11 @@ def assert_same(one: ErrorMap, other: ErrorMap, kind: str | None = None) -> None
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("coherent", [False, True])
-def test_direct_map_carries_the_top_error(name, coherent):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_direct_map_carries_the_top_error(name, gradients):
     """Against the head's own gradient, spread over the rows of every layer."""
     model, ids = build(name, torch.float64), tokens(4)
-    emap = measured(model, ids.split(1), settle="direct", coherent=coherent)
+    emap = measured(model, ids.split(1), settle="direct", gradients=gradients)
     tree, seen = find_experts(model), {}
     handles = [
         site.module.register_forward_hook(lambda m, args, out, l=site.layer: seen.__setitem__(l, args[1:]))
@@ -55,16 +55,16 @@ def test_direct_map_carries_the_top_error(name, coherent):
         want = torch.zeros(site.experts, dtype=torch.float64)
         want.index_add_(0, index.flatten(), (weight.double().abs() * norm[:, None]).flatten())
         assert_close(f"mass of layer {site.layer}", emap.mass[row], want, "fp64 across batches")
-    assert emap.has_parts is coherent
+    assert emap.has_parts is gradients
 
 
 def test_direct_map_with_all_layers_exact_is_the_sweep():
     model, ids = build("qwen3_moe", torch.float64), tokens(8)
     exact = measured(model, ids.split(2))
-    for options in ({"coherent": True}, {"coherent": False}):
+    for options in ({"gradients": True}, {"gradients": False}):
         got = measured(model, ids.split(2), settle="direct", settle_depth=3, **options)
         assert_close("mass", got.mass, exact.mass, "fp64")
-    half = measured(model, ids.split(2), settle="direct", settle_depth=1, coherent=False)
+    half = measured(model, ids.split(2), settle="direct", settle_depth=1, gradients=False)
     # what reaches the two upper layers has passed through exact ones only
     assert_close("top", half.mass[1:], exact.mass[1:], "fp64")
     assert float((half.mass[0] - exact.mass[0]).abs().max()) > 0

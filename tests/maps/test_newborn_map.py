@@ -169,7 +169,7 @@ def test_gates_are_measured_on_the_rows_of_each_node():
     """Recall and rows of a second gate: at a donor on what its newborn leaves, at the newborn on what it takes."""
     model = trained()
     texts = domain(64, seed=1)
-    emap = measure_errors(model, [texts], retain=[retain(64, seed=1)], window=8, coherent=False, progress=False)
+    emap = measure_errors(model, [texts], retain=[retain(64, seed=1)], window=8, gradients=False, progress=False)
     rows = rows_of(model, texts)
     assert emap.separation.newborns["domain_rows"].tolist() == [rows[node] for node in NODES]
     total = emap.separation.domain_rows.sum() + emap.separation.newborns["domain_rows"].sum()

@@ -68,7 +68,7 @@ def pack(texts, said):
 def apart():
     ours, theirs = ([text[None] for text in texts(words, 3)] for words in (domain, retain))
     model = build(dtype=torch.float64)
-    found = measure_errors(model, ours, retain=theirs, window=6, coherent=False, progress=False)
+    found = measure_errors(model, ours, retain=theirs, window=6, gradients=False, progress=False)
     return found, calibrate(model, {"domain": ours}, progress=False)
 
 
@@ -79,7 +79,7 @@ def test_as_text_by_text(said):
     ours, theirs = (
         [pack(texts(words, 3)[half], said) for half in (slice(0, 5), slice(5, 8))] for words in (domain, retain)
     )
-    got = measure_errors(model, ours, retain=theirs, window=6, coherent=False, progress=False)
+    got = measure_errors(model, ours, retain=theirs, window=6, gradients=False, progress=False)
     assert (got.labels, got.tokens) == (want.labels, want.tokens) == (sum(LENGTHS) - len(LENGTHS), sum(LENGTHS))
     assert_close("loss", torch.tensor(got.loss), torch.tensor(want.loss), TOLERANCE)
     assert torch.equal(got.count, want.count)
@@ -99,7 +99,7 @@ def test_losses_are_the_models_own():
     model = build(dtype=torch.float64)
     with torch.no_grad():
         loss = model(**ids, labels=labels, use_cache=False).loss
-    emap = measure_errors(model, [{**ids, "labels": labels}], coherent=False, progress=False)
+    emap = measure_errors(model, [{**ids, "labels": labels}], gradients=False, progress=False)
     assert_close("loss", torch.tensor(emap.loss / emap.labels), loss, "fp64 across batches")
 
 

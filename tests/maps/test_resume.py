@@ -140,7 +140,9 @@ def test_fewer_tokens(tmp_path):
         measured(model, max_tokens=64, checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"settle": "direct"}, {"coherent": False}, {"sketch_dim": 4}, {"settle": "relax"}])
+@pytest.mark.parametrize(
+    "options", [{"settle": "direct"}, {"gradients": False}, {"sketch_dim": 4}, {"settle": "relax"}]
+)
 def test_another_way(options, tmp_path):
     model = build()
     measured(model, checkpoint=tmp_path)

@@ -10,7 +10,7 @@ from torch.nn.functional import sigmoid, silu
 from close import TOLERANCE, assert_all_close, assert_close
 from peft_pcgrow import ErrorMap, find_experts, measure_errors
 from peft_pcgrow.gates.directions import MomentSketch
-from peft_pcgrow.gates.gate import ENOUGH, RATES, RIDGE
+from peft_pcgrow.gates.gate import ENOUGH, GATE_RIDGE, RATES
 from peft_pcgrow.maps.error_map import SUMS
 from tiny import PAD, build, domain, retain
 
@@ -18,7 +18,7 @@ TABLES = ("threshold", "recall", "false_positive")
 
 
 def measured(model, ours, theirs, **options):
-    return measure_errors(model, ours, retain=theirs, progress=False, coherent=False, **options)
+    return measure_errors(model, ours, retain=theirs, progress=False, gradients=False, **options)
 
 
 def padded(ids, side):
@@ -185,7 +185,7 @@ def test_directions_are_fitted_on_the_other_texts(setting):
         features = [torch.stack([m for x, _ in texts for m in running_means(x, window)]) for texts in fitted]
         apart = [part - part.mean(0) for part in features]
         covariance = sum(part.mT @ part for part in apart) / sum(len(part) for part in apart)
-        covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+        covariance += GATE_RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
         want = torch.linalg.solve(covariance, features[0].mean(0) - features[1].mean(0))
         assert_close("direction", separation.direction[row], want, "fp32 solve")
         middle, distance = separation.law[row, :2].double()

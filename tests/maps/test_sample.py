@@ -155,13 +155,13 @@ def test_a_map_lets_the_model_write_its_retain_text():
     """As many texts as the corpus has, as long as its longest, and the same as if they had been given."""
     model = build().train()
     corpus, state = [domain(5, 10), domain(4, 16, seed=1)], torch.get_rng_state()
-    emap = measure_errors(model, corpus, retain="self", coherent=False, progress=False)
+    emap = measure_errors(model, corpus, retain="self", gradients=False, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     texts = sampled(model, 9, 16)
     assert emap.separation.facts["retain_tokens"] == 9 * 16
     assert emap.separation.retain_rows.sum(1).tolist() == [3.0 * 9 * 16] * 3
     assert emap.separation.recall.shape[1] == EXPERTS
-    given = measure_errors(model, corpus, retain=texts, coherent=False, progress=False).separation
+    given = measure_errors(model, corpus, retain=texts, gradients=False, progress=False).separation
     for name in ("direction", "law", "threshold", "retain_rows", "false_positive"):
         assert_close(name, getattr(emap.separation, name), getattr(given, name), "fp32")

@@ -41,11 +41,11 @@ def measured(model, texts, heldout=None, **options) -> ErrorMap:
     return measure_errors(model, texts, heldout=heldout, progress=False, **options)
 
 
-@pytest.mark.parametrize("coherent", [True, False])
-def test_memorised_text_is_not_covered(coherent):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_memorised_text_is_not_covered(gradients):
     """By itself it looks covered, and says that it may; held-out text tells."""
     few, held = counting(8, 1, 0.2), counting(32, 2, 0.2)
-    emap = measured(fit(build(), few, 60), few, held, coherent=coherent)
+    emap = measured(fit(build(), few, 60), few, held, gradients=gradients)
     found = emap.diagnosis
     assert found.verdict == "memorised"
     assert found.text == HELD_OUT
@@ -61,17 +61,17 @@ def test_memorised_text_is_not_covered(coherent):
 def test_learned_text_is_covered():
     """The same length of training on many texts of a language that can be learned: held-out text is predicted too."""
     many, held = counting(512, 3, 0.0), counting(32, 4, 0.0)
-    found = measured(fit(build(), many, 96), many[:32], held, coherent=False).diagnosis
+    found = measured(fit(build(), many, 96), many[:32], held, gradients=False).diagnosis
     assert found.verdict == "covered"
     assert found.loss < found.covered_below
 
 
-@pytest.mark.parametrize("coherent", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("scale", [0.02, 0.15])
-def test_untrained_model_covers_nothing(scale, coherent):
+def test_untrained_model_covers_nothing(scale, gradients):
     texts, held = counting(8, 1, 0.2), counting(32, 2, 0.2)
     model = build(initializer_range=scale)
-    for emap in (measured(model, texts, held, coherent=coherent), measured(model, texts, coherent=coherent)):
+    for emap in (measured(model, texts, held, gradients=gradients), measured(model, texts, gradients=gradients)):
         assert emap.diagnosis.verdict == "unlearned"
         assert emap.diagnosis.loss > emap.diagnosis.context_free
 

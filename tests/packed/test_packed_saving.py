@@ -30,7 +30,7 @@ from peft_pcgrow.packed.packed_experts import PREFIX
 from peft_pcgrow.packed.packed_seal import facts_digest
 from tiny import ARCHITECTURES, EXPERTS, LOCUS, assert_same, build, logits, needs_native, snapshot, tokens, train
 
-SPARSE = [Form(), Form(4), Form(16, sparsity="half"), Form(16, sparsity="2:4")] * 2
+SPARSE = [Form(), Form(4), Form(16, sparsity="half"), Form(2)] * 2
 
 
 def compressed(name: str = "qwen3_moe", dtype: torch.dtype = torch.float32, forms=FORMS, layers=None) -> nn.Module:
@@ -222,8 +222,8 @@ def test_layers_that_are_not_packed_still_merge(tmp_path):
 
 def test_forms_in_few_characters():
     assert write_forms(FORMS) == "1x16 1x8 1x4 1x3 1x2 1x16/8 1x4/8 1x16/0"
-    assert write_forms([Form(4)] * 60 + [Form(16, sparsity="2:4")] * 4) == "60x4 4x16:2:4"
-    mixed = [*FORMS, *FORMS[::-1], *SPARSE, Form(16, 24, "half"), Form(16, 24, "2:4"), Form(2, 8), Form(2, 8)]
+    assert write_forms([Form(4)] * 60 + [Form(16, sparsity="half")] * 4) == "60x4 4x16:half"
+    mixed = [*FORMS, *FORMS[::-1], *SPARSE, Form(16, 24, "half"), Form(2, 8), Form(2, 8)]
     assert list(read_forms(write_forms(mixed))) == mixed
 
 
@@ -245,6 +245,10 @@ def test_registered_once():
         ({"layers": {"0": 5}}, "'5' in 5 does not say the form"),
         ({"layers": {"0": "999999999x16"}}, "'999999999x16' in '999999999x16' does not say the form"),
         ({"layers": {"0": "8x5"}}, "width=5"),
+        (
+            {"layers": {"0": "8x16:2:4"}},
+            "'8x16:2:4': packed experts in 2:4 sparsity are no longer read; pack the model",
+        ),
         ({"layers": {"0": "8x4/99999992"}}, "layer 0 have 16 neurons, and '8x4/99999992' says more"),
         ({"layers": {"0": "7x16"}}, "7 packed experts in layer 0 where Qwen3MoeForCausalLM has 8 experts"),
         ({"layers": {"9": "8x16"}}, "8 packed experts in layer 9 where Qwen3MoeForCausalLM has none"),

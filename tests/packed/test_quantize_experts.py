@@ -183,7 +183,7 @@ def test_maps(settle, name, adapted):
     dense = unpacked(model)
     if adapted:
         model, dense = (get_peft_model(each, PCGrowConfig(locus={2: [1, 4]})) for each in (model, dense))
-    settings = {"settle": settle, "coherent": True, "retain": [retain(64, seed=1)], "window": 8, "progress": False}
+    settings = {"settle": settle, "gradients": True, "retain": [retain(64, seed=1)], "window": 8, "progress": False}
     one, other = (measure_errors(each, [domain(64, seed=1)], **settings) for each in (model, dense))
     for field in SUMS:
         assert_close(field, getattr(one, field), getattr(other, field), "fp64 across batches")

@@ -33,7 +33,7 @@ def assert_equal(one: ErrorMap, two: ErrorMap) -> None:
 
 
 def expect(model: nn.Module) -> ErrorMap:
-    return measure_errors(model, TEXTS, coherent=False, progress=False)
+    return measure_errors(model, TEXTS, gradients=False, progress=False)
 
 
 def measured(log: list[dict]) -> list[dict]:
@@ -72,7 +72,7 @@ def test_training_keeps_its_bits(case, tmp_path):
     without = fit(make(attention_dropout=0.3), tmp_path, **settings)
     loader = DataLoader(torch.cat(TEXTS), batch_size=2, shuffle=True)
     model = make(attention_dropout=0.3)
-    callback = watch(loader, coherent=True)
+    callback = watch(loader, gradients=True)
     observed = fit(model, tmp_path, callbacks=[callback], **settings)
     assert_same(snapshot(without.model), snapshot(observed.model))
     for what in ("loss", "grad_norm", "learning_rate"):
@@ -327,7 +327,7 @@ def test_corpora_and_heldout_text(kind, tmp_path):
     ids, held = torch.cat(TEXTS), tokens(4, 9, seed=33)
     given = {"tensor": ids, "mapping": {"input_ids": ids}, "by index": TensorDataset(ids)}[kind]
     model = build()
-    want = measure_errors(model, ids, heldout=held, coherent=False, progress=False)
+    want = measure_errors(model, ids, heldout=held, gradients=False, progress=False)
     recorder = Recorder()
     callback = watch(given, heldout=held, at_end=False, every=100)
     fit(model, tmp_path, callbacks=[callback, recorder])

@@ -1,6 +1,4 @@
-"""Examples come in the order of their losses, computed one by one in fp64, as prerequisites and windows allow."""
-
-import random
+"""Examples come in the order of their losses, computed one by one in fp64, within windows."""
 
 import datasets
 import pytest
@@ -8,7 +6,7 @@ import torch
 from peft import PeftModel
 from test_bad_input import facts
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 
 from close import assert_close
@@ -46,13 +44,8 @@ def order(data, model, **options) -> tuple[list[int], Tensor]:
     return [next(i for i, example in enumerate(data) if example is one) for one in chosen], surprisal
 
 
-def brute(values: list[float], needs: dict, sign: float = 1.0) -> list[int]:
-    """Again and again, look at everyone whose prerequisites are done."""
-    done: list[int] = []
-    while len(done) < len(values):
-        ready = [i for i in range(len(values)) if i not in done and all(j in done for j in needs.get(i, ()))]
-        done.append(min(ready, key=lambda i: (sign * values[i], i)))
-    return done
+def by_value(values: list[float], sign: float = 1.0) -> list[int]:
+    return [i for _, i in sorted((sign * value, i) for i, value in enumerate(values))]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -61,11 +54,11 @@ def test_surprisals_are_those_of_each_example_alone(name):
     want = alone(model, data)
     for size in (1, 5, COUNT):
         found, surprisal = order(data, model, batch_size=size)
-        assert found == brute(want.tolist(), {})
+        assert found == by_value(want.tolist())
         assert_close(f"batches of {size}", surprisal, want[found], "fp64 across batches")
         assert (surprisal.diff() >= 0).all()
     found, surprisal = order(data, model, descending=True)
-    assert found == brute(want.tolist(), {}, -1.0)
+    assert found == by_value(want.tolist(), -1.0)
     assert (surprisal.diff() <= 0).all()
 
 
@@ -140,7 +133,7 @@ def test_the_grown_model_counts():
     found, surprisal = order(data, model, relative=True)
     assert (with_branch - base).abs().max() > 0.01
     assert float((surprisal - (with_branch - base)[found]).abs().max()) < 1e-5
-    assert found == brute((with_branch - base).tolist(), {})
+    assert found == by_value((with_branch - base).tolist())
     bare = build()
     assert_close("no adapter: plain", order(data, bare, relative=True)[1], order(data, bare)[1], "fp64")
 
@@ -189,7 +182,7 @@ def test_a_merged_branch_has_no_base():
     assert_same(weights, snapshot(model))
 
 
-# ---- windows, prerequisites
+# ---- windows
 
 
 @pytest.mark.parametrize("window", [1, 4, 23, 100])
@@ -201,59 +194,7 @@ def test_windows_keep_their_order(window):
     assert found == [i for span in spans for i in sorted(span, key=lambda i: want[i])]
 
 
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_prerequisites_come_first(seed, descending):
-    """Random acyclic needs; within what they allow, the best of all that are ready comes next."""
-    draw = random.Random(seed)
-    ranks = draw.sample(range(COUNT), COUNT)
-    needs = {ranks[k]: draw.sample(ranks[:k], min(k, draw.randrange(4))) for k in range(COUNT)}
-    model, data = build(dtype=torch.float64), examples()
-    found, surprisal = order(data, model, prerequisites=needs, descending=descending)
-    assert found == brute(alone(model, data).tolist(), needs, -1.0 if descending else 1.0)
-    assert sorted(found) == list(range(COUNT))
-    place = {i: k for k, i in enumerate(found)}
-    assert all(place[j] < place[i] for i, wanted in needs.items() for j in wanted)
-    steps = surprisal.diff() * (-1 if descending else 1)
-    # where the order goes back, the later example had just been waiting for the one before it
-    assert all(found[k] in needs[found[k + 1]] for k in range(COUNT - 1) if steps[k] < 0)
-
-
-def test_prerequisites_by_column_function_and_map():
-    model, needs = build(), {2: [9], 9: [4, 5], 0: torch.tensor([22]), 22: [4]}
-    data = [{**one, "id": i, "after": list(needs.get(i, []))} for i, one in enumerate(examples())]
-    plain = order(data, model)[0]
-    want = order(data, model, prerequisites=needs)[0]
-    assert want != plain
-    assert order(data, model, prerequisites="after")[0] == want
-    assert order(data, model, prerequisites=lambda example: needs.get(example["id"]))[0] == want
-    shown = []
-    order(data, model, prerequisites="after", collator=lambda batch: shown.extend(batch) or left_padded(batch))
-    assert len(shown) == COUNT
-    assert not any("after" in example for example in shown)
-
-
-def test_prerequisites_in_windows():
-    model, data = build(), examples()
-    needs = {3: [2], 2: [1], 9: [0, 6]}
-    found, _ = order(data, model, window=5, prerequisites=needs)
-    assert {i // 5 for i in found[:5]} == {0}
-    assert found.index(1) < found.index(2) < found.index(3)
-    assert found.index(6) < found.index(9)
-    with pytest.raises(ValueError, match=r"example 3 \(window 0\) needs example 7, which only comes in window 1"):
-        order(data, model, window=5, prerequisites={3: [7]})
-
-
-CYCLES = [({1: [1]}, "1 -> 1"), ({4: [9], 9: [6], 6: [4], 0: [4], 7: [2]}, "4 -> 9 -> 6 -> 4")]
-
-
-@pytest.mark.parametrize(("needs", "members"), CYCLES)
-def test_cycles_are_named_before_anything_is_measured(needs, members):
-    with pytest.raises(ValueError, match=f"in a cycle, each example needing the next: {members};"):
-        order_by_surprisal(examples(), nn.Identity(), prerequisites=needs)
-
-
-# ---- datasets, live
+# ---- datasets
 
 
 def test_kinds_of_datasets():
@@ -281,26 +222,6 @@ def test_kinds_of_datasets():
     assert order_by_surprisal([], model, progress=False) == []
 
 
-def test_live_measures_with_the_weights_of_the_moment():
-    """Between windows the weights change; the second window follows the new ones, and a second pass all of them."""
-    model, data, window = build(dtype=torch.float64), examples(20), 10
-    live = order_by_surprisal(data, model, window=window, live=True, progress=False)
-    assert len(live) == 20
-    turn = iter(live)
-    old = alone(model, data)
-    first = [next(turn) for _ in range(window)]
-    with torch.no_grad():
-        model.lm_head.weight.copy_(-model.lm_head.weight)
-    new = alone(model, data)
-    second = list(turn)
-    assert first == [data[i] for i in sorted(range(10), key=lambda i: old[i])]
-    assert second == [data[i] for i in sorted(range(10, 20), key=lambda i: new[i])]
-    assert second != [data[i] for i in sorted(range(10, 20), key=lambda i: old[i])]
-    assert list(live)[:10] == [data[i] for i in sorted(range(10), key=lambda i: new[i])]
-    back = order_by_surprisal(data, model, live=True, descending=True, progress=False)
-    assert list(back) == [data[i] for i in sorted(range(20), key=lambda i: -new[i])]
-
-
 def fit(dataset, model: nn.Module, folder, **settings) -> list[Tensor]:
     """Train for an epoch and more; the batches in the order they came."""
     seen = []
@@ -314,23 +235,6 @@ def fit(dataset, model: nn.Module, folder, **settings) -> list[Tensor]:
     args = TrainingArguments(str(folder), per_device_train_batch_size=4, learning_rate=1e-2, **arguments)
     Trainer(model=model, args=args, train_dataset=dataset, data_collator=collate).train()
     return seen
-
-
-@pytest.mark.parametrize("relative", [False, True])
-def test_live_in_a_trainer(tmp_path, relative):
-    """Two epochs of all examples, windows in place; the branch trains though its adapter is switched off in between."""
-    model, data = grown(), [{**one, "row": i} for i, one in enumerate(examples(16))]
-    before = snapshot(model)
-    live = order_by_surprisal(data, model, window=8, live=True, relative=relative, progress=False)
-    seen = fit(live, model, tmp_path, num_train_epochs=2)
-    assert len(seen) >= 8
-    rows = {tuple(row.tolist()): i for i, row in enumerate(left_padded(data)["input_ids"])}
-    came = [rows[tuple(row.tolist())] for batch in seen[:8] for row in batch]
-    for part, members in enumerate([range(8), range(8, 16)] * 2):
-        assert sorted(came[8 * part : 8 * part + 8]) == list(members)
-    after = snapshot(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_sequential_trainer_keeps_the_order(tmp_path):
@@ -358,29 +262,18 @@ def test_examples_without_a_finite_surprisal_are_named():
             order(clean, model, window=window)
 
 
-def test_live_in_a_worker_is_refused():
-    live = order_by_surprisal(examples(), build(), live=True, progress=False)
-    with pytest.raises(ValueError, match="num_workers=0"):
-        next(iter(DataLoader(live, batch_size=None, num_workers=1)))
-
-
 IDS = [5, 6, 7]
 REFUSED = {
     "batch_size": ({"batch_size": 0}, None, ValueError, "batch_size must be a whole number"),
     "window": ({"window": 2.0}, None, ValueError, "window must be a whole number"),
-    "live": ({"live": True, "return_surprisal": True}, None, ValueError, "no surprisal to return yet"),
     "stream": ({}, iter([]), TypeError, "has none: give a list of it"),
     "splits": ({}, {"train": []}, TypeError, r"give one of its splits \(train\)"),
     "text": ({}, [{"text": "a"}], ValueError, "example 0 has no input_ids, only"),
     "shape": ({}, [[IDS, IDS]], ValueError, r"example 0 needs input_ids of shape \[S\]"),
     "labels": ({}, [{"input_ids": IDS, "labels": [5]}], ValueError, r"example 0 has \(1,\) labels to \(3,\) input_ids"),
+    "prerequisites": ({"prerequisites": {0: [1]}}, None, TypeError, "prerequisites=...\\) is gone: order the examples"),
+    "live": ({"live": True}, None, TypeError, "live=...\\) is gone: call order_by_surprisal again"),
     "packed": ({"collator": lambda b: {"input_ids": [b[0] + b[1]]}}, [IDS, IDS], ValueError, "made 1 rows of 2"),
-    "needs": ({"prerequisites": 3}, [IDS], TypeError, "prerequisites must map"),
-    "needed": ({"prerequisites": {0: "1"}}, [IDS], TypeError, "example 0 must be a list of indices; got '1'"),
-    "number": ({"prerequisites": {0: [0.5]}}, [IDS], TypeError, "a prerequisite of example 0 must be the index"),
-    "range": ({"prerequisites": {0: [4]}}, [IDS], ValueError, "example 0 is 4, and the dataset's indices are 0 to 0"),
-    "key": ({"prerequisites": {-1: [0]}}, [IDS], ValueError, "a key of prerequisites is -1"),
-    "column": ({"prerequisites": "after"}, [{"input_ids": IDS}], ValueError, "example 0 has none of that name"),
 }
 
 

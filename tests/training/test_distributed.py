@@ -83,7 +83,7 @@ def test_error_maps(ranks):
     Training is as without.
     """
     batches = [ddp_script.batch(10), ddp_script.batch(11)]
-    expected = measure_errors(ddp_script.grow(), batches, coherent=False, progress=False)
+    expected = measure_errors(ddp_script.grow(), batches, gradients=False, progress=False)
     for found in ranks:
         assert found["mapped"]["steps"] == [0, 2, 4]
         torch.testing.assert_close(found["mapped"]["map"], expected.mass)
