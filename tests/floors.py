@@ -35,6 +35,7 @@ PUBLIC = {
     "Muon",
     "PCGrowConfig",
     "PCGrowModel",
+    "choose",
     "compress",
     "create_pcgrow_optimizer",
     "export_flat",
