@@ -83,7 +83,7 @@ REFUSED = {
     "block": [8],
     "init_weights": [None, 0, 1, "x", "", [], "gaussian"],
     "inference_mode": [None, 0, "x"],
-    "select": [None, 0, "best", ["error"]],
+    "select": [0, "best", ["error"]],
     "settle": [None, 1],
     "grow": [None, {}],
     "router": [None],

@@ -46,7 +46,7 @@ def choose(scores: Tensor, budget: float, layers: Sequence[int] | None = None) -
             are not L different ones.
     """
     check_budget(budget)
-    scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
+    scores = torch.as_tensor(scores, dtype=torch.float64, device="cpu").detach()
     if scores.dim() != 2 or not scores.numel():
         raise ValueError(f"scores must be [layers, experts], got shape {list(scores.shape)}")
     if bool(scores.isnan().any()):
