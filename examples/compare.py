@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import corpora
-from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+from peft_pcgrow import ErrorMap, PCGrowConfig, choose, create_pcgrow_optimizer, find_experts, measure_errors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -65,7 +65,10 @@ def expert_paths(site) -> Iterator[str]:
 
 def grown(emap: ErrorMap, budget: float, optimizer: str, lr: float, settle: str = "sweep", select: str = "error"):
     def build(model: nn.Module, seed: int):
-        config = PCGrowConfig(error_map=emap, budget=budget, settle=settle, select=select, seed=seed)
+        options: dict[str, Any] = {"budget": budget, "select": select}
+        if select == "coherent":
+            options = {"locus": choose(emap.coherent, budget, layers=emap.layers)}
+        config = PCGrowConfig(error_map=emap, settle=settle, seed=seed, **options)
         peft_model = get_peft_model(model, config)
         if optimizer == "muon":
             return peft_model, create_pcgrow_optimizer(peft_model, lr=lr)
@@ -104,7 +107,7 @@ def settings(args: argparse.Namespace, emap: ErrorMap) -> dict[str, list[Setting
                 name = f"{budget:.0%} {optimizer} lr {lr:g}"
                 for arm in ("sweep", "direct", "backprop"):
                     add(arm, f"{arm} {budget:.0%} {optimizer}", name, grown(emap, budget, optimizer, lr, settle=arm))
-                for arm in ("square", "coherent", "gate", "frequency", "random"):
+                for arm in ("coherent", "gate", "frequency", "random"):
                     build = grown(emap, budget, optimizer, lr, select=arm)
                     add(arm, f"{arm} {budget:.0%} {optimizer}", name, build)
     for lr in args.full_lrs:
@@ -197,7 +200,7 @@ def table(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
-    known = ("lora", "lora-replay", "lora-attention", "sweep", "direct", "backprop", "square", "coherent")
+    known = ("lora", "lora-replay", "lora-attention", "sweep", "direct", "backprop", "coherent")
     known += ("gate", "frequency", "random", "full")
     parser.add_argument("--arms", nargs="+", choices=known, default=["lora", "lora-replay", "sweep", "random"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.12, 0.25], help="shares of the experts grown")

@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM
 
 import compare
 import corpora
+import donors
 import switch
 from compare import Setting
-from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, export_flat, measure_errors
+from peft_pcgrow import ErrorMap, PCGrowConfig, choose, create_pcgrow_optimizer, export_flat, measure_errors
 
 RATES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 DONORS = ("lowest", "error", "coherent", "contested", "separable", "random")
@@ -43,6 +44,19 @@ def spawned(emap: ErrorMap, args: argparse.Namespace, **options: Any) -> Callabl
         return peft_model, create_pcgrow_optimizer(peft_model, lr=lr)
 
     return build
+
+
+def donor(rule: str, emap: ErrorMap, args: argparse.Namespace) -> dict[str, Any]:
+    """What a config says to spawn by one of `DONORS`."""
+    if rule in ("error", "random"):
+        return {"select": rule}
+    rules: dict[str, Callable[[], torch.Tensor]] = {
+        "lowest": lambda: donors.lowest(emap),
+        "coherent": lambda: emap.coherent,
+        "contested": lambda: donors.contested(emap),
+        "separable": lambda: donors.separable(emap, args.train_fpr),
+    }
+    return {"locus": choose(rules[rule](), args.donor_budget, layers=emap.layers)}
 
 
 def settings(args: argparse.Namespace, emap: ErrorMap, self_map: ErrorMap | None) -> Iterator[Setting]:
@@ -64,7 +78,7 @@ def settings(args: argparse.Namespace, emap: ErrorMap, self_map: ErrorMap | None
         build = spawned(emap, args, settle="backprop")
         yield Setting("spawn-backprop", f"{args.budget:.0%}, protect {args.protect:g}", build)
     for rule in DONORS if "donors" in args.arms else ():
-        build = spawned(emap, args, select=rule, budget=args.donor_budget)
+        build = spawned(emap, args, budget=args.donor_budget, **donor(rule, emap, args))
         yield Setting("donors", f"{args.donor_budget:.0%}, {rule}", build)
     if "flat" in args.arms:
         # strict gates: a router row leaks

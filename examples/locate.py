@@ -1,6 +1,6 @@
 """Does the error map find where to grow? Six studies.
 
-select     gain at equal trained parameters: the map's choices at three resolutions, against gate score, frequency,
+select     gain at equal trained parameters: the map's choices at two resolutions, against gate score, frequency,
            gradient norm, weight magnitude and chance.
 damage     a model that knows a text gets one expert damaged: does the map find it, does deepening it alone repair it?
 verdicts   on the domain and on each retain text, held out.
@@ -31,24 +31,21 @@ from torch import nn
 
 import compare
 import corpora
-from peft_pcgrow import ErrorMap, PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
+from peft_pcgrow import ErrorMap, PCGrowConfig, choose, create_pcgrow_optimizer, find_experts, measure_errors
 from peft_pcgrow.settling.layer_stack import LayerStack
 
 STUDIES = ("select", "damage", "verdicts", "stability", "hops", "cost")
 # arm: (select, resolution)
 MAPS = {
     "removable": ("removable", "expert"),
-    "joint": ("joint", "expert"),
     "removable, matrix": ("removable", "matrix"),
-    "removable, neurons": ("removable", "neurons"),
     "error": ("error", "expert"),
-    "gradient norm": ("coherent", "expert"),
     "gate": ("gate", "expert"),
     "frequency": ("frequency", "expert"),
     "random": ("random", "expert"),
     "random, matrix": ("random", "matrix"),
 }
-ARMS = (*MAPS, "magnitude", "all")
+ARMS = (*MAPS, "gradient norm", "magnitude", "all")
 DAMAGES = ("permute", "noise", "negate", "zero")
 # a damaged expert counts if the loss rises by this share
 DAMAGE_RISE = 0.01
@@ -56,31 +53,27 @@ DAMAGE_RISE = 0.01
 ROWS = 300
 
 
-def magnitude(model: nn.Module, budget: float) -> dict[int, list[int]]:
-    """The experts with the largest weights (Frobenius norm)."""
-    norms = {}
+def magnitude(model: nn.Module) -> torch.Tensor:
+    """How large each expert's weights are, squared Frobenius norm, `[L, E]`."""
+    norms = []
     for site in find_experts(model).sites:
-        stacks = [p for p in site.base.parameters(recurse=False) if p.dim() == 3]
-        for expert in range(site.experts):
-            norms[site.layer, expert] = sum(float(stack[expert].detach().square().sum()) for stack in stacks)
-    locus: dict[int, list[int]] = {}
-    for layer, expert in sorted(norms, key=norms.__getitem__, reverse=True)[: max(1, round(budget * len(norms)))]:
-        locus.setdefault(layer, []).append(expert)
-    return locus
+        stacks = [p.detach() for p in site.base.parameters(recurse=False) if p.dim() == 3]
+        norms.append(sum(stack.double().square().sum((1, 2)) for stack in stacks))
+    return torch.stack(norms)
 
 
 def builder(arm: str, budget: float, emap: ErrorMap, args: argparse.Namespace) -> Callable:
     def build(model: nn.Module, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         options: dict[str, Any] = {"settle": args.settle, "seed": seed}
-        if arm == "magnitude":
-            options["locus"] = magnitude(model, budget)
+        if arm in ("magnitude", "gradient norm"):
+            scores = magnitude(model) if arm == "magnitude" else emap.coherent
+            options["locus"] = choose(scores, budget, layers=emap.layers)
         elif arm == "all":
             options |= {"error_map": emap, "budget": 1.0}
         else:
             select, resolution = MAPS[arm]
-            options |= {"error_map": emap, "budget": budget, "select": select}
-            options |= {"resolution": resolution, "block": args.block}
-        lr = {"removable, neurons": args.neurons_lr, "all": args.all_lr}.get(arm, args.lr)
+            options |= {"error_map": emap, "budget": budget, "select": select, "resolution": resolution}
+        lr = args.all_lr if arm == "all" else args.lr
         grown = get_peft_model(model, PCGrowConfig(**options))
         return grown, create_pcgrow_optimizer(grown, lr=lr)
 
@@ -199,8 +192,7 @@ def stability(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str
             row: dict[str, Any] = {"study": "stability", "seed": seed, "tokens": tokens}
             for statistic in ("removable", "error", "coherent", "frequency"):
                 row[statistic] = correlation(*(half.score(statistic) for half in halves))
-            for resolution in ("matrix", "neurons"):
-                row[resolution] = correlation(*(half.removable(resolution, args.block).estimate for half in halves))
+            row["matrix"] = correlation(*(half.removable("matrix").estimate for half in halves))
             bounds = [half.removable().interval for half in halves]
             means = [half.removable().estimate for half in halves]
             inside = (bounds[0][0] <= means[1]) & (means[1] <= bounds[0][1])
@@ -298,9 +290,7 @@ def main() -> None:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add("--budgets", type=float, nargs="+", default=[0.03, 0.06, 0.12, 0.25], help="shares of the expert parameters")
     add("--lr", type=float, default=0.03, help="Muon's learning rate (default: %(default)s)")
-    add("--neurons-lr", type=float, default=0.015, help="the same for blocks of neurons (default: %(default)s)")
     add("--all-lr", type=float, default=0.02, help="the same where all experts train (default: %(default)s)")
-    add("--block", type=int, default=16, help="neurons a block (default: %(default)s)")
     add("--settle", default="sweep", help="sweep, or backprop: the same gradients (default: %(default)s)")
     add("--map-windows", type=int, default=64, help="windows that a map is measured on (default: %(default)s)")
     add("--damages", type=int, default=4, help="experts damaged a seed (default: %(default)s)")

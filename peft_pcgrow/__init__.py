@@ -10,6 +10,7 @@ from peft_pcgrow.adapter.model_card import SPELLED_OUT
 from peft_pcgrow.adapter.register import register
 from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.export.flat import export_flat
+from peft_pcgrow.locate.budget import choose
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps.diagnosis import Diagnosis
 from peft_pcgrow.maps.error_map import ErrorMap
@@ -30,6 +31,7 @@ __all__ = [
     "Muon",
     "PCGrowConfig",
     "PCGrowModel",
+    "choose",
     "compress",
     "create_pcgrow_optimizer",
     "export_flat",

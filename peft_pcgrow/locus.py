@@ -4,8 +4,8 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# how fine an adapter may choose: whole experts, single matrices, or blocks of intermediate neurons
-RESOLUTIONS = ("expert", "matrix", "neurons")
+# how fine an adapter may choose: whole experts, or single matrices
+RESOLUTIONS = ("expert", "matrix")
 # nodes up to which a line names each
 NAMED = 48
 
@@ -31,7 +31,7 @@ class Locus(Mapping[int, tuple[int, ...]]):
             if isinstance(experts, Mapping):
                 raise ValueError(
                     f"layer {layer!r} in the {name} must list its experts, which grow as a whole, got {experts!r}; to "
-                    "grow parts of them, give parts={layer: {expert: [...]}} and resolution='neurons' or 'matrix'"
+                    "grow parts of them, give parts={layer: {expert: [...]}} and resolution='matrix'"
                 )
             if listed := list(experts):
                 if (number := _whole(layer, "layer", f"the {name}")) in chosen:
@@ -89,7 +89,7 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
     """Parts of experts, `{layer: {expert: [...]}}`, with sorted string keys and sorted lists, as JSON gives them back.
 
     Args:
-        parts: lists name weight stacks at resolution "matrix", and hold numbers of blocks at "neurons".
+        parts: lists name weight stacks.
 
     Raises:
         ValueError: whole experts have no parts, or a layer, expert, list or part that is none, empty or named twice.
@@ -97,9 +97,9 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
     if resolution == "expert":
         raise ValueError(
             f"parts={parts!r} chooses within experts, which resolution='expert' grows as a whole: use "
-            "resolution='matrix' or 'neurons', or locus= without parts="
+            "resolution='matrix', or locus= without parts="
         )
-    example = "{3: {0: ['down_proj']}}" if resolution == "matrix" else "{3: {0: [0, 1]}}"
+    example = "{3: {0: ['down_proj']}}"
     if not isinstance(parts, Mapping) or not parts:
         raise ValueError(f"parts must map layer -> expert -> [parts], for example {example}; got {parts!r}")
     chosen: dict[int, dict[int, list[Any]]] = {}
@@ -112,11 +112,8 @@ def read_parts(parts: Any, resolution: str) -> dict[str, dict[str, list[Any]]]:
             what = f"layer {layer}, expert {expert} in parts"
             if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable) or not (listed := list(listed)):
                 raise ValueError(f"{what} must list at least one part, as in {example}; got {listed!r}")
-            if resolution == "matrix":
-                if unknown := [part for part in listed if not isinstance(part, str)]:
-                    raise ValueError(f"{what} must name weight stacks, as in {example}; got {unknown[0]!r}")
-            else:
-                listed = [_whole(part, "block", "parts") for part in listed]
+            if unknown := [part for part in listed if not isinstance(part, str)]:
+                raise ValueError(f"{what} must name weight stacks, as in {example}; got {unknown[0]!r}")
             if number in here or len(set(listed)) < len(listed):
                 raise ValueError(f"{what} names a part twice, or is there twice: {listed!r}")
             here[number] = sorted(listed)

@@ -41,6 +41,7 @@ PUBLIC = {
     "Muon",
     "PCGrowConfig",
     "PCGrowModel",
+    "choose",
     "compress",
     "create_pcgrow_optimizer",
     "export_flat",

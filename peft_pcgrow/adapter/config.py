@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_pcgrow.adapter.gone import knows_gone, without_gone
 from peft_pcgrow.adapter.lora_beside import read_lora, settings_of
 from peft_pcgrow.adapter.model_card import SPELLED_OUT, add_usage
 from peft_pcgrow.adapter.register import NAME, extend_peft_type
@@ -28,8 +29,8 @@ SETTLING = ("sweep", "direct", "backprop")
 ROUTERS = ("branch", "flat")
 BASE_QUANTIZATIONS = ("nf4", "int8")
 # fields by what they hold (whole numbers: from, to)
-_NUMBERS = ("budget", "cost_weight", "gate_fpr", "protect")
-_WHOLE = {"block": 1, "settle_depth": 0, "gate_window": 0}
+_NUMBERS = ("budget", "gate_fpr", "protect")
+_WHOLE = {"settle_depth": 0, "gate_window": 0}
 _FLAGS = ("init_weights", "inference_mode")
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "target_parameters", "layers_pattern")
@@ -45,9 +46,10 @@ _WORDS: dict[str, tuple[Any, ...]] = {
     "nodes": (*NODES, None),
     "base_quantization": (*BASE_QUANTIZATIONS, None),
 }
-_OTHERS = ("max_per_layer", "seed", "locus", "parts", "layers_to_transform", "trainable_token_indices")
+_OTHERS = ("seed", "locus", "parts", "layers_to_transform", "trainable_token_indices")
 
 
+@knows_gone
 @dataclass
 class PCGrowConfig(PeftConfig):
     """Configuration of [`PCGrowModel`]: which experts grow, and how their error reaches them.
@@ -60,11 +62,9 @@ class PCGrowConfig(PeftConfig):
             Share of the expert parameters to grow, in (0, 1].
         select (`str`, *optional*):
             What the map ranks nodes by: `"removable"` (the loss decrease that a step there would bring; the default of
-            maps with weight gradients), `"error"` (that of all others), `"square"`, `"coherent"`, `"joint"` (removable,
-            greedily, counting what several nodes would fix alike once), or the controls `"gate"`, `"frequency"` (both
-            need a map) and `"random"` (needs none; at a finer resolution, a map). For spawning, also the donor rules
-            `"lowest"` (least error), `"contested"` (used by domain and retain text alike) and `"separable"` (error that
-            its gate lets through).
+            maps with weight gradients), `"error"` (that of all others), or the controls `"gate"`, `"frequency"` (both
+            need a map) and `"random"` (needs none, but for matrices). By any other rule: `locus=choose(scores, budget)`
+            (see [`choose`]).
         grow (`str`, defaults to `"deepen"`):
             `"deepen"`: located experts are refined for all of their rows. `"spawn"`: each gets a newborn, a clone that
             takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
@@ -79,11 +79,6 @@ class PCGrowConfig(PeftConfig):
         router (`str`, defaults to `"branch"`):
             `"flat"` spawns equally many newborns in each layer, from the best donors there, so that [`export_flat`] can
             write a plain checkpoint; architectures that have no room for one are refused at once.
-        max_per_layer (`int`, *optional*):
-            At most so many nodes (or parts of them) in one layer.
-        cost_weight (`float`, defaults to `0.0`):
-            In [0, 1]: how much the cost of a step counts in the choice. Errors are carried down to the lowest chosen
-            layer only, so a locus near the top trains faster.
         seed (`int`, defaults to `0`):
             Seed of `select="random"`.
         locus (`dict[int, list[int]]`, *optional*):
@@ -94,13 +89,11 @@ class PCGrowConfig(PeftConfig):
             them. `"dense"`: the MLPs of layers without routed experts. Shared and dense ones are one expert a layer,
             number 0. By default what the map was measured on, or routed where there are some, else dense.
         resolution (`str`, defaults to `"expert"`):
-            How much of a chosen expert trains: `"expert"`: all of it; `"matrix"`: single matrices; `"neurons"`: blocks
-            of intermediate neurons. The rest stays as the base has it and takes no memory in the adapter.
-        block (`int`, defaults to `16`):
-            Intermediate neurons of a block, a divisor of their number in an expert.
+            How much of a chosen expert trains: `"expert"`: all of it; `"matrix"`: single matrices. The rest stays as
+            the base has it and takes no memory in the adapter.
         parts (`dict[int, dict[int, list]]`, *optional*):
-            The parts to grow, decoder layer -> expert -> names of weight stacks (`"matrix"`; a bias goes with its
-            matrix) or numbers of blocks (`"neurons"`), instead of `locus`. All parts of each located expert by default.
+            The parts to grow, decoder layer -> expert -> names of weight stacks (a bias goes with its matrix), instead
+            of `locus`. All parts of each located expert by default.
         settle (`str`, defaults to `"sweep"`):
             `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
             through the model, with the same gradients (the control). `"direct"`: an approximation that costs less, the
@@ -142,13 +135,10 @@ class PCGrowConfig(PeftConfig):
     gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
     protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy kept off, in [0, 1)."})
     router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
-    max_per_layer: Optional[int] = field(default=None, metadata={"help": "Nodes chosen in one layer at most."})
-    cost_weight: float = field(default=0.0, metadata={"help": "How much a step's cost counts, in [0, 1]."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
     nodes: Optional[str] = field(default=None, metadata={"help": f"What grows: {', '.join(NODES)}."})
     resolution: str = field(default="expert", metadata={"help": f"What trains: one of {', '.join(RESOLUTIONS)}."})
-    block: int = field(default=16, metadata={"help": "Intermediate neurons of a block."})
     parts: Optional[dict] = field(default=None, metadata={"help": "Parts to grow: layer -> expert -> [parts]."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
@@ -218,10 +208,9 @@ class PCGrowConfig(PeftConfig):
         Raises:
             ValueError: a setting that is none, or out of its range; the text names it.
         """
+        without_gone(vars(self))
         self._normalise()
         check_budget(self.budget)
-        if not isinstance(self.cost_weight, (int, float)) or not 0 <= self.cost_weight <= 1 or self.cost_weight is True:
-            raise ValueError(f"cost_weight must be a number in [0, 1], got {self.cost_weight!r}")
         Way(depth=self.settle_depth)  # refuses what is out of range
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
@@ -282,8 +271,6 @@ class PCGrowConfig(PeftConfig):
                 words = ", ".join("or None" if word is None else word for word in known)
                 raise ValueError(f"unknown {name}={read[name]!r}; choose from {words}")
         read["seed"] = whole("seed", read["seed"], -(2**63), 2**63 - 1)
-        if read["max_per_layer"] is not None:
-            read["max_per_layer"] = whole("max_per_layer", read["max_per_layer"], 1)
         if (listed := read["layers_to_transform"]) is not None:
             found = wholes("layers_to_transform", listed)
             read["layers_to_transform"] = found if isinstance(listed, list) else found[0]

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter.birth import Birth
 from peft_pcgrow.gates.gate import Gate, at_rate
-from peft_pcgrow.locate import parts
 
 # gates of a layer: of what enters its experts, and of what enters its attention
 GATES = ("gate", "entry")
@@ -22,7 +21,6 @@ class Given(nn.Module):
     layer_index: int
     births: dict[str, Birth]
     call: Any
-    pieces: Any
     active_banks: Any
     disable_adapters: bool
     merged: bool
@@ -37,8 +35,7 @@ class Given(nn.Module):
 
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
         """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
-        kept = dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
-        return kept if kept is None else parts.spread(self.pieces(self.births[adapter_name])[stack], kept)
+        return dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
 
     def kept_off(self, adapter_name: str) -> dict[str, Tensor]:
         """What an adapter's updates are kept off, by stack, as it is held."""

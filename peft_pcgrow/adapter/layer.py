@@ -222,7 +222,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
             self._composed = {}
 
     def node(self, adapter_name: str, weight: nn.Parameter, place: int) -> tuple[int, int, str]:
-        """Layer, expert and name of a slice of a bank parameter: `2.5`, `2.5 down_proj` or `2.5 neurons 16-31`."""
+        """Layer, expert and name of a slice of a bank parameter: `2.5` or `2.5 down_proj`."""
         held = self.pieces(self.births[adapter_name])[self.stack_of(adapter_name, weight)]
         expert = int(held.experts[place])
         return self.layer_index, expert, f"{self.layer_index}.{expert} {held.labels[place]}".rstrip()

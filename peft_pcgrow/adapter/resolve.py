@@ -44,19 +44,15 @@ def resolve(config: PCGrowConfig, sites: list[ExpertsSite], emap: ErrorMap | Non
         config.select = select = config.select or ("removable" if emap is not None and emap.has_parts else "error")
         here = emap.restrict(layers) if emap is not None else None
         follows = here is not None and lineage.follows_newborns(config)
-        choice = budget.choose(
+        choice = budget.located(
             layers,
             experts_at[layers[0]],
             config.budget,
             select,
             here,
             config.seed,
-            config.gate_fpr,
             uniform=config.router == "flat",
             resolution=config.resolution,
-            block=config.block,
-            max_per_layer=config.max_per_layer,
-            cost_weight=config.cost_weight,
             lead=budget.leading(here, config.gate_fpr) if here is not None and follows else None,
         )
         locus, selected = choice.locus, choice.parts
@@ -96,9 +92,9 @@ def resolve(config: PCGrowConfig, sites: list[ExpertsSite], emap: ErrorMap | Non
         config.parts = {
             layer: {str(e): selected[layer][str(e)] for e in chosen} for layer, chosen in config.locus.items()
         }
-        parts.check_parts(config.parts, locus, config.resolution, config.block, sites)
+        parts.check_parts(config.parts, locus, sites)
     elif config.resolution != "expert":
-        config.parts = parts.all_parts(locus, config.resolution, config.block, sites)
+        config.parts = parts.all_parts(locus, sites)
     if config.parts is not None:
         # in the order that files are read in
         config.parts = read_parts(config.parts, config.resolution)
@@ -132,7 +128,7 @@ def check_resolved(config: PCGrowConfig, sites: Sequence[ExpertsSite]) -> None:
     if (config.parts is None) != (config.resolution == "expert"):
         raise ValueError(ALTERED.format("parts", f"{'none' if config.parts is None else 'some'} at this resolution"))
     if config.parts is not None:
-        parts.check_parts(config.parts, locus, config.resolution, config.block, sites)
+        parts.check_parts(config.parts, locus, sites)
     for layer, ranks in (config.protected or {}).items():
         widths = (
             {name: experts.input_width(bases[layer], name) for name in experts.matrices(bases[layer])}
@@ -219,7 +215,6 @@ def birth(config: PCGrowConfig, site: ExpertsSite, emap: ErrorMap | None) -> Bir
         "spawned": config.spawned or {},
         "gate_window": config.gate_window,
         "resolution": config.resolution,
-        "block": config.block if config.resolution == "neurons" else None,
         "parts": (config.parts or {}).get(str(site.layer)),
         "protected": ranks,
         "lineage": config.lineage or {},
@@ -236,4 +231,4 @@ def _pieces(config: PCGrowConfig, layer: int, base: experts.ExpertsModule) -> Ma
     """What an adapter's bank holds of the experts of a layer."""
     if config.parts is None:
         return parts.whole(base, Locus(config.locus or {})[layer])
-    return parts.pieces_of(base, config.parts[str(layer)], config.resolution, config.block)
+    return parts.pieces_of(base, config.parts[str(layer)])

@@ -223,7 +223,7 @@ class TrainingGuard:
         else:
             keep_off(gradient, directions, None, transposed)
             if directions.shape[1] == directions.shape[2]:
-                # all directions of a small block: what rounding leaves is no error that has to move anything
+                # all directions that there are: what rounding leaves is no error that has to move anything
                 gradient[directions.any(dim=1).all(dim=1).to(gradient.device)] = 0
 
     @torch.no_grad()

@@ -53,10 +53,8 @@ def _see(adapter: str, moments: Moments, kept: Iterator[Tensor], layer: PCGrowEx
         entering[expert] = {stack: x * weight[token, choice, None].float() for stack, x in inputs.items()}
     for stack in held.keys() & next(iter(entering.values())).keys():
         pieces = held[stack]
-        own = pieces.places if pieces.inputs else None
         for n, expert in enumerate(pieces.experts.tolist()):
             x = entering[expert][stack]
-            x = x if own is None else x[:, own[n].to(x.device)]
             key = layer.layer_index, stack
             if key not in moments:
                 moments[key] = x.new_zeros(len(pieces.experts), x.shape[1], x.shape[1])

@@ -31,26 +31,19 @@ class MomentSketch:
         return x.mT @ (x if omega is None else x @ omega.to(x.device))
 
 
-def main_directions(
-    moment: Tensor, trace: float, share: float, sketch: MomentSketch, inputs: Tensor | None = None
-) -> Tensor:
+def main_directions(moment: Tensor, trace: float, share: float, sketch: MomentSketch) -> Tensor:
     """Fewest eigenvectors of a moment that hold `share` of its trace, `[I, K]` fp32, orthonormal.
 
     All D that a sketch has if they hold less; none of a moment that is zero.
 
     Args:
         moment: `[I, D]`, from `sketch`. trace: sum_r |x_r|^2.
-        inputs: only these of the I inputs, `[P]`: eigenvectors `[P, K]` of their own moment, with what a sketch of all
-            inputs misses spread evenly over them.
     """
     if not trace > 0 or not share > 0:
-        return moment.new_zeros(len(moment) if inputs is None else len(inputs), 0, dtype=torch.float32)
-    moment, missed = moment.double(), 0.0
+        return moment.new_zeros(len(moment), 0, dtype=torch.float32)
+    moment = moment.double()
     omega = sketch.matrix(len(moment))
     if omega is None:
-        if inputs is not None:
-            moment = moment[inputs][:, inputs]
-            trace = float(moment.diagonal().sum())
         values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
         values, vectors = values.flip(0), vectors.flip(1)
     else:
@@ -60,16 +53,8 @@ def main_directions(
         # an eigendecomposition, because the core of few rows is singular and has no Cholesky factor
         inner, basis = torch.linalg.eigh((core + core.mT) / 2)
         root = basis / inner.clamp_min(float(shift)).sqrt()
-        factor = shifted @ root
-        if inputs is not None:
-            held = float(factor.square().sum() - shift * factor.shape[1])
-            missed = max(trace - held, 0.0) / len(factor)
-            factor = factor[inputs]
-            trace = float(factor.square().sum()) + missed * len(inputs)
-        vectors, singular, _ = torch.linalg.svd(factor, full_matrices=False)
-        values = (singular.square() - shift).clamp_min(0) + missed
-    if not trace > 0:
-        return vectors[:, :0].float()
+        vectors, singular, _ = torch.linalg.svd(shifted @ root, full_matrices=False)
+        values = (singular.square() - shift).clamp_min(0)
     reached = values.clamp_min(0).cumsum(0) / trace
     rank = min(int((reached < share * (1 - 1e-9)).sum()) + 1, len(values))
     return vectors[:, :rank].float()

@@ -72,18 +72,12 @@ class Separation:
         own = getattr(self, table).flatten(0, 1)
         return torch.cat([own, self.newborns[table]]) if self.newborns else own
 
-    def directions(
-        self, row: int, stack: str, experts: list[int], share: float, inputs: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """Main input directions of the retain text at some experts of a layer, `[N, I, K]`; zeros fill up to one K.
-
-        Args:
-            inputs: only some inputs of each, `[P]` (then I is P).
-        """
+    def directions(self, row: int, stack: str, experts: list[int], share: float) -> Tensor:
+        """Main input directions of the retain text at some experts of a layer, `[N, I, K]`; zeros fill up to one K."""
         sketch = MomentSketch(int(self.facts["sketch"]))
         found = [
-            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch, chosen)
-            for e, chosen in zip(experts, inputs or [None] * len(experts), strict=True)
+            main_directions(self.moment[stack][row, e], float(self.trace[stack][row, e]), share, sketch)
+            for e in experts
         ]
         widest = max((v.shape[1] for v in found), default=0)
         return torch.stack([torch.nn.functional.pad(v, (0, widest - v.shape[1])) for v in found])

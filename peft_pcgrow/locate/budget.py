@@ -1,22 +1,18 @@
-"""From an error map and a budget to a locus. Touches no weight."""
+"""From scores and a budget to a locus. Touches no weight. Shapes: L layers with experts, E experts, P parts of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peft_pcgrow.gates.gate import at_rate
 from peft_pcgrow.locus import RESOLUTIONS, Locus
-from peft_pcgrow.maps.error_map import STATISTICS, ErrorMap
+from peft_pcgrow.maps.error_map import ErrorMap
 
-# rules for the donors of newborns, beside the map's own statistics
-DONORS = ("lowest", "contested", "separable")
-SELECTIONS = (*STATISTICS, "joint", *DONORS, "random")
-# what tells the parts of one expert apart
-PART_SELECTIONS = ("removable", "joint", "coherent", "random")
-# one layer's recomputation and vector-Jacobian product, in units of its forward pass
-SETTLING_COST = 2.0
+# what a config can rank nodes by; of these, what tells the parts of one expert apart
+SELECTIONS = ("removable", "error", "gate", "frequency", "random")
+PART_SELECTIONS = ("removable", "random")
 
 
 @dataclass(frozen=True)
@@ -25,33 +21,11 @@ class Choice:
 
     Attributes:
         locus: the nodes.
-        parts: layer -> expert -> names of matrices or indices of blocks of neurons, layers and experts as in a config
-            file; None: whole experts.
+        parts: layer -> expert -> names of matrices, layers and experts as in a config file; None: whole experts.
     """
 
     locus: Locus
     parts: dict[str, dict[str, list]] | None = None
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Everything that could be chosen, P parts of nodes; tensors are `[P]` but `weight`.
-
-    Attributes:
-        score: what they are ranked by. size: parameters of each. layer, expert: where each is, rows of the map.
-        part: which part of its expert each is; -1: all of it.
-        names: of the parts, if they have names.
-        overlap: cosine between nodes of the tokens' errors there, `[L * E, L * E]`; None: as if none overlapped.
-    """
-
-    score: Tensor
-    size: Tensor
-    layer: Tensor
-    expert: Tensor
-    part: Tensor
-    names: tuple[str, ...] = ()
-    overlap: Tensor | None = None
-    total: float = field(default=0.0)
 
 
 def check_budget(budget: float) -> None:
@@ -59,19 +33,43 @@ def check_budget(budget: float) -> None:
         raise ValueError(f"budget must be a share of the expert parameters in (0, 1], got {budget!r}")
 
 
-def choose(
+def choose(scores: Tensor, budget: float, layers: Sequence[int] | None = None) -> Locus:
+    """The nodes that score highest, by any rule, as many as the budget allows, at least one: for PCGrowConfig(locus=).
+
+    Args:
+        scores: `[L, E]`, the higher the better; -inf: never chosen. Of equal ones, the first in reading order.
+        budget: share of the nodes, and so of the expert parameters, in (0, 1].
+        layers: decoder layers of the L rows, `emap.layers` for what a map gave; None: 0 to L - 1.
+
+    Raises:
+        ValueError: scores that are no `[L, E]` numbers, NaN, or -inf everywhere; a budget outside (0, 1]; layers that
+            are not L different ones.
+    """
+    check_budget(budget)
+    scores = torch.as_tensor(scores, dtype=torch.float64, device="cpu").detach()
+    if scores.dim() != 2 or not scores.numel():
+        raise ValueError(f"scores must be [layers, experts], got shape {list(scores.shape)}")
+    if bool(scores.isnan().any()):
+        raise ValueError("scores hold NaN, which has no rank: give -inf where a node must not be chosen")
+    named = range(len(scores)) if layers is None else [int(layer) for layer in layers]
+    if len(named) != len(scores) or len(set(named)) < len(named):
+        raise ValueError(f"layers must name the {len(scores)} rows of scores, each once, got {list(named)}")
+    count = max(1, round(budget * scores.numel()))
+    best = [place for place in _ranked(scores)[:count] if scores.flatten()[place] > float("-inf")]
+    if not best:
+        raise ValueError("scores are -inf everywhere: there is nothing to choose from")
+    return _locus(best, scores.shape[1], named)
+
+
+def located(
     layers: tuple[int, ...],
     experts: int,
     budget: float,
     select: str = "error",
     error_map: ErrorMap | None = None,
     seed: int = 0,
-    gate_fpr: float = 0.01,
     uniform: bool = False,
     resolution: str = "expert",
-    block: int = 16,
-    max_per_layer: int | None = None,
-    cost_weight: float = 0.0,
     lead: Tensor | None = None,
 ) -> Choice:
     """The nodes to grow, or parts of them: the best by `select` that fit into `budget`, at least one.
@@ -79,25 +77,16 @@ def choose(
     Args:
         layers: decoder layers with experts, L of them; experts: E.
         budget: share of the expert parameters in (0, 1].
-        select: a statistic of the map; "joint" (greedy by what each candidate could remove that those chosen before it
-            could not: `removable` times the part of the candidate's token errors that is orthogonal to theirs);
-            "lowest" (least error among the nodes that the domain reaches); "contested" (the smaller of the domain's and
-            the retain text's share of the layer's rows); "separable" (the error that a gate would let through at
-            `gate_fpr`); or "random" (the control; drawn from `seed`).
+        select: a statistic of the map (see `ErrorMap.score`), or "random" (the control; drawn from `seed`).
         uniform: take the best `round(budget * E)` of each layer instead, at least one.
-        error_map: needed for everything but "random" of whole experts; measured with retain= for "contested" and
-            "separable", with weight gradients for "removable" and "joint".
-        resolution: "expert", "matrix" or "neurons"; the finer ones rank by "removable", "joint", "coherent" or
-            "random".
-        block: neurons a block, at resolution "neurons".
-        max_per_layer: candidates chosen in one layer at most.
-        cost_weight: in [0, 1], how much the cost of a step counts: errors are carried down to the lowest chosen layer
-            only, so layers above some bound are chosen from, the bound with the most score / cost^cost_weight.
+        error_map: needed for everything but "random" of whole experts; measured with weight gradients for "removable"
+            and for matrices.
+        resolution: "expert", or "matrix", which ranks by what a parameter brings.
         lead: the node that stands for each expert, of it and its newborns (see `leading`); None: the expert itself.
 
     Raises:
         ValueError: budget outside (0, 1], unknown `select` or `resolution`, no map, a map without any error or without
-            what `select` needs, a budget smaller than the smallest part, or a cap that leaves it unspent.
+            what `select` needs, or a budget smaller than the smallest part.
     """
     check_budget(budget)
     if select not in SELECTIONS:
@@ -111,15 +100,34 @@ def choose(
         )
     if error_map is None and (select != "random" or resolution != "expert"):
         raise ValueError(f"select={select!r} ranks nodes by an error map: give error_map=, or locus= by hand")
-    found = _candidates(len(layers), experts, select, error_map, seed, gate_fpr, resolution, block, lead)
-    if select != "random" and not float(found.score.clamp_min(0).sum()) > 0:
-        raise ValueError(f"the error map has no {select} anywhere: there is nothing to grow on this corpus")
-    if uniform:
-        per_layer = max(1, round(budget * experts))
-        chosen = [i for row in range(len(layers)) for i in _best(found, per_layer, found.layer == row)]
+    parts = error_map.removable(resolution) if error_map is not None and resolution != "expert" else None
+    shape = (len(layers), experts) if parts is None else tuple(parts.estimate.shape)
+    if select == "random":
+        score = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     else:
-        chosen = _within(found, budget, len(layers), max_per_layer, cost_weight)
-    return _choice(found, chosen, layers)
+        assert error_map is not None
+        if parts is not None:
+            score = parts.density
+        else:
+            score = error_map.score(select) if lead is None else error_map.scores(select)[lead]
+        if not float(score.clamp_min(0).sum()) > 0:
+            raise ValueError(f"the error map has no {select} anywhere: there is nothing to grow on this corpus")
+    width = score[0].numel()
+    if uniform:
+        each = max(1, round(budget * experts))
+        best = [row * width + place for row, held in enumerate(score) for place in _ranked(held)[:each]]
+    elif parts is None:
+        return Choice(choose(score, budget, layers))
+    else:
+        best = _fitting(score, parts.parameters.expand(shape), budget)
+    if parts is None:
+        return Choice(_locus(best, width, layers))
+    chosen: dict[str, dict[str, list]] = {}
+    for place in sorted(best):
+        node, part = divmod(place, len(parts.names))
+        here = chosen.setdefault(str(layers[node // experts]), {})
+        here.setdefault(str(node % experts), []).append(parts.names[part])
+    return Choice(_locus(sorted({place // len(parts.names) for place in best}), experts, layers), chosen)
 
 
 def leading(emap: ErrorMap, gate_fpr: float) -> Tensor:
@@ -136,173 +144,29 @@ def leading(emap: ErrorMap, gate_fpr: float) -> Tensor:
     return lead.view_as(emap.count)
 
 
-def _candidates(
-    rows: int,
-    experts: int,
-    select: str,
-    emap: ErrorMap | None,
-    seed: int,
-    gate_fpr: float,
-    resolution: str,
-    block: int,
-    lead: Tensor | None,
-) -> Candidates:
-    """Score and size of every expert, or of every part."""
-    names: tuple[str, ...] = ()
-    if resolution == "expert":
-        sizes = torch.ones((), dtype=torch.float64, device="cpu")
-        shape = (rows, experts, 1)
-    else:
-        assert emap is not None
-        parts = emap.removable(resolution, block)
-        names, sizes, shape = parts.names, parts.parameters, parts.estimate.shape
-    if select == "random":
-        score = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
-    else:
-        assert emap is not None
-        score = _score(emap, select, gate_fpr, resolution, block, lead).reshape(shape)
-    layer, expert, part = torch.meshgrid(*(torch.arange(n, device="cpu") for n in shape), indexing="ij")
-    size = sizes.expand(shape)
-    if resolution != "expert" and select != "random":
-        score = score / size
-    overlap = emap.overlap if emap is not None and select == "joint" else None
-    if overlap is not None:
-        nodes = torch.arange(rows * experts, device="cpu") if lead is None else lead.flatten()
-        overlap = overlap[nodes][:, nodes]
-    return Candidates(
-        score.flatten(),
-        size.flatten(),
-        layer.flatten(),
-        expert.flatten(),
-        part.flatten() if resolution != "expert" else torch.full_like(part, -1).flatten(),
-        names,
-        overlap,
-        float(size.sum()),
-    )
+def _ranked(scores: Tensor) -> list[int]:
+    """Places in reading order, highest first."""
+    return torch.argsort(scores.flatten(), descending=True, stable=True).tolist()
 
 
-def _score(emap: ErrorMap, select: str, gate_fpr: float, resolution: str, block: int, lead: Tensor | None) -> Tensor:
-    if select in DONORS:
-        return _donors(emap, select, gate_fpr, lead)
-    if lead is not None:
-        return emap.scores("removable" if select == "joint" else select)[lead]
-    if select == "joint" or resolution != "expert":
-        if select == "coherent":
-            return emap.pull(resolution, block)
-        return emap.removable(resolution, block).estimate
-    return emap.score(select)
+def _fitting(scores: Tensor, sizes: Tensor, budget: float) -> list[int]:
+    """The best that fit into the budget, smaller ones in the gap that a larger one leaves."""
+    held, total = sizes.flatten().tolist(), float(sizes.sum())
+    best, left = [], budget * total + 1e-9
+    for place in _ranked(scores):
+        if held[place] <= left:
+            best.append(place)
+            left -= held[place]
+    if not best:
+        raise ValueError(
+            f"budget={budget} is less than the smallest part, {min(held) / total:.2g} of the expert parameters"
+        )
+    return best
 
 
-def _within(found: Candidates, budget: float, rows: int, max_per_layer: int | None, cost_weight: float) -> list[int]:
-    """The best that fit into the budget, above the bound that pays best."""
-    share = budget * found.total
-    if bool((found.part < 0).all()):
-        # of experts, so many that the budget is met to half of one
-        share = max(1.0, float(round(share)))
-    bounds = range(rows) if cost_weight else (0,)
-    best: tuple[float, list[int]] | None = None
-    for bound in bounds:
-        chosen = _greedy(found, share, found.layer >= bound, max_per_layer)
-        lowest = min((int(found.layer[i]) for i in chosen), default=bound)
-        cost = 1 + SETTLING_COST * (rows - lowest) / rows
-        value = float((found.score * found.size)[chosen].sum()) / cost**cost_weight
-        if chosen and (best is None or value > best[0]):
-            best = value, chosen
-    if best is None:
-        smallest = float(found.size.min()) / found.total
-        raise ValueError(f"budget={budget} is less than the smallest part, {smallest:.2g} of the expert parameters")
-    return best[1]
-
-
-def _greedy(found: Candidates, share: float, allowed: Tensor, max_per_layer: int | None) -> list[int]:
-    """One after another the candidate with the highest score, discounted by what those before it explain."""
-    score = torch.where(allowed, found.score, float("-inf"))
-    if found.overlap is None:
-        order = torch.argsort(score, descending=True, stable=True).tolist()
-        return _fitting(found, order, score, share, max_per_layer)
-    experts = int(found.expert.max()) + 1
-    node = found.layer * experts + found.expert
-    # Gram-Schmidt on the nodes' token errors, by pivoted Cholesky of their cosines
-    residual = torch.ones(len(found.overlap), dtype=torch.float64, device="cpu")
-    columns: list[Tensor] = []
-    taken = torch.zeros(int(found.layer.max()) + 1, dtype=torch.long, device="cpu")
-    chosen: list[int] = []
-    spent, explained = 0.0, set()
-    open_ = score > float("-inf")
-    while True:
-        fits = open_ & (found.size <= share - spent + 1e-9)
-        if max_per_layer is not None:
-            fits &= taken[found.layer] < max_per_layer
-        if not bool(fits.any()):
-            return chosen
-        # a node that was chosen from already is not discounted by itself
-        own = torch.tensor([n in explained for n in range(len(residual))], device="cpu")
-        discount = torch.where(own, 1.0, residual.clamp_min(0).sqrt())
-        best = int(torch.where(fits, score * discount[node], float("-inf")).argmax())
-        chosen.append(best)
-        open_[best] = False
-        spent += float(found.size[best])
-        taken[found.layer[best]] += 1
-        pivot = int(node[best])
-        if pivot not in explained and float(residual[pivot]) > 1e-12:
-            explained.add(pivot)
-            column = found.overlap[:, pivot].double()
-            for earlier in columns:
-                column = column - earlier * earlier[pivot]
-            column = column / residual[pivot].sqrt()
-            columns.append(column)
-            residual = residual - column.square()
-
-
-def _fitting(
-    found: Candidates, order: Sequence[int], score: Tensor, share: float, max_per_layer: int | None
-) -> list[int]:
-    """The first of `order` that fit into the share, smaller ones in the gap that a larger one leaves."""
-    sizes, layers, scores = found.size.tolist(), found.layer.tolist(), score.tolist()
-    chosen, spent = [], 0.0
-    taken: dict[int, int] = {}
-    for i in order:
-        if scores[i] == float("-inf"):
-            break
-        full = max_per_layer is not None and taken.get(layers[i], 0) >= max_per_layer
-        if not full and spent + sizes[i] <= share + 1e-9:
-            chosen.append(i)
-            spent += sizes[i]
-            taken[layers[i]] = taken.get(layers[i], 0) + 1
-    return chosen
-
-
-def _best(found: Candidates, count: int, allowed: Tensor) -> list[int]:
-    score = torch.where(allowed, found.score, float("-inf"))
-    return torch.argsort(score, descending=True, stable=True)[:count].tolist()
-
-
-def _choice(found: Candidates, chosen: Sequence[int], layers: tuple[int, ...]) -> Choice:
+def _locus(places: Sequence[int], experts: int, layers: Sequence[int]) -> Locus:
+    """The nodes at some places, in reading order, of `[L, E]`."""
     nodes: dict[int, list[int]] = {}
-    parts: dict[str, dict[str, list]] = {}
-    for i in sorted(chosen):
-        layer, expert, part = layers[int(found.layer[i])], int(found.expert[i]), int(found.part[i])
-        if expert not in nodes.setdefault(layer, []):
-            nodes[layer].append(expert)
-        if part >= 0:
-            named = found.names[part] if found.names else part
-            parts.setdefault(str(layer), {}).setdefault(str(expert), []).append(named)
-    return Choice(Locus(nodes), parts or None)
-
-
-def _donors(error_map: ErrorMap, rule: str, gate_fpr: float, lead: Tensor | None) -> Tensor:
-    """Score `[L, E]` of every node as a donor, 0 where no domain token comes."""
-    if lead is None:
-        lead = torch.arange(error_map.count.numel(), device="cpu").view_as(error_map.count)
-    mass, count = error_map.scores("error")[lead], error_map.scores("frequency")[lead]
-    if rule == "lowest":
-        least = mass.masked_fill(count == 0, float("inf"))
-        # the ranks, upside down: a score that is highest for the least error
-        rank = torch.argsort(torch.argsort(least.flatten(), stable=True), stable=True).view_as(least)
-        return torch.where(count > 0, float(rank.numel()) - rank, 0.0)
-    separation = error_map.separation
-    if separation is None:
-        raise ValueError(f"select={rule!r} compares with retain text: measure_errors(model, batches, retain=...)")
-    if rule == "contested":
-        return separation.contested
-    return mass * at_rate(separation.every("recall"), gate_fpr)[lead]
+    for place in places:
+        nodes.setdefault(layers[place // experts], []).append(place % experts)
+    return Locus(nodes)

@@ -1,8 +1,8 @@
-"""Parts of experts: single matrices, or blocks of intermediate neurons, that train while the rest of an expert stays.
+"""Parts of experts: single matrices that train while the rest of an expert stays.
 
 A bank of parts holds one slice for each piece and nothing else. In the forward an expert's weights are composed: the
 donor's, read from the base, with the pieces written in. So at birth bits are equal, and gradients reach the pieces
-only. Shapes: B pieces, G experts that have some, I intermediate neurons, H hidden, K directions.
+only. Shapes: B pieces, G experts that have some, I inputs of a matrix, K directions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,68 +18,48 @@ from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.locus import Locus
 
-# divisors named where a block does not fit
-NEAR = 4
-
 
 def locus_of(parts: Mapping[str, Mapping[str, Any]]) -> Locus:
     """The experts that have parts."""
     return Locus({layer: list(chosen) for layer, chosen in parts.items()})
 
 
-def all_parts(locus: Locus, resolution: str, block: int, sites: Iterable[ExpertsSite]) -> dict[str, Any]:
+def all_parts(locus: Locus, sites: Iterable[ExpertsSite]) -> dict[str, Any]:
     """Every part of every expert of a locus."""
     bases = {site.layer: site.base for site in sites}
     return {
-        str(layer): {str(expert): _names(bases[layer], resolution, block) for expert in chosen}
+        str(layer): {str(expert): sorted(experts.matrices(bases[layer])) for expert in chosen}
         for layer, chosen in locus.items()
     }
 
 
-def check_parts(
-    parts: Mapping[str, Any], locus: Locus, resolution: str, block: int, sites: Iterable[ExpertsSite]
-) -> None:
+def check_parts(parts: Mapping[str, Any], locus: Locus, sites: Iterable[ExpertsSite]) -> None:
     """Raise ValueError unless every part is there; `locus` are the experts that should have some, of `sites`."""
     bases = {site.layer: site.base for site in sites}
     if locus_of(parts).to_json() != locus.to_json():
         raise ValueError(f"parts are of {locus_of(parts)} and the locus is {locus}: the adapter's config was altered")
     for layer, chosen in parts.items():
-        known = _names(bases[int(layer)], resolution, block)
+        known = sorted(experts.matrices(bases[int(layer)]))
         for expert, listed in chosen.items():
             for part in listed:
-                if part not in known and resolution == "matrix":
+                if part not in known:
                     raise ValueError(
                         f"layer {layer}, expert {expert} has no matrix {part!r}; choose from {', '.join(known)} (a "
                         "bias goes with its matrix)"
                     )
-                if part not in known:
-                    raise ValueError(
-                        f"layer {layer}, expert {expert} has no block {part}: its {block * len(known)} intermediate "
-                        f"neurons are {len(known)} blocks of {block}, 0 to {len(known) - 1}"
-                    )
 
 
-def pieces_of(base: ExpertsModule, parts: Mapping[str, list[Any]], resolution: str, block: int) -> dict[str, Pieces]:
+def pieces_of(base: ExpertsModule, parts: Mapping[str, list[Any]]) -> dict[str, Pieces]:
     """The pieces that a bank holds, by stack; a stack without any is left out.
 
     Args:
         parts: expert -> parts, of one layer.
     """
     found = {}
-    if resolution == "matrix":
-        for matrix, stacks in experts.matrices(base).items():
-            chosen = [int(expert) for expert, listed in parts.items() if matrix in listed]
-            for stack in stacks if chosen else ():
-                found[stack] = Pieces(torch.tensor(chosen, device="cpu"), (matrix,) * len(chosen))
-        return found
-    nodes = [(int(expert), part) for expert, listed in parts.items() for part in listed]
-    owners = torch.tensor([expert for expert, _ in nodes], device="cpu")
-    labels = tuple(f"neurons {part * block}-{(part + 1) * block - 1}" for _, part in nodes)
-    first = torch.tensor([part * block for _, part in nodes], device="cpu")
-    neurons = first.unsqueeze(1) + torch.arange(block, device="cpu")
-    for stack in experts.expert_stacks(base):
-        if (lying := experts.neuron_places(base, stack, neurons)) is not None:
-            found[stack] = Pieces(owners, labels, *lying, inputs=stack == "down_proj")
+    for matrix, stacks in experts.matrices(base).items():
+        chosen = [int(expert) for expert, listed in parts.items() if matrix in listed]
+        for stack in stacks if chosen else ():
+            found[stack] = Pieces(torch.tensor(chosen, device="cpu"), (matrix,) * len(chosen))
     return found
 
 
@@ -127,55 +107,22 @@ def placed(pieces: Mapping[str, Pieces], slot: Tensor) -> dict[str, Pieces]:
 
 
 def directions_of(separation: Separation, row: int, pieces: Mapping[str, Pieces], share: float) -> dict[str, Tensor]:
-    """Directions of the retain text's inputs to keep off at one layer, by stack (see `protected_inputs`)."""
-    found = {}
-    for stack in [stack for stack in separation.moment if stack in pieces]:
-        nodes, inputs = protected_inputs(pieces[stack])
-        found[stack] = separation.directions(row, stack, nodes, share, inputs)
-    return found
+    """Directions of the retain text's inputs to keep off at one layer, by stack `[B, I, K]`."""
+    return {
+        stack: separation.directions(row, stack, pieces[stack].experts.tolist(), share)
+        for stack in separation.moment
+        if stack in pieces
+    }
 
 
 def no_directions(base: ExpertsModule, pieces: Mapping[str, Pieces], ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """Room for what `directions_of` gave, K = `ranks[stack]` of them."""
-    found = {}
-    for stack, rank in ranks.items():
-        nodes, inputs = protected_inputs(pieces[stack])
-        width = experts.input_width(base, stack) if inputs is None else len(inputs[0])
-        found[stack] = torch.zeros(len(nodes), width, rank, device="cpu")
-    return found
-
-
-def protected_inputs(pieces: Pieces) -> tuple[list[int], list[Tensor] | None]:
-    """For what directions are kept: (experts, inputs of theirs that enter it; None for all of them).
-
-    One for each piece that has inputs of its own, and otherwise one for each expert.
-    """
-    if pieces.inputs and pieces.places is not None:
-        return pieces.experts.tolist(), list(pieces.places)
-    return pieces.experts.unique().tolist(), None
-
-
-def spread(pieces: Pieces, directions: Tensor) -> Tensor:
-    """Directions of each piece, `[B, I, K]`, from those that `protected_inputs` stands for."""
-    if pieces.inputs or pieces.places is None:
-        return directions
-    return directions[pieces.experts.unique(return_inverse=True)[1].to(directions.device)]
+    return {
+        stack: torch.zeros(len(pieces[stack].experts), experts.input_width(base, stack), rank, device="cpu")
+        for stack, rank in ranks.items()
+    }
 
 
 def count(pieces: Mapping[str, Pieces]) -> int:
-    """Parts of a layer: a matrix and its bias are one, and so is all that belongs to a block."""
+    """Parts of a layer: a matrix and its bias are one."""
     return len({part for held in pieces.values() for part in zip(held.experts.tolist(), held.labels, strict=True)})
-
-
-def _names(base: ExpertsModule, resolution: str, block: int) -> list[Any]:
-    """All parts of an expert; raises ValueError for a block that does not divide it."""
-    if resolution == "matrix":
-        return sorted(experts.matrices(base))
-    width = experts.intermediate_size(base)
-    if width % block:
-        divisors = sorted((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - block))
-        raise ValueError(
-            f"block={block} does not divide the {width} intermediate neurons of an expert; divisors near it: "
-            f"{', '.join(map(str, sorted(divisors[:NEAR])))}"
-        )
-    return list(range(width // block))

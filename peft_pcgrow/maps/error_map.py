@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow.architectures import same_base
-from peft_pcgrow.architectures.layout import StackLayout
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.locus import Locus
@@ -27,9 +26,9 @@ from peft_pcgrow.maps.removable import Removable, coherent, removable
 
 # gradients are summed in so many folds, batches in turn: see `removable`
 FOLDS = 4
-OPTIONAL = ("hops", "shared", "words")
+OPTIONAL = ("hops", "words")
 COUNTERS = ("loss", "labels", "tokens", "batches")
-# what `score` and PCGrowConfig(select=...) can rank nodes by
+# what `score` can rank nodes by
 STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 
 
@@ -48,8 +47,6 @@ class ErrorMap:
         fold_labels: label tokens of each fold, `[F]`.
         loss: summed token loss, nats; labels: label tokens; tokens: tokens that were not padding; batches read.
         hops: with settle="relax", how many tokens needed h hops at each of the D decoder layers, `[D, D + 1]`.
-        shared: sum over tokens of the product of the error norms at two nodes, experts first, then newborns,
-            `[L * E + N, L * E + N]`, up to 2048 nodes.
         newborns: the same sums of the newborns that were active.
         words: how often each word of the vocabulary is a label, `[V]`.
         heldout: map of held-out text of the same domain; the verdict is then about that.
@@ -72,54 +69,36 @@ class ErrorMap:
     fold_labels: Tensor = field(default_factory=lambda: torch.zeros(FOLDS, dtype=torch.float64, device="cpu"))
     batches: int = 0
     hops: Tensor | None = None
-    shared: Tensor | None = None
     newborns: Newborns = field(default_factory=Newborns)
     words: Tensor | None = None
     heldout: "ErrorMap | None" = None
     run: dict[str, Any] = field(default_factory=dict)
-    _removable: dict[tuple[str, int], Removable] = field(default_factory=dict, init=False, repr=False)
+    _removable: dict[str, Removable] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def coherent(self) -> Tensor:
         """Norm of the summed weight gradient of each node, `[L, E]` fp64 (see `energy.GradientSketch`)."""
-        return self.pull() if self.gradient else torch.zeros_like(self.count)
-
-    def pull(self, resolution: str = "expert", block: int = 16) -> Tensor:
-        """Norm of the summed weight gradient of each part, shaped as `removable(...).estimate`."""
-        return coherent(self.gradient, self._layouts(), resolution, block)
-
-    @property
-    def overlap(self) -> Tensor | None:
-        """Cosine between nodes of the errors that the tokens have there, as `shared`; 0 for a node without any."""
-        if self.shared is None:
-            return None
-        norm = self.shared.double().diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-        return (self.shared.double() / norm / norm[:, None]).clamp_max(1.0)
-
-    def _layouts(self) -> dict[str, StackLayout]:
-        return {name: StackLayout(*layout) for name, layout in self.base.get("layouts", {}).items()}
+        return coherent(self.gradient) if self.gradient else torch.zeros_like(self.count)
 
     @property
     def has_parts(self) -> bool:
         """Whether weight gradients were measured, so that `removable` can tell the parts of experts apart."""
         return bool(self.gradient) and bool(self.fold_labels.any())
 
-    def removable(self, resolution: str = "expert", block: int = 16) -> Removable:
+    def removable(self, resolution: str = "expert") -> Removable:
         """The loss decrease that a step at each part alone would bring, with its standard error (see `removable`).
 
         Args:
-            resolution: "expert", "matrix", or "neurons" (`block` of them each).
+            resolution: "expert" or "matrix".
 
         Raises:
-            ValueError: a map without gradients, an unknown resolution, or a block that does not fit.
+            ValueError: a map without gradients, or an unknown resolution.
         """
         if not self.has_parts:
             raise ValueError("this map holds no weight gradients: measure_errors(model, batches, gradients=True)")
-        key = resolution, block if resolution == "neurons" else 0
-        if key not in self._removable:
-            sizes, layouts = self.base["shapes"], self._layouts()
-            self._removable[key] = removable(self.gradient, self.fold_labels, layouts, sizes, resolution, block)
-        return self._removable[key]
+        if resolution not in self._removable:
+            self._removable[resolution] = removable(self.gradient, self.fold_labels, self.base["shapes"], resolution)
+        return self._removable[resolution]
 
     def score(self, statistic: str = "error") -> Tensor:
         """The `[L, E]` statistic that nodes are ranked by.
@@ -240,16 +219,12 @@ class ErrorMap:
 
     def restrict(self, layers: tuple[int, ...]) -> "ErrorMap":
         """The rows of some layers; loss and tokens stay those of the whole corpus."""
-        rows = [self.layers.index(layer) for layer in layers]
-        experts, born = self.count.shape[1], self.newborns.of_layers(layers)
-        nodes = [row * experts + expert for row in rows for expert in range(experts)]
-        nodes += [self.count.numel() + place for place in born]
+        rows, born = [self.layers.index(layer) for layer in layers], self.newborns.of_layers(layers)
         return replace(
             self,
             layers=tuple(layers),
             **{name: getattr(self, name)[rows] for name in SUMS},
             gradient={name: gradient[:, rows] for name, gradient in self.gradient.items()},
-            shared=self.shared[nodes][:, nodes] if self.shared is not None else None,
             separation=self.separation.restrict(rows, born) if self.separation else None,
             newborns=self.newborns.restrict(born),
             heldout=self.heldout.restrict(layers) if self.heldout is not None else None,
@@ -314,6 +289,8 @@ class ErrorMap:
         separation = Separation.from_tensors(tensors, separated) if separated else None
         theirs = {name: tensors.pop(name) for name in list(tensors) if name.startswith("newborns.")}
         born = {name.removeprefix("newborns."): tensor for name, tensor in theirs.items()}
+        for name in map_file.UNREAD:
+            tensors.pop(name, None)
         return cls(
             layers=tuple(facts["layers"]),
             **{name: tensors.pop(name) for name in (*SUMS, "fold_labels")},

@@ -17,9 +17,6 @@ from peft_pcgrow.maps.gradient_sketch import GradientSketch, expert_error
 from peft_pcgrow.maps.newborns import Newborns, nodes_of
 from peft_pcgrow.settling.descent import Probe
 
-# nodes up to which their overlap is kept (fp32: 16 MiB)
-SHARED_NODES = 2048
-
 
 class ErrorProbe(Probe):
     """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
@@ -44,10 +41,6 @@ class ErrorProbe(Probe):
         }
         self.gradient: dict[int, dict[str, Tensor]] = {site.layer: {} for site in tree.sites}
         self.fold_labels = torch.zeros(FOLDS, dtype=torch.float64, device="cpu")
-        nodes = sum(self.nodes.values())
-        self.shared = torch.zeros(nodes, nodes, device="cpu") if nodes <= SHARED_NODES else None
-        # of the batch at hand: error norm of every token at every node, by layer
-        self._norms: dict[int, Tensor] = {}
         self.hops: Tensor | None = None
         self.words = None if vocabulary is None else torch.zeros(vocabulary, dtype=torch.float64, device="cpu")
         self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
@@ -63,8 +56,7 @@ class ErrorProbe(Probe):
                     name: torch.cat([g[:, row], *([born.gradient[name]] if name in born.gradient else [])], dim=1)
                     for name, g in resumed.gradient.items()
                 }
-            self.fold_labels, self.hops, self.shared = resumed.fold_labels, resumed.hops, resumed.shared
-            self.words = resumed.words
+            self.fold_labels, self.hops, self.words = resumed.fold_labels, resumed.hops, resumed.words
             self.loss, self.labels = resumed.loss, resumed.labels
             self.tokens, self.batches = resumed.tokens, resumed.batches
 
@@ -155,21 +147,6 @@ class ErrorProbe(Probe):
         delta = delta.reshape(-1, delta.shape[-1]).to(weight.device)
         sums = expert_error(delta, chosen, weight, self.nodes[index], self.keep.to(delta.device))
         self.sums[index] += torch.stack(sums).cpu()
-        self._share(index, delta, chosen, weight)
-
-    def _share(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
-        """Note how much error each token has at each node; add up products of nodes once all layers are in."""
-        if self.shared is None:
-            return
-        nodes = self.nodes[index]
-        norm = delta.float().norm(dim=-1, keepdim=True) * weight.abs().float() * self.keep.to(delta.device)[:, None]
-        routed = chosen < nodes
-        held = torch.zeros(len(delta), nodes, device=delta.device)
-        self._norms[index] = held.scatter_add_(1, torch.where(routed, chosen, 0), norm * routed)
-        if len(self._norms) == len(self.sites):
-            norms = torch.cat(self._split(*(self._norms[layer].to(delta.device) for layer in self.sites)), dim=1)
-            self.shared += (norms.mT @ norms).cpu()
-            self._norms.clear()
 
     def _newborn_nodes(self) -> tuple[tuple[int, int, str], ...]:
         return tuple((layer, donor, name) for layer, here in self.newborns.items() for name, donor in here)
@@ -211,7 +188,6 @@ class ErrorProbe(Probe):
             separation=separation,
             fold_labels=self.fold_labels.clone(),
             hops=self.hops.clone() if self.hops is not None else None,
-            shared=self.shared.clone() if self.shared is not None else None,
             words=self.words.clone() if self.words is not None else None,
         )
 

@@ -25,8 +25,8 @@ class GradientSketch:
 
     `G [E, ...]` is flattened to a matrix per expert and each side longer than `dim` is multiplied by a fixed random
     matrix R with E[R^T R] = I (Johnson & Lindenstrauss 1984), so that E|sketch(G)|^2 = |G|^2. Sides of at most `dim`
-    stay as they are (the norm is then exact), and so does the side of the intermediate neurons, which are nodes of
-    their own at the finest resolution. Being linear, sketches of two corpora add up to that of their union.
+    stay as they are (the norm is then exact), and so does the side of the intermediate neurons. Being linear, sketches
+    of two corpora add up to that of their union.
 
     Args:
         dim: longest side kept exactly; the relative standard error of a norm beyond it is about `1 / sqrt(dim)`.

@@ -14,7 +14,7 @@ COUNTS = ("labels", "tokens", "batches")
 # shapes of the other tensors: L layers, E experts, N newborns, A of both, R rates, F folds; another letter is any size
 SHAPES = {
     "fold_labels": "F",
-    "shared": "AA",
+    "shared": "AA",  # unread, of version 0.1
     "hops": "ab",
     "words": "V",
     "gradient.*": "FLEab",

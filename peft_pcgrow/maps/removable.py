@@ -10,7 +10,7 @@ tried on that one:
     removable = mean_f <G_f, polar(sum_{g != f} G_g)>
 
 Noise in one fold is independent of the others' and drops out; the folds' spread gives the standard error. Shapes: F
-folds, L layers, E experts, N nodes or parts of them, I intermediate neurons.
+folds, L layers, E experts, M matrices of each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_pcgrow.architectures.layout import StackLayout
 from peft_pcgrow.locus import RESOLUTIONS
-from peft_pcgrow.maps.corpus import whole_number
 
 # singular values below this share of the largest have no direction worth keeping
 CUTOFF = 1e-6
@@ -34,8 +32,8 @@ class Removable:
     """Expected decrease of the mean loss if a part alone took a step of unit spectral norm (Muon's lr = 1).
 
     Attributes:
-        estimate: `[L, E]` (resolution "expert"), `[L, E, M]` ("matrix", in the order of `names`) or `[L, E, I / block]`
-            ("neurons"); nats per label token. May be below zero, where folds disagree.
+        estimate: `[L, E]` (resolution "expert") or `[L, E, M]` ("matrix", in the order of `names`); nats per label
+            token. May be below zero, where folds disagree.
         error: standard error of it, same shape; infinite with fewer than two folds.
         parameters: of each part, broadcastable to `estimate`.
         names: the matrices of resolution "matrix".
@@ -96,39 +94,26 @@ def cross_fitted(folds: Tensor, labels: Tensor) -> Tensor:
 def removable(
     gradient: Mapping[str, Tensor],
     labels: Tensor,
-    layouts: Mapping[str, StackLayout],
     sizes: Mapping[str, Sequence[int]],
     resolution: str = "expert",
-    block: int = 16,
 ) -> Removable:
-    """What deepening could remove at every expert, matrix or block of neurons.
+    """What deepening could remove at every expert or matrix.
 
     Args:
         gradient: fold sums of each stack's gradient, or a sketch of it along the hidden axis, `[F, L, E, a, b]`.
-        labels: label tokens of each fold, `[F]`. layouts: of each stack. sizes: true shape of each stack's slices.
-        resolution: "expert", "matrix" (a matrix and its bias) or "neurons" (blocks of intermediate neurons).
-        block: neurons a block.
+        labels: label tokens of each fold, `[F]`. sizes: true shape of each stack's slices.
+        resolution: "expert", or "matrix" (a matrix and its bias).
 
     Raises:
-        ValueError: unknown resolution, or a block that does not divide the intermediate size.
+        ValueError: unknown resolution.
     """
     if resolution not in RESOLUTIONS:
         raise ValueError(f"unknown resolution {resolution!r}; choose from {', '.join(RESOLUTIONS)}")
-    if resolution == "neurons":
-        block = whole_number("block", block, "neurons")
     parts: dict[str, Tensor] = {}
     parameters: dict[str, int] = {}
     for name, folds in gradient.items():
         count = torch.Size(sizes[name]).numel()
-        if resolution == "neurons":
-            layout = layouts[name]
-            if layout.neurons is None:
-                continue
-            pieces = layout.split(folds, block)
-            share = _per_fold(pieces, labels)
-            count //= pieces.shape[-3]
-        else:
-            share = _per_fold(folds, labels)
+        share = _per_fold(folds, labels)
         # a bias goes with its matrix
         part = name.removesuffix("_bias") if resolution == "matrix" else "all"
         parts[part] = parts[part] + share if part in parts else share
@@ -147,24 +132,10 @@ def removable(
     )
 
 
-def coherent(
-    gradient: Mapping[str, Tensor],
-    layouts: Mapping[str, StackLayout],
-    resolution: str = "expert",
-    block: int = 16,
-) -> Tensor:
-    """Norm of the summed gradient of every part, fp64, shaped as `Removable.estimate`."""
-    squares: dict[str, Tensor] = {}
-    for name, folds in gradient.items():
-        total = folds.double().sum(dim=0)
-        if resolution == "neurons":
-            if layouts[name].neurons is None:
-                continue
-            total = layouts[name].split(total, block)
-        part = name.removesuffix("_bias") if resolution == "matrix" else "all"
-        square = total.square().sum(dim=(-1, -2))
-        squares[part] = squares[part] + square if part in squares else square
-    return (torch.stack(list(squares.values()), dim=-1) if resolution == "matrix" else squares["all"]).sqrt()
+def coherent(gradient: Mapping[str, Tensor]) -> Tensor:
+    """Norm of the summed gradient of every expert, `[L, E]` fp64; `gradient` as for `removable`, not empty."""
+    squares = [folds.double().sum(dim=0).square().sum(dim=(-1, -2)) for folds in gradient.values()]
+    return torch.stack(squares, dim=-1).sum(dim=-1).sqrt()
 
 
 def _per_fold(folds: Tensor, labels: Tensor) -> Tensor:

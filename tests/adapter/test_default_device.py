@@ -13,10 +13,10 @@ from tiny import LOCUS, build, contrast, domain, grown, logits, retain, spawned,
 pytestmark = pytest.mark.cpu("its models are where the default device is not")
 GROWTHS = {
     "deepen": lambda: PCGrowConfig(locus=LOCUS),
-    "by map": lambda: PCGrowConfig(error_map=contrast(), budget=0.1, select="frequency", max_per_layer=2),
+    "by map": lambda: PCGrowConfig(error_map=contrast(), budget=0.1, select="frequency"),
     "at random": lambda: PCGrowConfig(select="random", budget=0.2, settle="direct"),
     "spawn": lambda: spawning(protect=0.5),
-    "neurons": lambda: PCGrowConfig(parts={1: {1: [0]}, 2: {0: [0, 1]}}, resolution="neurons", block=8),
+    "matrix": lambda: PCGrowConfig(parts={1: {1: ["down_proj"]}, 2: {0: ["gate_up_proj"]}}, resolution="matrix"),
     "packed base": lambda: PCGrowConfig(locus=LOCUS, base_quantization="nf4", settle="direct"),
 }
 

@@ -122,7 +122,11 @@ def test_a_config_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "facts", "match"),
     [
-        ({"resolution": "neurons", "block": 8, "parts": {1: {1: [0]}}}, {"parts": {"1": {"1": [1]}}}, "parts="),
+        (
+            {"resolution": "matrix", "parts": {1: {1: ["gate_up_proj"]}}},
+            {"parts": {"1": {"1": ["down_proj"]}}},
+            "parts=",
+        ),
         (
             {"resolution": "matrix", "parts": {1: {1: ["down_proj"]}}},
             {"parts": {"1": {"1": ["gate_up_proj"]}}},

@@ -24,7 +24,7 @@ def perturb(model):
 MODELS = {
     "deepened": lambda: perturb(grown()),
     "newborns": lambda: perturb(spawned(gate_fpr=0.3)),
-    "neurons": lambda: perturb(grown(resolution="neurons", block=4, parts=None)),
+    "matrix": lambda: perturb(grown(resolution="matrix", parts=None)),
 }
 
 

@@ -28,7 +28,6 @@ from tiny import (
 NAMES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 PARTS = {
     "matrix": {"parts": {1: {1: ["down_proj"]}, 2: {0: ["gate_up_proj", "down_proj"]}}, "resolution": "matrix"},
-    "neurons": {"parts": {1: {4: [0, 1]}, 2: {3: [1]}}, "resolution": "neurons", "block": 8},
 }
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
+import donors
 from close import assert_close
-from peft_pcgrow import ErrorMap, Locus
+from peft_pcgrow import ErrorMap, Locus, PCGrowConfig, choose
 from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.gates.separation import Separation
-from peft_pcgrow.locate.budget import choose
+from tiny import build, contrast, logits
 
 
 def constructed(domain_rows, retain_rows, recall=None):
@@ -39,14 +41,21 @@ ORDERS = {
 }
 
 
+RULES = {
+    "lowest": donors.lowest,
+    "contested": donors.contested,
+    "separable": lambda emap, rate=0.01: donors.separable(emap, rate),
+}
+
+
 @pytest.mark.parametrize("rule", ORDERS)
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
 def test_donors_are_chosen_in_the_order_worked_out(rule, nodes):
     recall = torch.tensor([[0.5, 1.0, 0.1], [0.3, 1.0, 1.0]], dtype=torch.float64)
     table = recall.unsqueeze(-1).expand(2, 3, len(RATES))
     separation = constructed([[3.0, 1, 6], [2, 0, 2]], [[20.0, 70, 10], [16, 1, 3]], table)
-    chosen = choose((2, 7), 3, nodes / 6, rule, a_map(separation=separation)).locus
-    assert set(chosen.nodes) == set(ORDERS[rule][:nodes])
+    emap = a_map(separation=separation)
+    assert set(choose(RULES[rule](emap), nodes / 6, emap.layers).nodes) == set(ORDERS[rule][:nodes])
 
 
 def test_separable_reads_recall_at_the_rate():
@@ -55,19 +64,34 @@ def test_separable_reads_recall_at_the_rate():
     rates = torch.tensor(RATES)
     table[0, 0], table[1, 2] = (rates > 0.03).double(), 0.5
     emap = a_map(separation=constructed([[1.0] * 3] * 2, [[1.0] * 3] * 2, table))
-    assert choose((2, 7), 3, 0.01, "separable", emap, gate_fpr=0.01).locus == Locus({7: [2]})
-    assert choose((2, 7), 3, 0.01, "separable", emap, gate_fpr=0.1).locus == Locus({2: [0]})
+    assert choose(donors.separable(emap, 0.01), 0.01, emap.layers) == Locus({7: [2]})
+    assert choose(donors.separable(emap, 0.1), 0.01, emap.layers) == Locus({2: [0]})
 
 
 def test_rules_that_compare_need_retain_text():
-    assert choose((2, 7), 3, 0.01, "lowest", a_map()).locus == Locus({2: [1]})
+    assert choose(donors.lowest(a_map()), 0.01, (2, 7)) == Locus({2: [1]})
     for rule in ("contested", "separable"):
         with pytest.raises(ValueError, match="retain="):
-            choose((2, 7), 3, 0.5, rule, a_map())
+            RULES[rule](a_map())
 
 
-def test_lowest_needs_a_node_that_the_domain_reaches():
+def test_lowest_takes_no_node_that_the_domain_does_not_reach():
     emap = a_map()
+    assert (7, 1) not in choose(donors.lowest(emap), 1.0, emap.layers).nodes
     emap.count.zero_()  # not one token anywhere
-    with pytest.raises(ValueError, match="no lowest anywhere"):
-        choose((2, 7), 3, 0.5, "lowest", emap)
+    with pytest.raises(ValueError, match="-inf everywhere"):
+        choose(donors.lowest(emap), 0.5, emap.layers)
+
+
+@pytest.mark.parametrize("rule", ORDERS)
+def test_spawning_at_donors_by_hand(rule):
+    """With a locus and a map that knows retain text, newborns are born at these donors, and nowhere else."""
+    emap = contrast()
+    locus = choose(RULES[rule](emap), 0.25, layers=emap.layers)
+    base = logits(build())
+    model = get_peft_model(build(), PCGrowConfig(error_map=emap, locus=locus, grow="spawn", gate_fpr=0.3))
+    config = model.peft_config["default"]
+    left = {(d.layer, d.expert) for d in config.decisions if d.growth == "leave"}
+    assert {(d.layer, d.expert) for d in config.decisions} == set(locus.nodes)
+    assert set(Locus(config.spawned).nodes) == set(locus.nodes) - left
+    assert torch.equal(logits(model), base)

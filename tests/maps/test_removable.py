@@ -7,13 +7,11 @@ from torch.nn.functional import cross_entropy
 from close import assert_close
 from invented import made
 from peft_pcgrow import find_experts, measure_errors
-from peft_pcgrow.architectures.experts import expert_stacks, stack_layouts
-from peft_pcgrow.architectures.layout import StackLayout
+from peft_pcgrow.architectures.experts import expert_stacks
 from peft_pcgrow.maps.removable import cross_fitted, polar, removable
-from tiny import ARCHITECTURES, build, tokens
+from tiny import build, tokens
 
 LABELS = torch.tensor([10.0, 20.0, 15.0, 5.0], dtype=torch.float64)
-DOWN = {"down_proj": StackLayout(1)}
 SIZE = {"down_proj": (6, 4)}
 
 
@@ -48,7 +46,7 @@ def test_one_fold_is_asked_about_itself():
     folds = torch.zeros(4, 2, 6, 4, dtype=torch.float64)
     folds[2] = torch.randn(2, 6, 4, dtype=torch.float64)
     labels = torch.tensor([0.0, 0, 8, 0], dtype=torch.float64)
-    found = removable({"down_proj": folds[:, None]}, labels, DOWN, SIZE)
+    found = removable({"down_proj": folds[:, None]}, labels, SIZE)
     nuclear = torch.linalg.svdvals(folds[2]).sum(-1) / 8
     assert_close("nuclear norm", found.estimate[0], nuclear, "fp64 gradient")
     assert torch.isinf(found.error).all()
@@ -58,14 +56,14 @@ def test_one_fold_is_asked_about_itself():
 def test_noise_drops_out_and_a_signal_stays():
     """1000 nodes of pure noise: the mean is about zero, the interval holds zero about 95 times of 100."""
     noise = torch.randn(4, 1, 1000, 6, 4, dtype=torch.float64)
-    found = removable({"down_proj": noise}, LABELS, DOWN, SIZE)
+    found = removable({"down_proj": noise}, LABELS, SIZE)
     in_sample = torch.linalg.svdvals(noise.sum(0)).sum(-1).mean() / LABELS.sum()
     assert abs(float(found.estimate.mean())) < 0.02 * float(in_sample)
     low, high = found.interval
     assert 0.9 < float(((low <= 0) & (high >= 0)).double().mean()) < 0.99
     signal = torch.randn(6, 4, dtype=torch.float64)
     planted = 100 * signal * LABELS[:, None, None, None, None] + noise
-    found = removable({"down_proj": planted}, LABELS, DOWN, SIZE)
+    found = removable({"down_proj": planted}, LABELS, SIZE)
     want = 100 * torch.linalg.svdvals(signal).sum()
     assert abs(float(found.estimate.mean() / want) - 1) < 0.01
     assert bool((found.interval[0] > 0).all())
@@ -73,64 +71,20 @@ def test_noise_drops_out_and_a_signal_stays():
 
 def test_invariances():
     folds = torch.randn(4, 2, 5, 6, 4, dtype=torch.float64)
-    plain = removable({"down_proj": folds}, LABELS, DOWN, SIZE)
+    plain = removable({"down_proj": folds}, LABELS, SIZE)
     order, nodes = torch.tensor([2, 0, 3, 1]), torch.randperm(5)
-    again = removable({"down_proj": folds[order][:, :, nodes]}, LABELS[order], DOWN, SIZE)
+    again = removable({"down_proj": folds[order][:, :, nodes]}, LABELS[order], SIZE)
     assert_close("estimate", again.estimate, plain.estimate[:, nodes], "fp64 gradient")
     assert_close("error", again.error, plain.error[:, nodes], "fp64 gradient")
-    double = removable({"down_proj": 2 * folds}, LABELS, DOWN, SIZE)
+    double = removable({"down_proj": 2 * folds}, LABELS, SIZE)
     assert_close("scale", double.estimate, 2 * plain.estimate, "fp64 gradient")
     assert_close("density", plain.density, plain.estimate / 24, "fp64 gradient")
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_blocks_of_neurons_cover_each_neuron_once(name):
-    """A stack whose entries are the numbers of their neurons, by the meaning of the forward pass, splits by number."""
-    model = build(name, torch.float64)
-    base = find_experts(model).sites[-1].base
-    layouts, stacks = stack_layouts(base), expert_stacks(base)
-    x = torch.randn(3, base.hidden_dim if hasattr(base, "hidden_dim") else model.config.hidden_size).double()
-    index, weight = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1, dtype=torch.float64)
-    width = stacks["down_proj"].shape[1 if base.is_transposed else 2]
-    for block in (width, width // 2, 2):
-        # what is left with only block 1's weights does not change when all others do
-        count = width // block
-        for chosen in {0, count - 1}:
-            outputs = []
-            for filling in (0.0, 7.0):
-                with torch.no_grad():
-                    kept = {n: stack.clone() for n, stack in stacks.items()}
-                    for n, stack in stacks.items():
-                        if layouts[n].neurons is None:
-                            continue
-                        matrix = stack[0].reshape(stack.shape[1], -1)
-                        split = layouts[n].split(matrix, block)
-                        assert split.shape[0] == count
-                        assert split.numel() == matrix.numel()
-                        mask = _mask_of(layouts[n], matrix.shape, block, chosen)
-                        keep = mask if n != "down_proj" else torch.ones_like(mask)
-                        filled = torch.where(keep, matrix, torch.full_like(matrix, filling))
-                        if n == "down_proj":
-                            filled = torch.where(mask, matrix, torch.zeros_like(matrix))
-                        stack[0] = filled.reshape(stack[0].shape)
-                    outputs.append(base(x, index, weight))
-                    for n, stack in stacks.items():
-                        stack.copy_(kept[n])
-            assert torch.equal(*outputs) if count > 1 else True
-
-
-def _mask_of(layout, shape, block, chosen):
-    """Entries of a slice that `split` puts into one block."""
-    numbers = torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
-    mask = torch.zeros(shape, dtype=torch.bool).flatten()
-    mask[layout.split(numbers, block)[chosen].flatten().long()] = True
-    return mask.view(shape)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_resolutions_of_a_measured_map(name):
     emap = measure_errors(build(name, torch.float64), tokens(8).split(2), progress=False)
-    whole, matrix, neurons = (emap.removable(resolution, 4) for resolution in ("expert", "matrix", "neurons"))
+    whole, matrix = (emap.removable(resolution) for resolution in ("expert", "matrix"))
     assert_close("matrices add up", matrix.estimate.sum(-1), whole.estimate, "fp64 gradient")
     site = find_experts(build(name)).sites[0]
     sizes = {n: stack[0].numel() for n, stack in expert_stacks(site.base).items()}
@@ -138,12 +92,8 @@ def test_resolutions_of_a_measured_map(name):
     assert matrix.names == ("gate_up_proj", "down_proj")
     gate_up = sizes["gate_up_proj"] + sizes.get("gate_up_proj_bias", 0)
     assert matrix.parameters.tolist() == [gate_up, sum(sizes.values()) - gate_up]
-    assert neurons.estimate.shape == (*whole.estimate.shape, 4)
-    assert float(neurons.parameters) * 4 == sum(sizes.values()) - sizes.get("down_proj_bias", 0)
     sketched = measure_errors(build(name, torch.float64), tokens(8).split(2), progress=False, sketch_dim=16)
-    assert float(sketched.removable("neurons", 4).parameters) == float(neurons.parameters)
-    with pytest.raises(ValueError, match=r"block=5 does not divide the experts' 16 intermediate"):
-        emap.removable("neurons", 5)
+    assert torch.equal(sketched.removable("matrix").parameters, matrix.parameters)
     with pytest.raises(ValueError, match="unknown resolution 'layer'"):
         emap.removable("layer")
 

@@ -94,7 +94,7 @@ def test_error_maps(ranks):
 
 
 def test_map_of_all_processes(ranks):
-    """Sums, folds, overlap and gates are those of one process that reads all of the text."""
+    """Sums, folds and gates are those of one process that reads all of the text."""
     whole = ddp_script.mapped_whole()
     for found in ranks:
         for name, tensor in ddp_script.tensors(whole).items():
