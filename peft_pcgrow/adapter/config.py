@@ -3,9 +3,8 @@
 import copy
 import os
 import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -185,12 +184,8 @@ class PCGrowConfig(PeftConfig):
     base: Optional[dict] = field(
         default=None, metadata={"help": "Facts of the base the adapter grew on. Set on creation."}
     )
-    # of settle="relax", which no longer trains: files of adapters still carry it
-    settle_tol: InitVar[Any] = None
 
-    def __post_init__(self, settle_tol: Any):
-        if settle_tol not in (None, 0.01) and self.base is None:
-            raise ValueError("settle_tol was of settle='relax', which no longer trains: leave it out")
+    def __post_init__(self):
         # JSON knows no enumerations: what comes from a file must not lead to another file
         self._noted_map = self.error_map if type(self.peft_type) is str and isinstance(self.error_map, str) else None
         super().__post_init__()
@@ -240,15 +235,6 @@ class PCGrowConfig(PeftConfig):
 
     def _normalise(self) -> None:
         """Turn what other libraries give as settings into plain values."""
-        if self.settle == "relax":
-            if self.base is None:
-                raise ValueError("settle='relax' no longer trains: use settle='sweep', which has the same gradients")
-            warnings.warn(
-                "this adapter was made with settle='relax', which no longer trains: from now on it trains by "
-                "settle='sweep', which has the same gradients",
-                stacklevel=4,
-            )
-            self.settle = "sweep"
         if self.error_map is not None and not isinstance(self.error_map, (str, os.PathLike, ErrorMap)):
             raise ValueError(f"error_map must be a path or an ErrorMap, got {type(self.error_map).__name__}")
         for name in ("error_map", "base_model_name_or_path"):

@@ -1,5 +1,6 @@
 """Settings that version 0.1 had: what takes their place, and where they had no effect and may stand."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ FIELDS = {
     "max_per_layer": (None, RULE.format("scores")),
     "cost_weight": (0.0, "to keep steps short, say which layers may grow, layers_to_transform="),
     "block": (16, "blocks of neurons are gone: resolution='matrix' grows single matrices"),
+    "settle_tol": (0.01, "it was of settle='relax', which no longer trains: leave it out"),
 }
 # of fields that are still there, values that are not
 VALUES = {
@@ -20,6 +22,7 @@ VALUES = {
         **dict.fromkeys(("lowest", "contested", "separable"), RULE.format("scores") + ", as examples/donors.py does"),
     },
     "resolution": {"neurons": "resolution='matrix' grows single matrices"},
+    "settle": {"relax": "it no longer trains; settle='sweep' has the same gradients"},
 }
 C = TypeVar("C", bound=type)
 
@@ -39,6 +42,12 @@ def without_gone(given: Mapping[str, Any]) -> dict[str, Any]:
             "resolution='neurons': this adapter holds blocks of neurons, which are gone: merge it with version 0.1, "
             "merge_and_unload(), or grow anew with resolution='matrix'"
         )
+    if made and _gone("settle", given.get("settle")):
+        text = (
+            "this adapter was made with settle='relax', which no longer trains: from now on it trains by settle='sweep'"
+        )
+        warnings.warn(text, stacklevel=4)
+        kept["settle"] = "sweep"
     if made:
         return kept | ({"select": None} if _gone("select", given.get("select")) else {})
     for name, (idle, instead) in FIELDS.items():
