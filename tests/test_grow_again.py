@@ -132,7 +132,7 @@ def test_deepening_says_what_it_leaves(first_round, caplog):
     """A new adapter deepens experts; how much the newborns hold is said."""
     model, _, emap = copy.deepcopy(first_round)
     with caplog.at_level("INFO", logger="peft_pcgrow"):
-        model.add_adapter("second", PCGrowConfig(error_map=emap, budget=0.2))
+        model.add_adapter("second", PCGrowConfig(error_map=emap, budget=0.2, select="error"))
     share = float(emap.newborns.mass.sum() / emap.scores().sum())
     assert f"newborns ({len(emap.newborns)} of 'default') hold {share:.0%} of the error" in caplog.text
     experts = emap.mass.flatten().topk(5).indices.tolist()
