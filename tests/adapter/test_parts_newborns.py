@@ -190,3 +190,18 @@ def test_protected(name, make, tmp_path):
                 assert torch.equal(one.directions("default", stack), other.directions("default", stack))
                 assert len(one.directions("default", stack)) == len(one.bank("default")[stack])
     assert torch.equal(logits(loaded, mixed()), logits(model, mixed()))
+
+
+def test_a_matrix_protected_whole_stays():
+    """Where the share takes all of its inputs, and no guard complains."""
+    model = newborns(protect=0.999999, gate_fpr=0.3)
+    layer = model.base_model.tuner_layers()[0]
+    directions = layer.directions("default", "down_proj")
+    assert directions.shape[1:] == (16, 16)
+    full = directions.any(dim=1).all(dim=1)
+    assert full.any()
+    before = layer.bank("default")["down_proj"].detach().clone()
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1e-2)
+    model.train()(input_ids=domain(), labels=domain()).loss.backward()
+    optimizer.step()
+    assert torch.equal(layer.bank("default")["down_proj"].detach()[full], before[full])

@@ -222,7 +222,6 @@ def output_errors(before: PeftModel, after: PeftModel, ids: Tensor) -> dict[str,
             if stack == "down_proj":
                 gate, up = (x @ whole["gate_up_proj"][birth.grown.index(expert)].mT).chunk(2, dim=-1)
                 x = nn.functional.silu(gate) * up
-                x = x if held.places is None else x[:, held.places[n]]
             out = weight[token, choice, None] * (x @ (change[n] if base.is_transposed else change[n].mT))
             found[stack] += float(out.square().sum())
     return found
