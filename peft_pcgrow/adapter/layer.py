@@ -8,14 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter import dispatch
 from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
+from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_to_merge
 from peft_pcgrow.adapter.merged import write_merged
 from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+from peft_pcgrow.architectures.host import MARK, OLD_FORWARD, REPACKED, REPACKS, dequantize_bnb_weight
 from peft_pcgrow.architectures.stack_view import StackView
 
-# set on every instance of an experts module by transformers' use_experts_implementation
-MARK = "_is_expert_parallel"
 # tokens that an adopted block is tried on
 TRIED = 3
 
@@ -208,8 +206,8 @@ def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None)
 def change_class(module: Any, kind: type) -> None:
     """Make a module an instance of another class, for accelerate's hooks of a model on several devices too."""
     module.__class__ = kind
-    if "_old_forward" in module.__dict__:
-        module._old_forward = type(module).forward.__get__(module)
+    if OLD_FORWARD in module.__dict__:
+        setattr(module, OLD_FORWARD, type(module).forward.__get__(module))
 
 
 def return_block(block: nn.Module) -> None:
@@ -249,7 +247,7 @@ def differ(before: Any, after: Any) -> bool:
 @contextmanager
 def _evaluating(block: nn.Module) -> Iterator[None]:
     """Without dropout and the like. bitsandbytes' layers pack their weights anew when they evaluate on some CPUs."""
-    were = {m: m.training for m in block.modules() if not hasattr(m, "support_avx512bf16_for_cpu")}
+    were = {m: m.training for m in block.modules() if not hasattr(m, REPACKS)}
     for module in were:
         module.training = False
     try:
@@ -374,7 +372,7 @@ def _full_weight(layer: Any, like: Tensor) -> Tensor:
     """A linear layer's weight, decoded if bitsandbytes quantized it."""
     if layer.weight.is_floating_point():
         return layer.weight
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+    if getattr(getattr(layer.weight, "quant_state", None), REPACKED, False):
         # evaluation on some CPUs has packed it in another order, which only its own kernel reads
         with torch.no_grad():
             columns = layer(torch.eye(layer.in_features, dtype=like.dtype, device="cpu"))

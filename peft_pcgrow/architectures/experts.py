@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures.adopted_experts import AdoptedExperts
+from peft_pcgrow.architectures.host import LOADED_IN
 from peft_pcgrow.architectures.layout import StackLayout
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
 from peft_pcgrow.architectures.slices import Pieces
@@ -176,9 +177,7 @@ def loaded_in_bits(base: ExpertsModule) -> int | None:
     """Bits that bitsandbytes loaded the model's linear layers in; None: it did not."""
     found = getattr(base.config, "quantization_config", None) or {}
     read = found if isinstance(found, Mapping) else vars(found)
-    # BitsAndBytesConfig keeps both flags behind an underscore
-    flags = {4: "load_in_4bit", 8: "load_in_8bit"}
-    return next((bits for bits, name in flags.items() if read.get(name) or read.get(f"_{name}")), None)
+    return next((bits for bits, name in LOADED_IN.items() if read.get(name) or read.get(name.removeprefix("_"))), None)
 
 
 def text_config(config: Any) -> Any:

@@ -15,6 +15,7 @@ from peft_pcgrow.architectures.experts import (
     is_packed,
     weight_places,
 )
+from peft_pcgrow.architectures.host import HOOK, MARK
 from peft_pcgrow.architectures.node_weights import check_unshared, why_computed, why_hooked
 from peft_pcgrow.architectures.plain_weight import is_offloaded, way_out, why_not_stacks
 from peft_pcgrow.settling.layer_stack import beneath
@@ -124,7 +125,7 @@ def forward_replaced(module: nn.Module) -> bool:
     forward = beneath(module.__dict__.get("forward"))
     # where no kernel fits, use_kernels=True puts the class's own forward there
     own = getattr(forward, "__func__", None) is type(module).forward
-    return forward is not None and not own and not hasattr(module, "_hf_hook")
+    return forward is not None and not own and not hasattr(module, HOOK)
 
 
 def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
@@ -164,7 +165,7 @@ def check_in_memory(tree: Tree) -> None:
 
 def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
     _check_forward(name, base)
-    if base._is_expert_parallel:
+    if getattr(base, MARK):
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     stacks = [first_matrix(base), "down_proj"]
     names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _batched_linear,
-    _grouped_linear,
-    batched_mm_experts_forward,
-    grouped_mm_experts_forward,
-)
 
 from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, is_adopted, is_packed
+from peft_pcgrow.architectures.host import (
+    IMPLEMENTATIONS,
+    batched_linear,
+    batched_mm_experts_forward,
+    grouped_linear,
+    grouped_mm_experts_forward,
+    implementation_name,
+)
 
 # by function, not by name: a name can be registered anew
 FAST_PATHS = {grouped_mm_experts_forward: "grouped_mm", batched_mm_experts_forward: "batched_mm"}
@@ -110,7 +111,7 @@ def implementation(base: ExpertsModule) -> str | None:
         return "grouped_mm"
     if is_adopted(base):
         return base.implementation
-    way = ALL_EXPERTS_FUNCTIONS.get(getattr(base.config, "_experts_implementation", None))
+    way = IMPLEMENTATIONS.get(implementation_name(base.config))
     return "eager" if way is None else FAST_PATHS.get(way)
 
 
@@ -152,8 +153,8 @@ def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) ->
     if implementation(module) == "grouped_mm":
         every = torch.arange(module.num_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
-        return _grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)
-    return _batched_linear(inputs, stack[chosen], bias=bias, is_transposed=module.is_transposed)
+        return grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)
+    return batched_linear(inputs, stack[chosen], bias=bias, is_transposed=module.is_transposed)
 
 
 def _batched(
@@ -178,4 +179,4 @@ def _batched(
         return held[:-1]
 
     bias = gathered(f"{name}_bias") if base.has_bias else None
-    return _batched_linear(inputs, gathered(name), bias=bias, is_transposed=base.is_transposed)
+    return batched_linear(inputs, gathered(name), bias=bias, is_transposed=base.is_transposed)

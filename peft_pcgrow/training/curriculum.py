@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset, Subset, get_worker_info
 from tqdm.auto import tqdm
 
+from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.maps.batches import IGNORED, check_causal, known_words, predict, read_batch
 from peft_pcgrow.maps.corpus import pad, read_text, whole_number
