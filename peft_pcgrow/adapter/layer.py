@@ -20,6 +20,7 @@ from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.slices import Pieces
+from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.gates.gate import Rows, unknown_gate
 from peft_pcgrow.gates.text_position import Sequence as TokenSequence
@@ -215,7 +216,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
                 for name in self.active_banks()
                 if self.births[name].pieces is not None
             }
-            with self.base_layer.composed_once() if hasattr(self.base_layer, "composed_once") else nullcontext():
+            with self.base_layer.composed_once() if isinstance(self.base_layer, ViewedExperts) else nullcontext():
                 yield
         finally:
             self._composed = {}
@@ -375,7 +376,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
             if not all(bool(torch.isfinite(weight).all()) for weight in self.bank(name).values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
         stack = next(iter(experts.expert_stacks(base_layer).values()))
         return stack.device, stack.dtype
 

@@ -165,7 +165,7 @@ class PCGrowModel(WholeSteps):
             layer = target
         else:
             site = next(site for site in self._tree.sites if site.name == current_key)
-            layer = PCGrowExperts(target, site.layer)
+            layer = PCGrowExperts(target, site.layer)  # type: ignore[arg-type]
             # layers that another tuner on this model wrapped are that tuner's to watch
             self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
             self._handles += follow_inside(site.decoder_layer, layer)

@@ -17,23 +17,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peft_pcgrow.architectures.host import MARK, OLD_FORWARD, REPACKED, REPACKS, dequantize_bnb_weight
-from peft_pcgrow.architectures.stack_view import StackView
+from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 
 # tokens that an adopted block is tried on
 TRIED = 3
 
 
-class AdoptedExperts(nn.Module):
+class AdoptedExperts(ViewedExperts, nn.Module):
     """The contract's flags, and stacks put together from a block's tensors.
 
     Attributes:
         kind: "routed", "shared" or "dense".
-        dense: stacks to use instead of the block's, `[G, ...]` by name.
     """
 
     has_post_expert_norm = False
     is_concatenated = True
-    dense: Mapping[str, Tensor] | None = None
     # how `run` goes about it (see `rows`)
     implementation = "eager"
 
@@ -82,7 +80,6 @@ class AdoptedExperts(nn.Module):
 
     @property
     def stack_views(self) -> dict[str, Any]:
-        """By name, what `experts.expert_stacks` gives."""
         return {name: (self.dense or {}).get(name, self._view(name)) for name in self.names}
 
     def _axis(self, stack: str) -> int:
@@ -108,7 +105,6 @@ class AdoptedExperts(nn.Module):
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        """Inside, the weights are leaves, the same in every forward: their gradients can be asked for."""
         pieces = {name: [piece.detach() for piece in self.pieces(name)] for name in self.names}
         self.dense = {
             name: held[0] if len(held) == 1 else torch.cat(held, dim=self._axis(name) + 1)
@@ -120,7 +116,6 @@ class AdoptedExperts(nn.Module):
             self.dense = None
 
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
-        """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
         module = copy.copy(self)
         module.dense = dict(stacks)
         module.num_experts = len(next(iter(stacks.values())))
@@ -166,7 +161,7 @@ class AdoptedExperts(nn.Module):
         """A whole stack `[E, ...]` as the block would save it, by name within the block."""
 
 
-def kind_of(experts: nn.Module) -> str:
+def kind_of(experts: Any) -> str:
     """Which kind of nodes an experts module holds: "routed", "shared" or "dense"."""
     return experts.kind if isinstance(experts, AdoptedExperts) else "routed"
 

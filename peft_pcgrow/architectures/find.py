@@ -1,6 +1,7 @@
 """Where a model's experts are: one site a decoder layer, and what is refused by name."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -182,7 +183,7 @@ def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
         )
 
 
-def _holders(base: ExpertsModule) -> list[nn.Module]:
+def _holders(base: ExpertsModule) -> list[Any]:
     """The modules that hold the weights of experts."""
     return [owner[name] for owner, name in weight_places(base) if owner.get(name) is not None] or [base]
 
@@ -198,7 +199,7 @@ def _check_wrapper(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_forward(name: str, module: nn.Module) -> None:
+def _check_forward(name: str, module: Any) -> None:
     if forward_replaced(module):
         raise ValueError(
             f"{name} ({type(module).__name__}) has its forward replaced, by Liger's kernels for example, which know "

@@ -35,7 +35,7 @@ def why_computed(module: Any, names: Iterable[str]) -> str | None:
     return None
 
 
-def why_hooked(module: nn.Module) -> str | None:
+def why_hooked(module: Any) -> str | None:
     """What else runs when a module is called, which grown copies of its weights would not."""
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
     if own := own_hooks(hooks):

@@ -23,6 +23,7 @@ from peft_pcgrow.architectures.host import (
     grouped_mm_experts_forward,
     implementation_name,
 )
+from peft_pcgrow.architectures.stack_view import ViewedExperts
 
 # by function, not by name: a name can be registered anew
 FAST_PATHS = {grouped_mm_experts_forward: "grouped_mm", batched_mm_experts_forward: "batched_mm"}
@@ -66,7 +67,7 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
     Returns:
         `[R, H]`.
     """
-    modules = [with_bank(base, part.bank) for part in parts]
+    modules: list[Any] = [with_bank(base, part.bank) for part in parts]
 
     def together(outputs: list[Tensor]) -> Tensor:
         return torch.cat([*outputs, torch.zeros_like(outputs[0][:1])])[source]
@@ -120,7 +121,7 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Experts
     if bank is None:
         return base
     stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
-    if hasattr(base, "replaced"):
+    if isinstance(base, ViewedExperts):
         return base.replaced(stacks)
     module = copy.copy(base)
     # a shallow copy shares its dicts with the base: give it its own before anything is put into them
@@ -147,7 +148,7 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
 
 def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
-    if is_packed(module) or implementation(module) == "sorted":
+    if is_packed(module) or (is_adopted(module) and module.implementation == "sorted"):
         return module.linear(inputs, chosen, name)
     stack, bias = getattr(module, name), getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
     if implementation(module) == "grouped_mm":

@@ -208,9 +208,10 @@ def _build(model: Any, layers: list[_Layer], neurons: int) -> Any:
             lying = experts.neuron_places(base, name, torch.arange(neurons, device=left.device))
             if neurons < whole and lying is not None:
                 left = left.index_select(*lying)
-            adopted = experts.is_adopted(base)
-            written = base.checkpoint(name, left) if adopted else {name: left.contiguous()}
-            owner = paths[base.block if adopted else base]
+            if experts.is_adopted(base):
+                written, owner = base.checkpoint(name, left), paths[base.block]
+            else:
+                written, owner = {name: left.contiguous()}, paths[base]
             state |= {f"{owner}.{own}": tensor for own, tensor in written.items()}
         if len(kept) < layer.site.experts and router is not None:
             for name in ("weight", selection_bias(layer.site)):

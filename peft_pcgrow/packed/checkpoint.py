@@ -270,11 +270,12 @@ def _sealed(model: Any) -> dict[str, Tensor]:
                 f"{site.name} has an adapter around it, and a packed checkpoint holds none: save the adapter by its "
                 "PeftModel's save_pretrained, or the base after unload()"
             )
-        for name, held in site.base.packed_buffers().items() if experts.is_packed(site.base) else ():
-            if held.dtype != torch.uint8 or held.numel() != site.base.packed_bytes(name):
+        base: Any = site.base
+        for name, held in base.packed_buffers().items() if experts.is_packed(base) else ():
+            if held.dtype != torch.uint8 or held.numel() != base.packed_bytes(name):
                 raise ValueError(
                     f"{PREFIX}{name} of {site.name} holds {held.numel()} numbers of {held.dtype} instead of "
-                    f"{site.base.packed_bytes(name)} bytes: something wrote over it; load or compress the model again"
+                    f"{base.packed_bytes(name)} bytes: something wrote over it; load or compress the model again"
                 )
     # names and tensors as they are in the model: what they were converted from when it was loaded is not written back,
     # since what is digested is what will be in the files
