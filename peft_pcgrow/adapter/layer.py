@@ -60,7 +60,7 @@ class Call(PerThread):
         self.entered, self.sequence, self.passes, self.waiting = False, None, MappingProxyType({}), ()
 
 
-class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
+class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -208,8 +208,6 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
-        for."""
         try:
             self._composed = {
                 name: {stack: weight.detach() for stack, weight in self.weights(name).items()}
@@ -240,11 +238,6 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         return [name for name in adapters_in_use(self) if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
-        """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
-        None for all experts).
-
-        Composed weights are in use only inside `composed_once`.
-        """
         in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
             name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()
         }
@@ -257,18 +250,12 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
 
     @property
     def newborns(self) -> list[tuple[str, int]]:
-        """(adapter, donor) of each newborn in use."""
         if self.disable_adapters or self.merged:
             return []
         return [(name, donor) for name in self.active_banks() for donor in self.spawned(name)]
 
     @torch.no_grad()
     def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
-        nobody's is E + N.
-
-        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
-        """
         newborns, total = self.newborns, self.base_layer.num_experts
         if not newborns:
             return index

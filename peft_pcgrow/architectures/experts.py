@@ -5,7 +5,9 @@ The contract (transformers 5, `integrations/moe.py`): an experts module is calle
 expert. `use_experts_implementation` marks such modules; they are found by that mark, never by their path.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -50,6 +52,36 @@ class ExpertsModule(Protocol):
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class GrownExperts:
+    """What stands around an experts module some of whose experts have grown; no other tuner's layer is one."""
+
+    @property
+    @abstractmethod
+    def newborns(self) -> list[tuple[str, int]]:
+        """(adapter, donor) of each newborn in use."""
+
+    @abstractmethod
+    def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
+        nobody's is E + N.
+
+        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
+        """
+
+    @abstractmethod
+    def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
+        """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
+        None for all experts).
+
+        Composed weights are in use only inside `composed_once`.
+        """
+
+    @abstractmethod
+    def composed_once(self) -> AbstractContextManager[None]:
+        """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
+        for."""
 
 
 def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from peft_pcgrow.architectures.adopt_routed import adopt_routed, undecorated, wh
 from peft_pcgrow.architectures.decoder import UNPATCHED, in_decoder, layer_list
 from peft_pcgrow.architectures.experts import (
     ExpertsModule,
+    GrownExperts,
     expert_stacks,
     first_matrix,
     is_adopted,
@@ -46,6 +47,11 @@ class ExpertsSite:
     @property
     def experts(self) -> int:
         return self.base.num_experts
+
+    @property
+    def newborns(self) -> list[tuple[str, int]]:
+        """(adapter, donor) of each newborn in use."""
+        return self.module.newborns if isinstance(self.module, GrownExperts) else []
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def _holders(base: ExpertsModule) -> list[Any]:
 
 def _check_wrapper(name: str, module: nn.Module) -> None:
     _check_forward(name, module)
-    if not hasattr(module, "weights_in_use"):  # none of this library's
+    if not isinstance(module, GrownExperts):
         adapters = getattr(module, "active_adapters", None)
         raise ValueError(
             f"{name} is in a {type(module).__name__} of another tuner (adapters: {adapters}), as LoRA with "
