@@ -68,7 +68,7 @@ def held(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(folder)
     cache = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
     found = {f"config.{name}": model.config for name in (settling.ATTENTION, settling.EXPERTS)}
-    found |= {f"experts.{name}": model.model.layers[0].mlp.experts for name in (host.MARK, *host.CONTRACT)}
+    found |= {f"experts.{name}": model.model.layers[0].mlp.experts for name in (host.EXPERTS_MARK, *host.CONTRACT)}
     found |= {f"parameter.{host.LOADED}": next(model.parameters())}
     unset = {"hf_quantizer", "is_quantized", "quantization_method"}  # of quantized models alone
     found |= {f"model.{name}": model for name in packed.MODEL if name not in unset}
@@ -116,7 +116,7 @@ def test_other_parameters_are_told(held, monkeypatch):
 
 
 def test_an_attribute_that_is_gone_is_told(held, monkeypatch):
-    monkeypatch.delattr(held[f"experts.{host.MARK}"], host.MARK)
+    monkeypatch.delattr(held[f"experts.{host.EXPERTS_MARK}"], host.EXPERTS_MARK)
     (line,) = missing("transformers", SIGNATURES, held)
     assert " has no experts._is_expert_parallel any more" in line
     assert line.endswith("see peft_pcgrow/architectures/host.py")

@@ -17,7 +17,7 @@ from peft_pcgrow.architectures.adopted_experts import (
     tried,
 )
 from peft_pcgrow.architectures.decoder import UNPATCHED, decoder_layers
-from peft_pcgrow.architectures.host import HOOK, MARK, Conv1D
+from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK, Conv1D
 from peft_pcgrow.architectures.node_weights import why_computed, why_hooked, why_own_forward
 from peft_pcgrow.architectures.plain_weight import way_out, why_not_linear
 
@@ -41,7 +41,9 @@ DROPOUTS = ("dropout", "resid_dropout")
 
 def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, nn.Module]:
     """The experts modules of a kind."""
-    return {name: module for name, module in modules.items() if MARK in module.__dict__ and kind_of(module) == kind}
+    return {
+        name: module for name, module in modules.items() if EXPERTS_MARK in module.__dict__ and kind_of(module) == kind
+    }
 
 
 def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ from peft_pcgrow.architectures.adopted_experts import (
     tried,
 )
 from peft_pcgrow.architectures.decoder import UNPATCHED
-from peft_pcgrow.architectures.host import LIGER, MARK, block_class, loaded
+from peft_pcgrow.architectures.host import EXPERTS_MARK, LIGER, block_class, loaded
 from peft_pcgrow.architectures.node_weights import why_computed
 from peft_pcgrow.architectures.plain_weight import loaded_quantized, way_out, why_not_plain
 
@@ -342,7 +342,7 @@ def _adopt(block: Any, how: Foreign, config: Any) -> None:
         return
     held = _innermost(block.experts)
     count, act_fn = attrgetter(how.count)(held), attrgetter(how.act_fn)(held)
-    setattr(held, MARK, False)
+    setattr(held, EXPERTS_MARK, False)
     held.num_experts, held.act_fn, held.config = count, act_fn, config
     adopt_block(held, how.experts)
     adopt_block(block, how.block)
@@ -372,7 +372,7 @@ def _innermost(module: Any) -> Any:
 def _is_marked(block: nn.Module) -> bool:
     """Whether this transformers has marked its experts itself."""
     held = getattr(block, "experts", None)
-    return held is not None and MARK in _innermost(held).__dict__
+    return held is not None and EXPERTS_MARK in _innermost(held).__dict__
 
 
 def _tried(block: Any) -> Any:

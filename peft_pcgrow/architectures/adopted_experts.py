@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from peft_pcgrow.architectures.host import MARK, OLD_FORWARD, REPACKED, REPACKS, dequantize_bnb_weight
+from peft_pcgrow.architectures.host import EXPERTS_MARK, OLD_FORWARD, REPACKED, REPACKS, dequantize_bnb_weight
 from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 
 # tokens that an adopted block is tried on
@@ -37,7 +37,7 @@ class AdoptedExperts(ViewedExperts, nn.Module):
 
     def __init__(self, block: nn.Module, num_experts: int, act_fn: Any, config: Any, kind: str = "routed"):
         super().__init__()
-        setattr(self, MARK, False)
+        setattr(self, EXPERTS_MARK, False)
         # not registered as a child, which it is not
         self._held = (block,)
         self.num_experts, self.act_fn, self.config, self.kind = num_experts, act_fn, config, kind
@@ -210,7 +210,7 @@ def return_block(block: nn.Module) -> None:
     held: Any = block._modules.get("experts")
     if isinstance(held, AdoptedExperts):
         if held.block is held:
-            delattr(held, MARK)
+            delattr(held, EXPERTS_MARK)
             return_block(held)
         else:
             del block._modules["experts"]

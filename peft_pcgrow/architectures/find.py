@@ -17,7 +17,7 @@ from peft_pcgrow.architectures.experts import (
     is_packed,
     weight_places,
 )
-from peft_pcgrow.architectures.host import HOOK, MARK
+from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK
 from peft_pcgrow.architectures.node_weights import check_unshared, why_computed, why_hooked
 from peft_pcgrow.architectures.plain_weight import is_offloaded, way_out, why_not_stacks
 from peft_pcgrow.settling.layer_stack import beneath
@@ -172,7 +172,7 @@ def check_in_memory(tree: Tree) -> None:
 
 def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
     _check_forward(name, base)
-    if getattr(base, MARK):
+    if getattr(base, EXPERTS_MARK):
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     stacks = [first_matrix(base), "down_proj"]
     names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]

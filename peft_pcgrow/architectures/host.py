@@ -21,7 +21,7 @@ from transformers.trainer_callback import CallbackHandler  # calls the reporters
 from peft_pcgrow.settling import host as settling
 
 # use_experts_implementation sets it on every instance of an experts module, which is found by it; True: sharded
-MARK = "_is_expert_parallel"
+EXPERTS_MARK = "_is_expert_parallel"
 # and these: how experts look that follow the contract
 CONTRACT = (
     "config",
