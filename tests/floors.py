@@ -23,10 +23,10 @@ ROOMS = (
     "export",
     "compress",
 )
-# which rooms may know of a package outside; `inner_outputs` is where transformers notes what arises inside of layers
+# which rooms may know of a package outside; `settling.host` has where transformers notes what arises inside of layers
 OUTSIDE = {
     "peft": {"adapter", "training", "export", "compress"},
-    "transformers": {"settling.inner_outputs", "architectures", "packed", "training", "export"},
+    "transformers": {"settling.host", "architectures", "packed", "training", "export"},
     "accelerate": set(),
     "bitsandbytes": set(),
     "datasets": set(),

@@ -4,11 +4,10 @@ import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter import seal
+from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.seal import KEY, SEAL_MARK, Seal
 from peft_pcgrow.adapter.sealed_layer import came

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pcgrow_kernels import lowbit
+from peft_pcgrow.settling.host import times_written
 
 # what a config file calls that, and what one of an adapter in two thin factors said
 KIND, FACTORS = "bits", "rank"
@@ -159,5 +160,4 @@ def _state(tensor: Any) -> tuple[Any, ...]:
     """What changes when a tensor is moved, cast, replaced, or written to (unless through `.data`)."""
     if not isinstance(tensor, Tensor):  # experts that are packed themselves: nobody writes to them
         return tensor.device, tensor.dtype
-    written = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), written, tensor.device, tensor.dtype
+    return tensor.data_ptr(), times_written(tensor), tensor.device, tensor.dtype

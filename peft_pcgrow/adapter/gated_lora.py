@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
+from peft_pcgrow.adapter.host import LoraLayer, LoraVariant
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.lora_beside import lora_layers
 from peft_pcgrow.adapter.mixed_batch import names_for

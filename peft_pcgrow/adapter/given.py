@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter.birth import Birth
 from peft_pcgrow.gates.gate import Gate, at_rate
+from peft_pcgrow.settling.host import times_written
 
 # gates of a layer: of what enters its experts, and of what enters its attention
 GATES = ("gate", "entry")
@@ -68,7 +69,7 @@ class Given(nn.Module):
         kinds, names = self.gates(adapter_name), ("direction", "threshold")
         held = [self._buffers_of(f"{kind}_{name}")[adapter_name] for kind in kinds for name in names]
         # looked at again when it was written to, not at every call: that would hold up a GPU
-        state = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        state = [(tensor, times_written(tensor)) for tensor in held]
         known = self._known.get(adapter_name, [])
         if len(known) == len(state) and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
             return

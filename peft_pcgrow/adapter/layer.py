@@ -8,19 +8,19 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter import dispatch
 from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
+from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_to_merge
 from peft_pcgrow.adapter.merged import write_merged
 from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.slices import Pieces
+from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.gates.gate import Rows, unknown_gate
 from peft_pcgrow.gates.text_position import TextPosition
@@ -60,7 +60,7 @@ class Call(PerThread):
         self.entered, self.sequence, self.passes, self.waiting = False, None, MappingProxyType({}), ()
 
 
-class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
+class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -208,15 +208,13 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
-        for."""
         try:
             self._composed = {
                 name: {stack: weight.detach() for stack, weight in self.weights(name).items()}
                 for name in self.active_banks()
                 if self.births[name].pieces is not None
             }
-            with self.base_layer.composed_once() if hasattr(self.base_layer, "composed_once") else nullcontext():
+            with self.base_layer.composed_once() if isinstance(self.base_layer, ViewedExperts) else nullcontext():
                 yield
         finally:
             self._composed = {}
@@ -240,11 +238,6 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
         return [name for name in adapters_in_use(self) if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
-        """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
-        None for all experts).
-
-        Composed weights are in use only inside `composed_once`.
-        """
         in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
             name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()
         }
@@ -257,18 +250,12 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
 
     @property
     def newborns(self) -> list[tuple[str, int]]:
-        """(adapter, donor) of each newborn in use."""
         if self.disable_adapters or self.merged:
             return []
         return [(name, donor) for name in self.active_banks() for donor in self.spawned(name)]
 
     @torch.no_grad()
     def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
-        nobody's is E + N.
-
-        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
-        """
         newborns, total = self.newborns, self.base_layer.num_experts
         if not newborns:
             return index
@@ -376,7 +363,7 @@ class PCGrowExperts(Given, SealedLayer, BaseTunerLayer):
             if not all(bool(torch.isfinite(weight).all()) for weight in self.bank(name).values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
         stack = next(iter(experts.expert_stacks(base_layer).values()))
         return stack.device, stack.dtype
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import LoraConfig, LoraModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
+
+from peft_pcgrow.adapter.host import BaseTunerLayer, LoraLayer, spelled_out
 
 # settings of LoRA that hold beside grown experts, and travel in the adapter's config; others change the base's weights,
 # need LoRA's own model around it, or have their place in PCGrowConfig
@@ -103,7 +103,7 @@ def injected(model: nn.Module, lora: LoraConfig, adapter_name: str, low_cpu_mem_
     resolved = copy.deepcopy(lora)
     resolved.inference_mode = False  # whether it trains is the adapter's to say, afterwards
     # "all-linear" as what it says: PEFT would add parameters that are no linear layers', those of experts and routers
-    resolved = cast(LoraConfig, _maybe_include_all_linear_layers(resolved, model))
+    resolved = cast(LoraConfig, spelled_out(resolved, model))
     try:
         # PEFT would take the configs of the adapters on this model for LoRA's own
         configs = model.__dict__.pop("peft_config", None)

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter.dispatch import Branch
+from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer, LoraLayer
 
 # what samples that no adapter computes are named
 BASE = "__base__"

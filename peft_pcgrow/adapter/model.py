@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from peft_pcgrow.adapter import adapter_file
 from peft_pcgrow.adapter.bank import SHRUNK
 from peft_pcgrow.adapter.birth import check_deletable, check_donors
 from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
 from peft_pcgrow.adapter.gated_lora import put_behind_gates
+from peft_pcgrow.adapter.host import LoraLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.lora_beside import check_alone, injected, key_in_file, without_others
 from peft_pcgrow.adapter.mixed_batch import adapters_named, check_samples
@@ -36,6 +35,7 @@ from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.packed.quantize import check_quantizable, left_unpacked, quantize_sites
 from peft_pcgrow.say import say
 from peft_pcgrow.settling.descent import Way
+from peft_pcgrow.settling.host import in_forward_mode
 from peft_pcgrow.settling.layer_stack import LayerStack
 
 
@@ -165,7 +165,7 @@ class PCGrowModel(WholeSteps):
             layer = target
         else:
             site = next(site for site in self._tree.sites if site.name == current_key)
-            layer = PCGrowExperts(target, site.layer)
+            layer = PCGrowExperts(target, site.layer)  # type: ignore[arg-type]
             # layers that another tuner on this model wrapped are that tuner's to watch
             self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
             self._handles += follow_inside(site.decoder_layer, layer)
@@ -289,7 +289,7 @@ class PCGrowModel(WholeSteps):
                 f"the active adapters settle in different ways ({listed}), and one forward has one way: give "
                 "them the same settle and settle_depth, or activate one of them"
             )
-        if forward_ad._current_level >= 0:
+        if in_forward_mode():
             raise RuntimeError(
                 "forward-mode derivatives do not pass settled layers: model.eval(), or PCGrowConfig(settle='backprop')"
             )

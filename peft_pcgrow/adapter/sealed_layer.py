@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peft_pcgrow.adapter.bank import KIND
 from peft_pcgrow.adapter.birth import Birth
 from peft_pcgrow.adapter.seal import KEY, Seal, check_contents, check_facts, unsealed
+from peft_pcgrow.architectures.host import LOADED
 
 
 class SealHolder(nn.Module):
@@ -110,4 +111,4 @@ class SealedLayer(nn.Module):
 
 def came(tensor: Tensor) -> bool:
     """Whether transformers' loader has read a tensor from a file."""
-    return getattr(tensor, "_is_hf_initialized", False)
+    return getattr(tensor, LOADED, False)

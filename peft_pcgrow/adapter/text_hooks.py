@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures.host import BATCHING
 from peft_pcgrow.gates.text_position import (
     UNKNOWN_CACHE,
     TextPosition,
@@ -19,9 +20,6 @@ from peft_pcgrow.gates.text_position import (
     modules_inside,
 )
 from peft_pcgrow.settling.layer_run import by_name
-
-# the method of transformers that every way of continuous batching begins with
-ASKED = "init_continuous_batching"
 
 
 def follow_whole_texts(
@@ -41,22 +39,22 @@ def follow_whole_texts(
 def refuse_mixed_rows(model: Any, layers: Callable[[], list[PCGrowExperts]]) -> tuple[Any, ...]:
     """Let a model with newborns refuse continuous batching when it is asked for: an error in a forward would only end
     up in the log of transformers' thread, and answers come back empty."""
-    if not hasattr(model, ASKED):
+    if not hasattr(model, BATCHING):
         return ()
-    setattr(model, ASKED, partial(_batch_continuously, model, layers))
+    setattr(model, BATCHING, partial(_batch_continuously, model, layers))
     return (SimpleNamespace(remove=partial(_forget, model)),)
 
 
 def _forget(model: Any) -> None:
     # as often as it is asked, like torch's own handles
-    model.__dict__.pop(ASKED, None)
+    model.__dict__.pop(BATCHING, None)
 
 
 def _batch_continuously(model: Any, layers: Callable[[], list[PCGrowExperts]], *args: Any, **kwargs: Any) -> Any:
     for layer in layers():
         if not layer.disable_adapters and any(layer.spawned(name) for name in layer.active_banks()):
             raise TypeError(UNKNOWN_CACHE.format("PagedAttentionCache"))
-    return getattr(type(model), ASKED)(model, *args, **kwargs)
+    return getattr(type(model), BATCHING)(model, *args, **kwargs)
 
 
 def _keep_all_tokens(

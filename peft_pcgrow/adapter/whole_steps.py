@@ -7,10 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.atomic import all_or_nothing, completed
 

@@ -4,10 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_pcgrow.architectures.adopted_experts import (
-    EXPERTS_MARK,
     AdoptedBlock,
     LinearBlock,
     LinearExperts,
@@ -19,6 +17,7 @@ from peft_pcgrow.architectures.adopted_experts import (
     tried,
 )
 from peft_pcgrow.architectures.decoder import UNPATCHED, decoder_layers
+from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK, Conv1D
 from peft_pcgrow.architectures.node_weights import why_computed, why_hooked, why_own_forward
 from peft_pcgrow.architectures.plain_weight import way_out, why_not_linear
 
@@ -131,7 +130,7 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     act_fn = next((getattr(block, name) for name in ACTIVATIONS if callable(getattr(block, name, None))), None)
     # none of its own: most that write it out gate by silu, and whether this one does is tried
     act_fn = act_fn or nn.functional.silu
-    if "forward" in block.__dict__ and not hasattr(block, "_hf_hook"):
+    if "forward" in block.__dict__ and not hasattr(block, HOOK):
         return f"has its forward replaced, by a hub kernel for example: {UNPATCHED}"
     layers = [getattr(block, name) for name in (*entering, leaving)]
     if len({getattr(layer, "bias", None) is None for layer in layers}) > 1:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peft_pcgrow.architectures.adopted_experts import (
-    EXPERTS_MARK,
     AdoptedBlock,
     AdoptedExperts,
     adopt_block,
@@ -23,10 +22,11 @@ from peft_pcgrow.architectures.adopted_experts import (
     tried,
 )
 from peft_pcgrow.architectures.decoder import UNPATCHED
+from peft_pcgrow.architectures.host import EXPERTS_MARK, LIGER, block_class, loaded
 from peft_pcgrow.architectures.node_weights import why_computed
 from peft_pcgrow.architectures.plain_weight import loaded_quantized, way_out, why_not_plain
 
-# blocks whose experts cannot be nodes, and why
+# blocks whose experts cannot be nodes, by their class's name in `host.BLOCKS`, and why
 REFUSED = {
     "DogeCDMoE": (
         "its experts are single rows of two embeddings behind product keys, which have no matrices to grow, and its "
@@ -248,7 +248,7 @@ class Foreign:
     weights: tuple[str, ...] = ("experts",)
 
 
-# by name of the block's class
+# by the name of the block's class in `host.BLOCKS`
 FOREIGN = {
     "DbrxFFN": Foreign(DbrxBlock, DbrxOwnExperts, act_fn="mlp.activation_fn"),
     "JetMoeMoE": Foreign(
@@ -269,9 +269,10 @@ def adopt_routed(model: nn.Module) -> None:
             something else than it did in the transformers that this was written for; no block has changed then.
     """
     config, seen = getattr(model, "config", None), set()
+    known = {block_class(name): how for name, how in FOREIGN.items()}
     for name, block in list(model.named_modules()):
-        how = FOREIGN.get(type(block).__name__)
-        if how is None or isinstance(block, AdoptedBlock) or _is_marked(block):
+        how = known.get(type(block))
+        if how is None or _is_marked(block):
             continue
         chosen: Any = block.top_k if how.single else 1
         if chosen > 1:
@@ -295,8 +296,8 @@ def adopt_routed(model: nn.Module) -> None:
 
 def why_refused(model: nn.Module) -> str | None:
     """What is known of a model's experts that cannot be nodes."""
-    named = {type(module).__name__ for module in model.modules()}
-    return next((f"{name}: {reason}" for name, reason in REFUSED.items() if name in named), None)
+    kinds = {type(module) for module in model.modules()}
+    return next((f"{name}: {reason}" for name, reason in REFUSED.items() if block_class(name) in kinds), None)
 
 
 def undecorated(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -320,7 +321,7 @@ def why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
             f"{named} was loaded quantized, and its experts ({', '.join(others)}) are not transformers' own: "
             f"{way_out(config)}"
         )
-    if "LigerExperts" in others:
+    if any(isinstance(module, loaded(LIGER)) for module in modules.values()):
         return f"{named} was made with Liger's experts, whose kernels know nothing of grown ones: {UNPATCHED}"
     if others:
         return (

@@ -15,27 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from peft_pcgrow.architectures.stack_view import StackView
+from peft_pcgrow.architectures.host import EXPERTS_MARK, OLD_FORWARD, REPACKED, REPACKS, dequantize_bnb_weight
+from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 
-# set on every instance of an experts module by transformers' use_experts_implementation
-EXPERTS_MARK = "_is_expert_parallel"
 # tokens that an adopted block is tried on
 TRIED = 3
 
 
-class AdoptedExperts(nn.Module):
+class AdoptedExperts(ViewedExperts, nn.Module):
     """The contract's flags, and stacks put together from a block's tensors.
 
     Attributes:
         kind: "routed", "shared" or "dense".
-        dense: stacks to use instead of the block's, `[G, ...]` by name.
     """
 
     has_post_expert_norm = False
     is_concatenated = True
-    dense: Mapping[str, Tensor] | None = None
     # how `run` goes about it (see `rows`)
     implementation = "eager"
 
@@ -84,7 +80,6 @@ class AdoptedExperts(nn.Module):
 
     @property
     def stack_views(self) -> dict[str, Any]:
-        """By name, what `experts.expert_stacks` gives."""
         return {name: (self.dense or {}).get(name, self._view(name)) for name in self.names}
 
     def _axis(self, stack: str) -> int:
@@ -110,7 +105,6 @@ class AdoptedExperts(nn.Module):
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        """Inside, the weights are leaves, the same in every forward: their gradients can be asked for."""
         pieces = {name: [piece.detach() for piece in self.pieces(name)] for name in self.names}
         self.dense = {
             name: held[0] if len(held) == 1 else torch.cat(held, dim=self._axis(name) + 1)
@@ -122,7 +116,6 @@ class AdoptedExperts(nn.Module):
             self.dense = None
 
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
-        """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
         module = copy.copy(self)
         module.dense = dict(stacks)
         module.num_experts = len(next(iter(stacks.values())))
@@ -168,7 +161,7 @@ class AdoptedExperts(nn.Module):
         """A whole stack `[E, ...]` as the block would save it, by name within the block."""
 
 
-def kind_of(experts: nn.Module) -> str:
+def kind_of(experts: Any) -> str:
     """Which kind of nodes an experts module holds: "routed", "shared" or "dense"."""
     return experts.kind if isinstance(experts, AdoptedExperts) else "routed"
 
@@ -208,8 +201,8 @@ def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None)
 def change_class(module: Any, kind: type) -> None:
     """Make a module an instance of another class, for accelerate's hooks of a model on several devices too."""
     module.__class__ = kind
-    if "_old_forward" in module.__dict__:
-        module._old_forward = type(module).forward.__get__(module)
+    if OLD_FORWARD in module.__dict__:
+        setattr(module, OLD_FORWARD, type(module).forward.__get__(module))
 
 
 def return_block(block: nn.Module) -> None:
@@ -249,7 +242,7 @@ def differ(before: Any, after: Any) -> bool:
 @contextmanager
 def _evaluating(block: nn.Module) -> Iterator[None]:
     """Without dropout and the like. bitsandbytes' layers pack their weights anew when they evaluate on some CPUs."""
-    were = {m: m.training for m in block.modules() if not hasattr(m, "support_avx512bf16_for_cpu")}
+    were = {m: m.training for m in block.modules() if not hasattr(m, REPACKS)}
     for module in were:
         module.training = False
     try:
@@ -374,7 +367,7 @@ def _full_weight(layer: Any, like: Tensor) -> Tensor:
     """A linear layer's weight, decoded if bitsandbytes quantized it."""
     if layer.weight.is_floating_point():
         return layer.weight
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+    if getattr(getattr(layer.weight, "quant_state", None), REPACKED, False):
         # evaluation on some CPUs has packed it in another order, which only its own kernel reads
         with torch.no_grad():
             columns = layer(torch.eye(layer.in_features, dtype=like.dtype, device="cpu"))

@@ -5,20 +5,83 @@ The contract (transformers 5, `integrations/moe.py`): an experts module is calle
 expert. `use_experts_implementation` marks such modules; they are found by that mark, never by their path.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures.adopted_experts import AdoptedExperts
+from peft_pcgrow.architectures.host import LOADED_IN
 from peft_pcgrow.architectures.layout import StackLayout
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
 from peft_pcgrow.architectures.slices import Pieces
-from peft_pcgrow.architectures.stack_view import StackView
+from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 
-# an nn.Module that follows the contract above: no class of transformers' says so, type checkers cannot either
-ExpertsModule: TypeAlias = Any
+
+class ExpertsModule(Protocol):
+    """The contract above: what transformers' own experts, adopted ones and packed ones all offer.
+
+    Each is an nn.Module, of which this says what is asked of experts; their weights are asked for by the functions
+    below, whichever they are. `_apply_gate` is there if there is a gate, `post_expert_norm` if that is said.
+
+    Attributes:
+        has_gate: whether gate and up are one stack, `gate_up_proj`, else there is `up_proj`.
+        is_transposed: whether matrices are `[E, I, O]`. is_concatenated: whether all of gate comes before all of up.
+    """
+
+    num_experts: int
+    config: Any
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    is_concatenated: bool
+    act_fn: Any
+    post_expert_norm: Any
+    _parameters: dict[str, Any]
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor: ...
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor: ...
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class GrownExperts:
+    """What stands around an experts module some of whose experts have grown; no other tuner's layer is one."""
+
+    @property
+    @abstractmethod
+    def newborns(self) -> list[tuple[str, int]]:
+        """(adapter, donor) of each newborn in use."""
+
+    @abstractmethod
+    def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
+        nobody's is E + N.
+
+        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
+        """
+
+    @abstractmethod
+    def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
+        """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
+        None for all experts).
+
+        Composed weights are in use only inside `composed_once`.
+        """
+
+    @abstractmethod
+    def composed_once(self) -> AbstractContextManager[None]:
+        """Inside, composed weights are the same tensors in every forward, and leaves: their gradients can be asked
+        for."""
 
 
 def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
@@ -38,7 +101,7 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
 
 def _views(base: ExpertsModule) -> dict[str, Any]:
     """What stands for stacks that are no tensors."""
-    return base.packed_stacks if is_packed(base) else getattr(base, "stack_views", {})
+    return base.stack_views if isinstance(base, ViewedExperts) else {}
 
 
 def neuron_places(base: ExpertsModule, stack: str, neurons: Tensor) -> tuple[int, Tensor] | None:
@@ -143,7 +206,7 @@ def stack_layouts(base: ExpertsModule) -> dict[str, StackLayout]:
     return layouts
 
 
-def is_adopted(base: ExpertsModule) -> bool:
+def is_adopted(base: Any) -> TypeGuard[Any]:
     """Whether these experts stand for a block that does not follow the contract."""
     return isinstance(base, AdoptedExperts)
 
@@ -153,9 +216,9 @@ def weight_places(base: ExpertsModule) -> list[tuple[dict[str, Any], str]]:
     return base.places() if is_adopted(base) else []
 
 
-def is_packed(base: ExpertsModule) -> bool:
+def is_packed(base: Any) -> TypeGuard[Any]:
     """Whether `compress` has packed these experts."""
-    return hasattr(base, "packed_stacks")
+    return isinstance(base, ViewedExperts) and base.packed
 
 
 def is_quantized(base: ExpertsModule) -> bool:
@@ -176,9 +239,7 @@ def loaded_in_bits(base: ExpertsModule) -> int | None:
     """Bits that bitsandbytes loaded the model's linear layers in; None: it did not."""
     found = getattr(base.config, "quantization_config", None) or {}
     read = found if isinstance(found, Mapping) else vars(found)
-    # BitsAndBytesConfig keeps both flags behind an underscore
-    flags = {4: "load_in_4bit", 8: "load_in_8bit"}
-    return next((bits for bits, name in flags.items() if read.get(name) or read.get(f"_{name}")), None)
+    return next((bits for bits, name in LOADED_IN.items() if read.get(name) or read.get(name.removeprefix("_"))), None)
 
 
 def text_config(config: Any) -> Any:

@@ -1,6 +1,7 @@
 """Where a model's experts are: one site a decoder layer, and what is refused by name."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -9,12 +10,14 @@ from peft_pcgrow.architectures.adopt_routed import adopt_routed, undecorated, wh
 from peft_pcgrow.architectures.decoder import UNPATCHED, in_decoder, layer_list
 from peft_pcgrow.architectures.experts import (
     ExpertsModule,
+    GrownExperts,
     expert_stacks,
     first_matrix,
     is_adopted,
     is_packed,
     weight_places,
 )
+from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK
 from peft_pcgrow.architectures.node_weights import check_unshared, why_computed, why_hooked
 from peft_pcgrow.architectures.plain_weight import is_offloaded, way_out, why_not_stacks
 from peft_pcgrow.settling.layer_stack import beneath
@@ -44,6 +47,11 @@ class ExpertsSite:
     @property
     def experts(self) -> int:
         return self.base.num_experts
+
+    @property
+    def newborns(self) -> list[tuple[str, int]]:
+        """(adapter, donor) of each newborn in use."""
+        return self.module.newborns if isinstance(self.module, GrownExperts) else []
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def forward_replaced(module: nn.Module) -> bool:
     forward = beneath(module.__dict__.get("forward"))
     # where no kernel fits, use_kernels=True puts the class's own forward there
     own = getattr(forward, "__func__", None) is type(module).forward
-    return forward is not None and not own and not hasattr(module, "_hf_hook")
+    return forward is not None and not own and not hasattr(module, HOOK)
 
 
 def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
@@ -164,7 +172,7 @@ def check_in_memory(tree: Tree) -> None:
 
 def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
     _check_forward(name, base)
-    if base._is_expert_parallel:
+    if getattr(base, EXPERTS_MARK):
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     stacks = [first_matrix(base), "down_proj"]
     names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]
@@ -181,14 +189,14 @@ def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
         )
 
 
-def _holders(base: ExpertsModule) -> list[nn.Module]:
+def _holders(base: ExpertsModule) -> list[Any]:
     """The modules that hold the weights of experts."""
     return [owner[name] for owner, name in weight_places(base) if owner.get(name) is not None] or [base]
 
 
 def _check_wrapper(name: str, module: nn.Module) -> None:
     _check_forward(name, module)
-    if not hasattr(module, "weights_in_use"):  # none of this library's
+    if not isinstance(module, GrownExperts):
         adapters = getattr(module, "active_adapters", None)
         raise ValueError(
             f"{name} is in a {type(module).__name__} of another tuner (adapters: {adapters}), as LoRA with "
@@ -197,7 +205,7 @@ def _check_wrapper(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_forward(name: str, module: nn.Module) -> None:
+def _check_forward(name: str, module: Any) -> None:
     if forward_replaced(module):
         raise ValueError(
             f"{name} ({type(module).__name__}) has its forward replaced, by Liger's kernels for example, which know "

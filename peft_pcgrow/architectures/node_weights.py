@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.plain_weight import BITSANDBYTES
+from peft_pcgrow.architectures.host import BITSANDBYTES, HOOK, OLD_FORWARD, loaded, plain_forwards
 from peft_pcgrow.settling.conditions import own_hooks
 
-# where linear layers' forwards compute nothing but a product and a bias
-KNOWN = ("transformers.models.", "transformers.pytorch_utils", "bitsandbytes.")
 # what torch's own tools leave beside a weight that they compute anew at every call, and what takes them off
 _COMPUTED = {
     "_mask": "torch.nn.utils.prune.remove(module, {name!r})",
@@ -37,7 +35,7 @@ def why_computed(module: Any, names: Iterable[str]) -> str | None:
     return None
 
 
-def why_hooked(module: nn.Module) -> str | None:
+def why_hooked(module: Any) -> str | None:
     """What else runs when a module is called, which grown copies of its weights would not."""
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
     if own := own_hooks(hooks):
@@ -53,11 +51,12 @@ def why_own_forward(layer: Any) -> str | None:
     """Why a linear layer computes something else than its architecture has it compute."""
     kind = type(layer)
     # accelerate's hooks run what was there before them
-    replaced = layer.__dict__.get("_old_forward" if hasattr(layer, "_hf_hook") else "forward")
+    replaced = layer.__dict__.get(OLD_FORWARD if hasattr(layer, HOOK) else "forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not kind.forward:
         return "its forward was replaced, which grown copies of its weights would not run: delete that attribute"
-    known = kind.forward is nn.Linear.forward or kind.forward.__module__.startswith(KNOWN)
-    return None if known else f"{kind.__name__} has a forward of its own, which grown copies would not run"
+    if kind.forward in plain_forwards():
+        return None
+    return f"{kind.__name__} has a forward of its own, which grown copies would not run"
 
 
 def check_unshared(model: nn.Module, holders: Mapping[str, Sequence[nn.Module]]) -> None:
@@ -99,7 +98,8 @@ def check_unshared(model: nn.Module, holders: Mapping[str, Sequence[nn.Module]])
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
     """The addresses from and up to which a tensor lies; None where it has none."""
-    if tensor.is_meta or not tensor.numel() or type(tensor).__name__ not in ("Tensor", "Parameter", *BITSANDBYTES):
+    known = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, loaded(BITSANDBYTES))
+    if tensor.is_meta or not tensor.numel() or not known:
         return None
     start = tensor.data_ptr()
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

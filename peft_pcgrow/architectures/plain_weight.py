@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.host import BITSANDBYTES, DTENSOR, FLAT, HOOK, PARTITIONED, SHARDED, loaded
+
 # parameters beside a stack that say how its codes are read, whatever the quantizer
 _SCALES = re.compile(r"(^|_)(scales?|scale_inv|zeros?|zero_point|qzeros|blocks|absmax|codebook|g_idx|lut)(_|$)")
-# linear layers' weights that are decoded when they are read (see `adopted`)
-BITSANDBYTES = ("Params4bit", "Int8Params")
-# what torch makes of modules that it shards
-FSDP = ("FSDPModule", "FullyShardedDataParallel")
 # how configs call that experts are packed (see `compress.persist`)
 PACKED_METHOD = "pcgrow"
 
@@ -28,7 +26,8 @@ def check_whole(model: nn.Module) -> None:
     found = next(((name, how) for name, how in named if how is not None), None)
     if found is None and torch.distributed.is_available() and torch.distributed.is_initialized():
         # while they are gathered for a forward, parameters do not tell
-        around = next((type(each).__name__ for each in _instances(FSDP) if model in set(each.modules())), None)
+        sharded = _instances(loaded(SHARDED))
+        around = next((type(each).__name__ for each in sharded if model in set(each.modules())), None)
         found = None if around is None else ("the model", f"inside of {around}")
     if found is not None:
         raise ValueError(
@@ -37,20 +36,18 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def _instances(names: Iterable[str]) -> Iterator[Any]:
-    """All objects whose class, or a class that it is made from, has one of these names."""
-    for each in gc.get_objects():
-        if any(kind.__name__ in names for kind in type(each).__mro__):
-            yield each
+def _instances(kinds: tuple[type, ...]) -> Iterator[Any]:
+    """All objects of these classes; others are not asked for theirs, which proxies answer by failing."""
+    return (each for each in gc.get_objects() if issubclass(type(each), kinds))
 
 
 def how_sharded(tensor: Any) -> str | None:
     """What a tensor is a shard of, if it is one."""
-    if type(tensor) not in (Tensor, nn.Parameter) and any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+    if isinstance(tensor, loaded(DTENSOR)):
         return "a DTensor (sharded by fully_shard, or by tensor or expert parallelism)"
-    if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
+    if any(getattr(tensor, name, False) for name in FLAT):
         return "part of a flat parameter (sharded by FullyShardedDataParallel)"
-    if hasattr(tensor, "ds_id"):
+    if hasattr(tensor, PARTITIONED):
         return "partitioned by DeepSpeed (ZeRO-3)"
     return None
 
@@ -89,7 +86,7 @@ def why_not_linear(layer: Any) -> str | None:
     if hasattr(layer, "parametrizations"):
         return "have parametrized weights"
     weight = getattr(layer, "weight", None)
-    what = None if type(weight).__name__ in BITSANDBYTES else why_not_plain(weight)
+    what = None if isinstance(weight, loaded(BITSANDBYTES)) else why_not_plain(weight)
     return None if what is None else f"have weights that are {what}"
 
 
@@ -113,5 +110,5 @@ def way_out(config: Any) -> str:
 
 def is_offloaded(module: Any) -> bool:
     """Whether accelerate keeps a module's weights elsewhere until it runs."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = getattr(module, HOOK, None)
     return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _batched_linear,
-    _grouped_linear,
-    batched_mm_experts_forward,
-    grouped_mm_experts_forward,
-)
 
 from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, is_adopted, is_packed
+from peft_pcgrow.architectures.host import (
+    IMPLEMENTATIONS,
+    batched_linear,
+    batched_mm_experts_forward,
+    grouped_linear,
+    grouped_mm_experts_forward,
+    implementation_name,
+)
+from peft_pcgrow.architectures.stack_view import ViewedExperts
 
 # by function, not by name: a name can be registered anew
 FAST_PATHS = {grouped_mm_experts_forward: "grouped_mm", batched_mm_experts_forward: "batched_mm"}
@@ -65,7 +67,7 @@ def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Ten
     Returns:
         `[R, H]`.
     """
-    modules = [with_bank(base, part.bank) for part in parts]
+    modules: list[Any] = [with_bank(base, part.bank) for part in parts]
 
     def together(outputs: list[Tensor]) -> Tensor:
         return torch.cat([*outputs, torch.zeros_like(outputs[0][:1])])[source]
@@ -110,7 +112,7 @@ def implementation(base: ExpertsModule) -> str | None:
         return "grouped_mm"
     if is_adopted(base):
         return base.implementation
-    way = ALL_EXPERTS_FUNCTIONS.get(getattr(base.config, "_experts_implementation", None))
+    way = IMPLEMENTATIONS.get(implementation_name(base.config))
     return "eager" if way is None else FAST_PATHS.get(way)
 
 
@@ -119,7 +121,7 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Experts
     if bank is None:
         return base
     stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
-    if hasattr(base, "replaced"):
+    if isinstance(base, ViewedExperts):
         return base.replaced(stacks)
     module = copy.copy(base)
     # a shallow copy shares its dicts with the base: give it its own before anything is put into them
@@ -146,14 +148,14 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
 
 def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
-    if is_packed(module) or implementation(module) == "sorted":
+    if is_packed(module) or (is_adopted(module) and module.implementation == "sorted"):
         return module.linear(inputs, chosen, name)
     stack, bias = getattr(module, name), getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
     if implementation(module) == "grouped_mm":
         every = torch.arange(module.num_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
-        return _grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)
-    return _batched_linear(inputs, stack[chosen], bias=bias, is_transposed=module.is_transposed)
+        return grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)
+    return batched_linear(inputs, stack[chosen], bias=bias, is_transposed=module.is_transposed)
 
 
 def _batched(
@@ -178,4 +180,4 @@ def _batched(
         return held[:-1]
 
     bias = gathered(f"{name}_bias") if base.has_bias else None
-    return _batched_linear(inputs, gathered(name), bias=bias, is_transposed=base.is_transposed)
+    return batched_linear(inputs, gathered(name), bias=bias, is_transposed=base.is_transposed)

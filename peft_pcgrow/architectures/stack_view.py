@@ -1,6 +1,8 @@
 """What a stack of experts' weights looks like where no such tensor exists: it is packed, or lies in several pieces."""
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,3 +69,28 @@ class StackView:
         assert self._write is not None, "these weights are read-only"
         for expert, value in zip(chosen.tolist(), values, strict=True):
             self._write(expert, value)
+
+
+class ViewedExperts:
+    """What experts modules offer beyond the contract whose stacks are views: adopted ones, packed ones.
+
+    Attributes:
+        dense: stacks to use instead of their own, `[G, ...]` by name.
+        packed: whether `pack` made them.
+    """
+
+    dense: Mapping[str, Tensor] | None = None
+    packed = False
+
+    @property
+    @abstractmethod
+    def stack_views(self) -> dict[str, Any]:
+        """A `StackView`, or the dense stack, for each stack that is no parameter, by name."""
+
+    @abstractmethod
+    def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
+        """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
+
+    @abstractmethod
+    def composed_once(self) -> AbstractContextManager[None]:
+        """Inside, the weights are dense leaves, the same in every forward: their gradients can be asked for."""

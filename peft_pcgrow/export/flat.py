@@ -26,6 +26,7 @@ from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.adopted_experts import kind_of
 from peft_pcgrow.architectures.find import ExpertsSite, Tree, find_experts
+from peft_pcgrow.architectures.host import implementation_name
 from peft_pcgrow.architectures.router_capacity import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.files import check_empty, staged
 from peft_pcgrow.maps.batches import IGNORED, Batch, read_batches, token_losses
@@ -115,7 +116,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     with staged(target) as staging:
         flat.save_pretrained(staging)
         again = type(flat).from_pretrained(staging, dtype=next(flat.parameters()).dtype).to(device).eval()
-        again.set_experts_implementation(base.config._experts_implementation)
+        again.set_experts_implementation(implementation_name(base.config))
         report = _compare(flat, again, read, branch, tree.sites[0].experts + extra)
         if not report.reload_difference == 0:
             raise RuntimeError(
@@ -223,7 +224,7 @@ def _build(
     flat.load_state_dict(state, assign=True)
     flat.tie_weights()
     flat.generation_config = copy.deepcopy(base.generation_config)
-    flat.set_experts_implementation(base.config._experts_implementation)
+    flat.set_experts_implementation(implementation_name(base.config))
     return flat.to(next(base.parameters()).device).eval()
 
 

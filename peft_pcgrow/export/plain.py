@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import ExpertsSite, find_experts
+from peft_pcgrow.architectures.host import implementation_name
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
 from peft_pcgrow.architectures.router_capacity import COUNTS, selection_bias
 from peft_pcgrow.files import check_empty, staged
@@ -103,7 +104,7 @@ def export_plain(
         with staged(target) as staging:
             plain.save_pretrained(staging)
             again = type(held).from_pretrained(staging, dtype=held.dtype).to(device).eval()
-            again.set_experts_implementation(held.config._experts_implementation)
+            again.set_experts_implementation(implementation_name(held.config))
             difference, reloaded, kl = _compare(held, plain, again, read)
             if not reloaded == 0:
                 raise RuntimeError(
@@ -207,9 +208,10 @@ def _build(model: Any, layers: list[_Layer], neurons: int) -> Any:
             lying = experts.neuron_places(base, name, torch.arange(neurons, device=left.device))
             if neurons < whole and lying is not None:
                 left = left.index_select(*lying)
-            adopted = experts.is_adopted(base)
-            written = base.checkpoint(name, left) if adopted else {name: left.contiguous()}
-            owner = paths[base.block if adopted else base]
+            if experts.is_adopted(base):
+                written, owner = base.checkpoint(name, left), paths[base.block]
+            else:
+                written, owner = {name: left.contiguous()}, paths[base]
             state |= {f"{owner}.{own}": tensor for own, tensor in written.items()}
         if len(kept) < layer.site.experts and router is not None:
             for name in ("weight", selection_bias(layer.site)):
@@ -223,7 +225,7 @@ def _build(model: Any, layers: list[_Layer], neurons: int) -> Any:
             path, _, last = name.rpartition(".")
             plain.get_submodule(path)._buffers[last] = model.get_buffer(name)
     plain.generation_config = copy.deepcopy(model.generation_config)
-    plain.set_experts_implementation(model.config._experts_implementation)
+    plain.set_experts_implementation(implementation_name(model.config))
     return plain.eval()
 
 

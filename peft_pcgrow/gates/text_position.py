@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.host import ENTRY_KIND
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.text_borders import Told
 from peft_pcgrow.settling.layer_run import CACHES
@@ -190,7 +191,7 @@ def _remembering(kind: type) -> type:
     # by its kind: pickle could not find a class that is made here
     changed["__reduce__"] = lambda self: (_empty, (kind,), self.__dict__)
     # transformers would register a class with a layer type in the place of its parent
-    return type(kind.__name__, (kind,), {**changed, "_layer_type": None})
+    return type(kind.__name__, (kind,), {**changed, ENTRY_KIND: None})
 
 
 def _empty(kind: type) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from peft_pcgrow.architectures.host import REPACKS
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.text_borders import Told
 from peft_pcgrow.maps.corpus import IGNORED, read_corpus
@@ -192,7 +193,7 @@ def held_still(model: nn.Module) -> Iterator[None]:
     # of each module: PEFT's wrappers train around a base that does not
     were_training = {module: module.training for module in model.modules()}
     # in evaluation, bitsandbytes packs 4-bit weights on some CPUs into a form that has no gradient
-    unpacked = [module for module in were_training if getattr(module, "support_avx512bf16_for_cpu", False)]
+    unpacked = [module for module in were_training if getattr(module, REPACKS, False)]
 
     def put_back() -> None:
         for p in trainable:

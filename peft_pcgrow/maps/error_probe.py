@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import ExpertsSite, Tree
+from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.maps.batches import IGNORED
 from peft_pcgrow.maps.error_map import COUNTERS, FOLDS, SUMS, ErrorMap
@@ -32,8 +33,8 @@ class ErrorProbe(Probe):
         self.sketch = sketch
         self.layouts = experts.stack_layouts(tree.sites[0].base)
         self.keep = torch.ones(0, dtype=torch.bool, device="cpu")
-        # newborns are numbered behind the experts of their layer (see `PCGrowExperts.nodes_of`)
-        self.newborns = {site.layer: getattr(site.module, "newborns", []) for site in tree.sites}
+        # newborns are numbered behind the experts of their layer (see `GrownExperts.nodes_of`)
+        self.newborns = {site.layer: site.newborns for site in tree.sites}
         self.nodes = {site.layer: site.experts + len(self.newborns[site.layer]) for site in tree.sites}
         self.sums = {
             layer: torch.zeros(len(SUMS), nodes, dtype=torch.float64, device="cpu")
@@ -94,8 +95,8 @@ class ErrorProbe(Probe):
         with ExitStack() as composed:
             try:
                 if self.sketch is not None:
-                    if (once := getattr(site.module, "composed_once", None)) is not None:
-                        composed.enter_context(once())
+                    if isinstance(site.module, (experts.GrownExperts, ViewedExperts)):
+                        composed.enter_context(site.module.composed_once())
                     self._stacks = list(_stacks_in_use(site))
                 handles.append(site.module.register_forward_hook(seen))
                 for _, stack, _ in self._stacks:
@@ -194,11 +195,10 @@ class ErrorProbe(Probe):
 
 def _stacks_in_use(site: ExpertsSite) -> Iterator[tuple[str, Tensor, Sequence[int] | None]]:
     """The tensors whose gradients are the nodes' (name, tensor, nodes of its slices; None for all experts)."""
-    in_use = getattr(site.module, "weights_in_use", None)
-    if in_use is None:
+    if not isinstance(site.module, experts.GrownExperts):
         for name, stack in experts.expert_stacks(site.base).items():
             yield name, stack, None
     else:
-        for name, held in in_use().items():
+        for name, held in site.module.weights_in_use().items():
             for stack, chosen in held:
                 yield name, stack, chosen

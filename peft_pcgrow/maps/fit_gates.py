@@ -36,7 +36,7 @@ HELD_OUT = 4
 # row of its layer
 Key = tuple[str, int]
 # called for every gate of every batch, texts in rows of their own: input [B, S, H], the nodes that compute its rows
-# [B, S, K] (an expert, or E + n: see `PCGrowExperts.nodes_of`) if it enters experts, rows, texts held out [B]
+# [B, S, K] (an expert, or E + n: see `GrownExperts.nodes_of`) if it enters experts, rows, texts held out [B]
 See = Callable[[Key, Tensor, Tensor | None, Rows, Tensor], None]
 
 
@@ -221,7 +221,7 @@ class _InputMoments:
         row = key[1]
         site = self.tree.sites[row]
         tokens, chosen = x[rows.real], index[rows.real]
-        for n, (_, donor) in enumerate(getattr(site.module, "newborns", ())):  # type: ignore
+        for n, (_, donor) in enumerate(site.newborns):
             chosen = chosen.masked_fill(chosen == site.experts + n, donor)
         for expert in range(site.experts):
             mine = tokens[(chosen == expert).any(dim=1)]
@@ -244,7 +244,7 @@ class _Scores:
         self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
         self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
         self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
-        counts = [site.experts + len(getattr(site.module, "newborns", ())) for site in tree.sites]
+        counts = [site.experts + len(site.newborns) for site in tree.sites]
         self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0
 

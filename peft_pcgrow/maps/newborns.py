@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pcgrow.architectures.experts import GrownExperts
+
 SUMS = ("count", "weight", "mass", "square")
 
 
@@ -83,5 +85,4 @@ class Newborns:
 
 def nodes_of(module: Any, args: tuple) -> Tensor:
     """Who computes each row of a call of an experts module: its expert, or E + n for newborn n there, `[T, K]`."""
-    asked = getattr(module, "nodes_of", None)
-    return args[1].detach() if asked is None else asked(args[0].detach(), args[1])
+    return module.nodes_of(args[0].detach(), args[1]) if isinstance(module, GrownExperts) else args[1].detach()

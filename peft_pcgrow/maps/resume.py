@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.error_map import ErrorMap
-from peft_pcgrow.settling.conditions import ADAPTERS
+from peft_pcgrow.settling.host import ADAPTERS
 
 # numbers summed at a time: their products take 8 bytes each
 CHUNK = 2**22

@@ -18,21 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import find_experts
+from peft_pcgrow.architectures.host import LOADED
 from peft_pcgrow.architectures.plain_weight import PACKED_METHOD, loaded_quantized
 from peft_pcgrow.packed.forms import Form
+from peft_pcgrow.packed.host import (
+    ADAPTERS_LOADED,
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    load_offloaded_parameter,
+    register_quantization_config,
+    register_quantizer,
+    remove_tied_weights_from_state_dict,
+)
 from peft_pcgrow.packed.packed_experts import PREFIX, pack
 from peft_pcgrow.packed.packed_seal import AGAIN, facts_digest, tensors_digest, verify
 
@@ -153,7 +155,7 @@ class PackedQuantizer(HfQuantizer):
             pack(sites[layer].base, forms, half=getattr(torch, self.quantization_config.half))
             # transformers would fill the stacks with random numbers, which are not there
             for module in {sites[layer].base, getattr(sites[layer].base, "block", sites[layer].base)}:
-                module._is_hf_initialized = True
+                setattr(module, LOADED, True)
         unfit = (f"{re.escape(name)}$" for name in (IMPORT, *_unfit_names(model)))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unfit}
         return model
@@ -164,7 +166,7 @@ class PackedQuantizer(HfQuantizer):
                 held = {**site.base._parameters, **{n: b for n, b in site.base._buffers.items() if PREFIX in n}}
                 # on meta: offloaded
                 real = {name: tensor for name, tensor in held.items() if tensor is not None and not tensor.is_meta}
-                lost = [name for name, tensor in real.items() if not getattr(tensor, "_is_hf_initialized", False)]
+                lost = [name for name, tensor in real.items() if not getattr(tensor, LOADED, False)]
                 if lost:
                     raise ValueError(
                         f"the checkpoint has no {', '.join(lost)} for the packed experts {site.name}, or of another "
@@ -176,7 +178,7 @@ class PackedQuantizer(HfQuantizer):
         # experts may have been packed since
         note_packing(model)
         # of a model with adapters of transformers' own, those alone are written
-        return None if getattr(model, "_hf_peft_config_loaded", False) else _sealed(model), {}
+        return None if getattr(model, ADAPTERS_LOADED, False) else _sealed(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         raise NotImplementedError(
@@ -196,7 +198,7 @@ class _Unwritable(HfQuantizer):
     """Mixed into the quantizer that loaded a model whose experts were packed afterwards."""
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if getattr(model, ADAPTERS_LOADED, False):
             # adapters alone are written
             return super().get_state_dict_and_metadata(model)
         method = getattr(self.quantization_config, "quant_method", "another method")
@@ -273,11 +275,12 @@ def _sealed(model: Any) -> dict[str, Tensor]:
                 f"{site.name} has an adapter around it, and a packed checkpoint holds none: save the adapter by its "
                 "PeftModel's save_pretrained, or the base after unload()"
             )
-        for name, held in site.base.packed_buffers().items() if experts.is_packed(site.base) else ():
-            if held.dtype != torch.uint8 or held.numel() != site.base.packed_bytes(name):
+        base: Any = site.base
+        for name, held in base.packed_buffers().items() if experts.is_packed(base) else ():
+            if held.dtype != torch.uint8 or held.numel() != base.packed_bytes(name):
                 raise ValueError(
                     f"{PREFIX}{name} of {site.name} holds {held.numel()} numbers of {held.dtype} instead of "
-                    f"{site.base.packed_bytes(name)} bytes: something wrote over it; load or compress the model again"
+                    f"{base.packed_bytes(name)} bytes: something wrote over it; load or compress the model again"
                 )
     # names and tensors as they are in the model: what they were converted from when it was loaded is not written back,
     # since what is digested is what will be in the files

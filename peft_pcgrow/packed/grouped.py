@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import _grouped_linear
+
+from peft_pcgrow.architectures.host import grouped_linear
+from peft_pcgrow.packed.host import grouped_mm_fallback
 
 
 def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -23,5 +25,5 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Sequence[int], turned: bo
     # what transformers' way takes: no fp64, and rows of whole 16 bytes
     step = 16 // x.element_size()
     if x.dtype != torch.float64 and all(width % step == 0 for width in matrices.shape[1:]):
-        return _grouped_linear(x, matrices, places, is_transposed=not turned)
-    return torch.ops.transformers.grouped_mm_fallback(x, matrices.mT if turned else matrices, places)
+        return grouped_linear(x, matrices, places, is_transposed=not turned)
+    return grouped_mm_fallback(x, matrices.mT if turned else matrices, places)

@@ -19,7 +19,7 @@ from pcgrow_kernels import lowbit
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.adopted_experts import change_class
 from peft_pcgrow.architectures.experts import ExpertsModule
-from peft_pcgrow.architectures.stack_view import StackView
+from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.packed.forms import WHOLE, Form, first_neurons, full_matrix, matrix_shape
 from peft_pcgrow.packed.grouped import grouped_product, joined
@@ -46,18 +46,17 @@ class _PackedLinear(torch.autograd.Function):
         return module.packed_product(gradients[0], stack, ends, back=True), None, None, None
 
 
-class PackedExperts:
+class PackedExperts(ViewedExperts):
     """Mixed into an architecture's experts class by `pack`; see there."""
 
     pcgrow_like: Tensor
     # what is stored in 16 bits is of this type
     pcgrow_half: torch.dtype
     forms: tuple[Form, ...]
-    # stacks to use instead of the packed ones, `[G, ...]` in the base's layout, by name
-    dense: Mapping[str, Tensor] | None
+    packed = True
 
     @property
-    def packed_stacks(self) -> dict[str, Any]:
+    def stack_views(self) -> dict[str, Any]:
         module: Any = self
         return {
             name: (self.dense or {}).get(name, StackView(shape, self.pcgrow_like, partial(self.full_matrix, name)))
@@ -136,7 +135,8 @@ class PackedExperts:
         """`matrix_shape`, looked up once."""
         found: dict[tuple[str, Form], tuple[int, int]] = self.__dict__.setdefault("_shapes", {})
         if (stack, form) not in found:
-            found[stack, form] = matrix_shape(self, stack, form)
+            module: Any = self
+            found[stack, form] = matrix_shape(module, stack, form)
         return found[stack, form]
 
     def _columns(self, stack: str, left: int) -> Tensor:
@@ -144,13 +144,15 @@ class PackedExperts:
         found: dict[Any, Tensor] = self.__dict__.setdefault("_places", {})
         key = stack, left, self.pcgrow_like.device
         if key not in found:
-            found[key] = first_neurons(self, stack, left)[1]
+            module: Any = self
+            found[key] = first_neurons(module, stack, left)[1]
         return found[key]
 
     def full_matrix(self, stack: str, expert: int) -> Tensor:
         """The same in the stack's own layout and dtype, zeros where neurons are gone."""
+        module: Any = self
         found = self.matrix(stack, expert, self.pcgrow_like.dtype) if self.forms[expert].neurons != 0 else None
-        return full_matrix(self, stack, self.forms[expert], found)
+        return full_matrix(module, stack, self.forms[expert], found)
 
     def packed_buffers(self) -> dict[str, Tensor]:
         """What is stored, by stack."""
@@ -163,7 +165,6 @@ class PackedExperts:
         return sum(lowbit.size(*s, form.width, form.sparsity) for s, form in zip(shapes, self.forms, strict=True))
 
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
-        """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
         module: Any = copy.copy(self)
         named = module.pcgrow_shapes
         module.__dict__["_parameters"] = {
@@ -176,9 +177,8 @@ class PackedExperts:
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        """Inside, the weights are dense leaves, the same in every forward: their gradients can be asked for."""
         every = torch.arange(len(self.forms), device="cpu")
-        self.dense = {name: stack[every] for name, stack in self.packed_stacks.items()}
+        self.dense = {name: stack[every] for name, stack in self.stack_views.items()}
         try:
             yield
         finally:
@@ -237,7 +237,7 @@ def packed_class(kind: type) -> type:
 
 
 def pack(
-    base: ExpertsModule,
+    base: Any,
     forms: Sequence[Form],
     data: Mapping[str, Sequence[Tensor]] | None = None,
     half: torch.dtype = torch.bfloat16,

@@ -108,7 +108,7 @@ def check_quantizable(sites: Sequence[ExpertsSite], to: str) -> None:
                 )
             continue
         stacks = experts.expert_stacks(site.base)
-        if site.module is not site.base and not hasattr(site.module, "weights_in_use"):
+        if site.module is not site.base and not isinstance(site.module, experts.GrownExperts):
             raise ValueError(
                 f"the experts of layer {site.layer} sit in a {type(site.module).__name__}, which needs their weights "
                 "as they are: pack them before that adapter is added"

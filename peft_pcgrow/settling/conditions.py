@@ -7,14 +7,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-# where PEFT's layers keep what they are set to
-ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-# hooks that may come with any call that wants something recorded: see `inner_outputs`
-ONLOOKERS = "transformers.utils.output_capturing"
-# where modules keep their tensors
-HOLDERS = ("_parameters", "_buffers")
+from peft_pcgrow.settling.host import ADAPTERS, ATTENTION, EXPERTS, HOLDERS, ONLOOKERS, Normalization, times_written
+
 # numbers in a buffer (statistics, a router's bias) up to which a copy of it is kept
 SMALL = 2**16
 # attributes of modules that change nothing of what they compute, or stand among the settings
@@ -47,7 +42,7 @@ class Setting(NamedTuple):
             module.training,
             tuple(own_hooks(hooks)),
             (*(str(held[name]) for name in ADAPTERS if name in held), *(str(b.gate_fpr) for b in births.values())),
-            tuple(getattr(config, f"_{kind}_implementation", None) for kind in ("attn", "experts")) if config else (),
+            tuple(getattr(config, name, None) for name in (ATTENTION, EXPERTS)) if config else (),
         )
 
 
@@ -200,7 +195,7 @@ class Conditions:
             for weight in self.weights:
                 other, right = weight.place.get(weight.name), weight.tensor
                 # a batch norm's kernels leave no trace in a tensor's version
-                written = isinstance(weight.owner, _NormBase) or _state(right) != weight.state
+                written = isinstance(weight.owner, Normalization) or _state(right) != weight.state
                 if weight.copy is not None and written:
                     # one for all modules that share it
                     right = copies.setdefault(id(right), weight.copy.clone())
@@ -229,5 +224,4 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.is_meta:  # its values come and go, with hooks of accelerate's
         return ()
     plain = type(tensor) in (Tensor, nn.Parameter)  # quantized ones set their data in each forward
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.dtype, tensor.device, tensor.data_ptr() if plain else 0
+    return times_written(tensor), tensor.dtype, tensor.device, tensor.data_ptr() if plain else 0

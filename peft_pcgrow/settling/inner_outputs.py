@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.utils.output_capturing import _active_collector
 
+from peft_pcgrow.settling.host import collector
 from peft_pcgrow.settling.side_tensors import swap, tensors
 
 # recorded from the layers' outputs, which are marked by then, not from inside
@@ -32,12 +32,12 @@ class Recorded:
 
     @classmethod
     def at_hand(cls) -> "Recorded":
-        lists: Mapping[str, Any] = _active_collector.get() or {}
+        lists: Mapping[str, Any] = collector.get() or {}
         return cls({name: len(held) for name, held in lists.items() if isinstance(held, list) and name != STATES})
 
     def mark(self, mark: Callable[[Tensor], Tensor]) -> None:
         """Put marks in the place of what has been recorded since."""
-        lists: Any = _active_collector.get() or {}
+        lists: Any = collector.get() or {}
         for name, start in self.began.items():
             lists[name][start:] = swap(lists[name][start:], mark)
 
@@ -45,8 +45,8 @@ class Recorded:
     def again(self) -> Iterator[Callable[[], list[Tensor]]]:
         """Around a layer that is run again: lists what it records, which no call that is under way will see."""
         lists: Any = {name: [] for name in self.began}
-        token = _active_collector.set(lists)
+        token = collector.set(lists)
         try:
             yield lambda: list(tensors(lists))
         finally:
-            _active_collector.reset(token)
+            collector.reset(token)

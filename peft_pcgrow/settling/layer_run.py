@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.settling.conditions import Conditions, own_hooks
+from peft_pcgrow.settling.host import get_device_states, set_device_states
 from peft_pcgrow.settling.side_tensors import swap, tensors, written
 
 # what layers call their KV cache: transformers from 5.24 on, before, and of old

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.settling.descent import TOP, Descent, Probe, Way
+from peft_pcgrow.settling.host import Moved, node_of, set_grad_enabled
 from peft_pcgrow.settling.inner_outputs import Recorded
 from peft_pcgrow.settling.layer_run import (
     LayerRun,
@@ -44,10 +45,10 @@ from peft_pcgrow.settling.layer_run import (
     without_cache,
 )
 from peft_pcgrow.settling.side_tensors import swap, tensors, trained_elsewhere, written
-from peft_pcgrow.settling.tape import Ground, Tape, Top
+from peft_pcgrow.settling.tape import Ground, Mark, Tape, Top
 
 # what may stand between two layers: the mark of the lower one's output, or its move to another device or dtype
-HANDED_ON = ("MarkBackward", "ToCopyBackward0")
+HANDED_ON = (node_of(Mark), Moved)
 
 
 class _Open(PerThread):
@@ -145,7 +146,7 @@ class LayerStack:
         kwargs = without_cache(kwargs)
         tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
-        changed = index > 0 and type(x.grad_fn).__name__ not in HANDED_ON
+        changed = index > 0 and not isinstance(x.grad_fn, HANDED_ON)
         if extras or changed:
             self._check_linked(tape, index, layer, [*extras, x] if changed else extras)
         if tape.wanted[index]:
@@ -265,17 +266,17 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
     try:
         args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
         if tape is not None:
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
         with nullcontext() if tape is None else tapped(layer, tape.tap):
             output = forward(*args, **kwargs)
         if tape is not None:
-            torch._C._set_grad_enabled(enabled)
+            set_grad_enabled(enabled)
             output = stack.after(tape, index, layer, kwargs, output)  # type: ignore
         ran = True
         return output
     finally:
         # at once, whatever was raised: Python code around it could itself be interrupted before it does anything
-        torch._C._set_grad_enabled(enabled)
+        set_grad_enabled(enabled)
         stack.close(index, ran)  # type: ignore
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_pcgrow.settling.descent import BOTTOM, TOP, Way
+from peft_pcgrow.settling.host import backward_under_way, keeps_graph
 from peft_pcgrow.settling.inner_outputs import Recorded
 from peft_pcgrow.settling.layer_run import LayerRun
 
@@ -26,7 +27,7 @@ class Arrivals:
     settling: bool = False
 
     def add(self, number: int, delta: Tensor) -> None:
-        if (backward := torch._C._current_graph_task_id()) != self.backward:
+        if (backward := backward_under_way()) != self.backward:
             # whatever is left was of one that was interrupted
             self.backward, self.errors = backward, {}
         held = self.errors.get(number)
@@ -132,7 +133,7 @@ class Ground(torch.autograd.Function):
         if below is not None and bottom is not None:
             # an error that was carried as it is comes from the top layer's device
             below = below.to(bottom.device, bottom.dtype)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore
+        if not keeps_graph():
             tape.let_go()
         # a parameter that no layer used has none, as under autograd; a bank that no row reached was given zeros
         return None, None, below, *(found.get(id(p)) for p in ctx.parameters)

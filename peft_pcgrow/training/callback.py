@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.architectures.adopted_experts import kind_of
+from peft_pcgrow.architectures.host import CallbackHandler
 from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.distributed import processes
 from peft_pcgrow.maps.error_map import ErrorMap

@@ -8,12 +8,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.maps.batches import IGNORED, check_causal, held_still, known_words, predict, read_batch, token_losses
 from peft_pcgrow.maps.corpus import pad, read_text, whole_number

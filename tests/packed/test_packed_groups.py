@@ -148,7 +148,7 @@ def test_bits_do_not_depend_on_how_many_are_decoded_at_a_time(monkeypatch, dtype
         found.append((output.logits, embedded.grad))
         calls.append(len(sizes))
         largest = max(
-            stack.shape[1:].numel() for s in find_experts(model).sites for stack in s.base.packed_stacks.values()
+            stack.shape[1:].numel() for s in find_experts(model).sites for stack in s.base.stack_views.values()
         )
         assert max(sizes) <= max(bound, 2 * largest * dtype.itemsize)
     assert calls[0] > calls[1] >= calls[2]
