@@ -131,7 +131,7 @@ def mapped_whole(rank: int = 0, world: int = 1) -> ErrorMap:
 
 
 def tensors(emap: ErrorMap) -> dict[str, Tensor]:
-    named = {name: getattr(emap, name) for name in (*SUMS, "fold_labels", "shared")}
+    named = {name: getattr(emap, name) for name in (*SUMS, "fold_labels")}
     named |= {"direction": emap.separation.direction, "down": emap.gradient["down_proj"]}
     return named | {"labels": torch.tensor([emap.labels, emap.tokens, emap.batches])}
 

@@ -10,7 +10,7 @@ RULE = "choose nodes by a rule of your own, locus=peft_pcgrow.choose({}, budget,
 FIELDS = {
     "max_per_layer": (None, RULE.format("scores")),
     "cost_weight": (0.0, "to keep steps short, say which layers may grow, layers_to_transform="),
-    "block": (16, "blocks of neurons are gone: resolution='matrix' grows single matrices"),
+    "block": (16, "blocks of neurons were removed: resolution='matrix' grows single matrices"),
     "settle_tol": (0.01, "it was of settle='relax', which no longer trains: leave it out"),
 }
 # of fields that are still there, values that are not
@@ -39,8 +39,8 @@ def without_gone(given: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in given.items() if name not in FIELDS}
     if made and given.get("resolution") == "neurons":
         raise ValueError(
-            "resolution='neurons': this adapter holds blocks of neurons, which are gone: merge it with version 0.1, "
-            "merge_and_unload(), or grow anew with resolution='matrix'"
+            "resolution='neurons': this adapter holds blocks of neurons, which were removed: merge or export it with "
+            "version 0.1, or grow anew with resolution='matrix'"
         )
     if made and _gone("settle", given.get("settle")):
         text = (
@@ -52,10 +52,10 @@ def without_gone(given: Mapping[str, Any]) -> dict[str, Any]:
         return kept | ({"select": None} if _gone("select", given.get("select")) else {})
     for name, (idle, instead) in FIELDS.items():
         if (value := given.get(name, idle)) != idle or isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is gone since version 0.1: {instead}")
+            raise ValueError(f"{name}={value!r} was removed after version 0.1: {instead}")
     for name in VALUES:
         if instead := _gone(name, given.get(name)):
-            raise ValueError(f"{name}={given[name]!r} is gone since version 0.1: {instead}")
+            raise ValueError(f"{name}={given[name]!r} was removed after version 0.1: {instead}")
     return kept
 
 

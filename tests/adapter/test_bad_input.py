@@ -164,7 +164,9 @@ def test_unknown_words():
         PCGrowConfig(locus=LOCUS, select="loss")
     with pytest.raises(ValueError, match="unknown settle='newton'; choose from sweep, direct, backprop"):
         PCGrowConfig(locus=LOCUS, settle="newton")
-    with pytest.raises(ValueError, match=r"settle='relax' is gone since version 0.1: .* settle='sweep' has the same"):
+    with pytest.raises(
+        ValueError, match=r"settle='relax' was removed after version 0.1: .* settle='sweep' has the same"
+    ):
         PCGrowConfig(locus=LOCUS, settle="relax")
     with pytest.raises(ValueError, match="settle_tol was of settle='relax', which no longer trains: leave it out"):
         PCGrowConfig(locus=LOCUS, settle_tol=0.2)

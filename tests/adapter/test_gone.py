@@ -19,17 +19,17 @@ IDLE = {"max_per_layer": None, "cost_weight": 0.0, "block": 16}
 @pytest.mark.parametrize(
     ("given", "instead"),
     [
-        ({"select": "joint"}, "select='joint' is gone since version 0.1: use select='removable'"),
-        ({"select": "square"}, r"select='square' is gone .*choose\(emap.square, budget"),
-        ({"select": "coherent"}, r"select='coherent' is gone .*choose\(emap.coherent, budget"),
-        ({"select": "lowest"}, r"select='lowest' is gone .*choose\(scores, budget.* examples/donors.py"),
-        ({"select": "contested"}, "select='contested' is gone .*examples/donors.py"),
-        ({"select": "separable"}, "select='separable' is gone .*examples/donors.py"),
-        ({"max_per_layer": 2}, r"max_per_layer=2 is gone .*locus=peft_pcgrow.choose\(scores, budget"),
-        ({"cost_weight": 0.5}, "cost_weight=0.5 is gone .*layers_to_transform="),
-        ({"resolution": "neurons"}, "resolution='neurons' is gone .*resolution='matrix'"),
-        ({"resolution": "neurons", "parts": {1: {0: [0]}}}, "resolution='neurons' is gone .*resolution='matrix'"),
-        ({"block": 8}, "block=8 is gone .*resolution='matrix'"),
+        ({"select": "joint"}, "select='joint' was removed after version 0.1: use select='removable'"),
+        ({"select": "square"}, r"select='square' was removed .*choose\(emap.square, budget"),
+        ({"select": "coherent"}, r"select='coherent' was removed .*choose\(emap.coherent, budget"),
+        ({"select": "lowest"}, r"select='lowest' was removed .*choose\(scores, budget.* examples/donors.py"),
+        ({"select": "contested"}, "select='contested' was removed .*examples/donors.py"),
+        ({"select": "separable"}, "select='separable' was removed .*examples/donors.py"),
+        ({"max_per_layer": 2}, r"max_per_layer=2 was removed .*locus=peft_pcgrow.choose\(scores, budget"),
+        ({"cost_weight": 0.5}, "cost_weight=0.5 was removed .*layers_to_transform="),
+        ({"resolution": "neurons"}, "resolution='neurons' was removed .*resolution='matrix'"),
+        ({"resolution": "neurons", "parts": {1: {0: [0]}}}, "resolution='neurons' was removed .*resolution='matrix'"),
+        ({"block": 8}, "block=8 was removed .*resolution='matrix'"),
     ],
 )
 @pytest.mark.parametrize("beside", [{}, {"locus": LOCUS}, {"error_map": "map"}])
@@ -46,7 +46,7 @@ def test_new_configs(given, instead, beside, tmp_path):
 def test_a_field_set_later(name):
     config = PCGrowConfig(locus=LOCUS)
     setattr(config, name, 8)
-    with pytest.raises(ValueError, match=f"{name}=8 is gone since version 0.1"):
+    with pytest.raises(ValueError, match=f"{name}=8 was removed after version 0.1"):
         get_peft_model(build(), config)
 
 
@@ -112,7 +112,7 @@ def test_adapters_of_blocks_are_refused(tmp_path):
     rewrite(tmp_path, None, {**IDLE, "resolution": "neurons", "block": 8, "parts": blocks})
     model = build()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"blocks of neurons, which are gone: merge it with version 0\.1"):
+    with pytest.raises(ValueError, match=r"neurons, which were removed: merge or export it with version 0\.1"):
         PeftModel.from_pretrained(model, tmp_path)
     assert_same(before, snapshot(model))
 

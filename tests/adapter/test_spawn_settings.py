@@ -75,7 +75,7 @@ def test_what_is_decided_is_said(caplog):
     assert "1.4     leave" in caplog.text
 
 
-@pytest.mark.parametrize("select", ["error", "lowest", "contested", "separable"])
+@pytest.mark.parametrize("select", ["error", "frequency"])
 def test_nodes_chosen_by_a_budget(select):
     """The map's choice spawns, is born as the base and trains."""
     model = spawned(locus=None, budget=0.25, select=select)
@@ -290,7 +290,7 @@ def test_words_out_of_range():
         spawning(router="top")
     with pytest.raises(ValueError, match="router='flat' is about newborns: use it with grow='spawn'"):
         spawning(grow="deepen", router="flat")
-    with pytest.raises(ValueError, match=r"unknown select='best'; choose from .*lowest, contested, separable, random"):
+    with pytest.raises(ValueError, match=r"unknown select='best'; choose from .*gate, frequency, random"):
         spawning(select="best")
 
 
