@@ -22,7 +22,7 @@ from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
 from peft_pcgrow.training.muon import Muon, create_pcgrow_optimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Diagnosis",
     "ErrorMap",
