@@ -11,9 +11,10 @@ from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.seal import KEY, SEAL_MARK, Seal
 from peft_pcgrow.adapter.sealed_layer import came
+from peft_pcgrow.settling.host import WRAPPED
 
 # modules that wrap others and leave no trace in a state dict
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPED)})\.")
 # the checksum of a bank, before there were seals
 _OLD = ".pcgrow_checksum"
 Rename = Callable[[str, str], str]

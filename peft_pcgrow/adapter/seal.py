@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from peft_pcgrow.architectures.same_base import difference
+from peft_pcgrow.settling.host import EXTRA_STATE
 
-SEAL_MARK, KEY = "pcgrow_seal", "_extra_state"
+SEAL_MARK, KEY = "pcgrow_seal", EXTRA_STATE
 OPEN = "this file was altered or mixed up with another; copy it again from where it was saved"
 # facts that every seal has
 NAMED = {"layer", "locus", "spawned", "base"}

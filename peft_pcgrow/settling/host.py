@@ -11,6 +11,7 @@ from torch._C import _set_grad_enabled as set_grad_enabled  # one call into C, w
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph  # whether a backward may come again
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _NormBase as Normalization  # its buffers are statistics, written by forwards
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE  # what state dicts call extra state
 from torch.utils.checkpoint import get_device_states, set_device_states  # random states of devices
 from transformers.utils import output_capturing
 from transformers.utils.output_capturing import _active_collector as collector  # the lists that a call records into
@@ -35,6 +36,8 @@ TENSOR = (
     "_version",  # counts writes
     "_backward_hooks",  # whether somebody watches its gradient
 )
+# by these names, modules hold what they wrap without a trace in what it computes: FSDP, checkpointing, compilers
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 # hooks of this module may come with any call that wants something recorded
 ONLOOKERS = output_capturing.__name__
 # where transformers' configs keep how attention and experts are run

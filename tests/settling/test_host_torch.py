@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 
 from host_names import missing
 from peft_pcgrow.settling import host
@@ -17,6 +19,7 @@ SIGNATURES = {
     "torch.nn.modules.batchnorm._NormBase": None,
     "torch.utils.checkpoint.get_device_states": ("args",),
     "torch.utils.checkpoint.set_device_states": ("devices", "states", "device_type"),
+    "torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX": None,
     "torch.nn.Module._apply": ("self", "fn"),
     "torch.nn.Module._load_from_state_dict": (
         *("self", "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"),
@@ -53,6 +56,14 @@ def test_nodes():
     x = torch.zeros(1, requires_grad=True)
     assert isinstance((2 * x).to(torch.float64).grad_fn, host.Moved)
     assert not isinstance((2 * x).grad_fn, host.Moved)
+
+
+def test_wrappers():
+    """Each names what it holds as it did."""
+    module = nn.Linear(2, 2)
+    for name, wrapper in zip(host.WRAPPED[1:], (checkpoint_wrapper(module), torch.compile(module)), strict=True):
+        assert getattr(wrapper, name) is module
+    assert host.WRAPPED[0] == FSDP_WRAPPED_MODULE
 
 
 def test_writes_are_counted():
