@@ -41,7 +41,12 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--device {device}: torch sees no CUDA device here")
 
 
+# of these files one takes minutes: last, one process would work on it alone
+LONGEST = ("test_conformance", "test_routing", "test_compress_apply", "test_readme", "test_distributed")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items if config.getoption("--device") != "cpu" else ():
         if (mark := item.get_closest_marker("cpu")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {mark.args[0]}"))

@@ -19,10 +19,12 @@ BREACHES = {
 }
 
 
+@pytest.mark.slow
 def test_all_are_listed():
     assert list(host_names.unlisted(host_names.PACKAGE)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breach", BREACHES)
 def test_others_are_found(breach, tmp_path):
     copy = tmp_path / "peft_pcgrow"

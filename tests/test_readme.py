@@ -37,6 +37,7 @@ def block(language: str, after: str, page: str = README) -> str:
     return found.group(1)
 
 
+@pytest.mark.slow
 def test_program_of_the_readme(tmp_path, monkeypatch):
     """Only the model's path and the data, which the README leaves to the reader, are filled in."""
     build("olmoe").save_pretrained(tmp_path / "model")
@@ -97,6 +98,7 @@ def test_readme_is_a_front_page():
     assert len(README.splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_spawn_program_of_the_readme(tmp_path, monkeypatch):
     """Again only the model and the data are filled in."""
     monkeypatch.chdir(tmp_path)
@@ -115,6 +117,7 @@ def test_spawn_program_of_the_readme(tmp_path, monkeypatch):
     assert (tmp_path / "spawned" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_compress_program_of_the_readme(tmp_path, monkeypatch):
     """Once more only the model and the data are filled in."""
     monkeypatch.chdir(tmp_path)
@@ -138,6 +141,7 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", sorted(WRITTEN))
 def test_program_of_a_guide(guide, small, tmp_path, monkeypatch, capsys):
     """Only the model is another one."""

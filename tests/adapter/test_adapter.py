@@ -15,6 +15,7 @@ from tiny import ARCHITECTURES, LOCUS, assert_same, backward, build, grown, logi
 # ---- creating
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["object", "str", "path"])
 @pytest.mark.parametrize("select", ["error", "removable", "gate", "frequency"])
 def test_map_leads_to_its_highest_nodes(given, select, tmp_path):
@@ -54,6 +55,7 @@ def test_layers_to_transform(layers, expected, given, headless):
     assert "".join(adapted.peft_config["default"].locus) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_born_as_the_base(name, implementation):
@@ -67,6 +69,7 @@ def test_born_as_the_base(name, implementation):
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_perturbed_birth():
     """init_weights=False gives visibly other experts."""
     change = logits(grown(init_weights=False)) - logits(build())
@@ -125,6 +128,7 @@ def test_config_with_a_map_in_memory():
 # ---- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_training_writes_the_banks_only(name, implementation):
@@ -184,6 +188,7 @@ def test_pickled_model():
     assert_same(backward(pickle.loads(pickle.dumps(model))), backward(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_generation_with_a_cache(name):
     """Greedy text after training is the same with and without a KV cache, and not the base's."""
@@ -211,6 +216,7 @@ def test_disabled_is_the_base():
     assert len(trainable(model)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_merge_is_undone_exactly(name, dtype):

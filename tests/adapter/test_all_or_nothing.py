@@ -143,6 +143,7 @@ def inside(model: Any) -> nn.Module:
     return getattr(getattr(model, "base_model", None), "model", model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_all_or_nothing(name, monkeypatch):
     make, change = CHANGES[name]

@@ -101,6 +101,7 @@ def test_experts_without_matrices():
         emap(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"num_experts": 4}, {"num_hidden_layers": 2}, {"name": "olmoe"}])
 def test_map_of_another_model(changes):
     model = build()
@@ -194,6 +195,7 @@ def test_optimizer_without_an_adapter():
 # ---- measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_corpus_without_labels(training):
     model = build().train(training)
@@ -250,6 +252,7 @@ def test_batch_of_another_shape(batch):
 # ---- map files
 
 
+@pytest.mark.slow
 def test_maps_that_do_not_add():
     first = emap(build())
     with pytest.raises(ValueError, match=r"these maps cannot be added: they were measured on.*routers"):
@@ -302,6 +305,7 @@ def load_native(folder) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [load_parts, load_native])
 def test_truncated_adapter(saved, load):
     cut(saved / "adapter" / "adapter_model.safetensors")

@@ -35,6 +35,7 @@ def trained(model, locus, ids, **config):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "implementation"), CASES)
 def test_tokens_that_meet_no_located_node_keep_their_bits(name, dtype, implementation):
     """At the first grown layer, the experts' output of each token is the base's unless one of its experts is grown."""
@@ -64,6 +65,7 @@ def test_tokens_that_meet_no_located_node_keep_their_bits(name, dtype, implement
     assert (before[meets] != after[meets]).any(dim=1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_of_untouched_tokens_keep_their_bits(name):
     """With a node of the top layer grown, every token that is not routed there has the base's logits."""
@@ -85,6 +87,7 @@ def test_logits_of_untouched_tokens_keep_their_bits(name):
     assert (before[meets] != after[meets]).any(dim=1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_untrained_adapter_changes_nothing(name, implementation):
@@ -146,6 +149,7 @@ def first_output(model: nn.Module, ids: Tensor) -> Tensor:
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "implementation"), SPAWN_CASES)
 def test_other_text_keeps_its_bits(name, implementation):
     """After training, a text of which no row is taken has the base's logits, a token before the first taken row the

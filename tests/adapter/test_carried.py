@@ -36,6 +36,7 @@ def given(model, adapter):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["the same object", "a copy", "its file"])
 def test_a_reference_made_of_a_trained_adapter(way, tmp_path):
     """As TRL's trainers make one: a second adapter of the same config, then all parameters, not buffers, are copied."""
@@ -56,6 +57,7 @@ def test_a_reference_made_of_a_trained_adapter(way, tmp_path):
     assert_same(given(copy.deepcopy(model), "ref"), given(model, "ref"))
 
 
+@pytest.mark.slow
 def test_gates_of_another_map_are_not_taken(tmp_path):
     """Same nodes, same base, other text: other gates."""
     model = read_back(tmp_path)

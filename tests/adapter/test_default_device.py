@@ -40,6 +40,7 @@ def stepped(model, ids):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"sketch_dim": 8, "settle": "relax"}, {"settle": "direct"}])
 def test_maps(settings, tmp_path):
     texts, other = [domain(16)], [retain(16)]
@@ -54,6 +55,7 @@ def test_maps(settings, tmp_path):
             assert torch.equal(emap.separation.threshold, want.separation.threshold)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", GROWTHS)
 def test_adapters(how, tmp_path):
     """Resolved, trained, used, saved and loaded: the same as where nothing was set."""
@@ -69,6 +71,7 @@ def test_adapters(how, tmp_path):
         assert torch.equal(logits(loaded, ids), logits(want, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["int8", "nf4", "3bit", "2bit"])
 def test_packing(to):
     want, model, ids = build(), build(), tokens()
@@ -85,6 +88,7 @@ def test_shrinking():
         logits(model, ids)
 
 
+@pytest.mark.slow
 def test_plans():
     model, other, texts = build(), build(), [retain()]
     want = compress.plan(other, target=0.5, retain=texts, progress=False)

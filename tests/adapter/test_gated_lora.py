@@ -79,6 +79,7 @@ def adapted(model: nn.Module) -> list[tuple[int, nn.Module]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "gpt_oss"])
 def test_it_adds_to_tokens_that_pass(name):
     """Every projection gives W x + s B A x where the gate's definition lets a token pass, and W x to the bit elsewhere;
@@ -166,6 +167,7 @@ def test_a_token_that_does_not_pass_gives_no_gradient():
     assert all(not bool(p.grad.any()) for name, p in model.named_parameters() if ".lora_" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_loaders_restore_it(loader, tmp_path):
     build().save_pretrained(tmp_path / "base")
@@ -181,6 +183,7 @@ def test_loaders_restore_it(loader, tmp_path):
     assert torch.equal(logits(loaded.eval(), mixed()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
 def test_generation_with_a_cache(options):
     """The text that is written is that of whole forwards, also behind padding on the left."""
@@ -304,6 +307,7 @@ def test_rows_that_are_no_tokens():
     layer.call.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["minimax", "longcat_flash"])
 def test_other_caches_and_two_attentions(name):
     """Caches that keep some layers elsewhere, and layers that attend twice: token by token as all at once."""
@@ -334,6 +338,7 @@ def test_merging_a_deepening_adapter_switches_it_off():
     assert_close("deepened alone", found, logits(model, ids), "fp32")
 
 
+@pytest.mark.slow
 def test_a_map_without_entry_gates():
     emap = copy.deepcopy(contrast())
     emap.separation.entry["threshold"].fill_(float("inf"))

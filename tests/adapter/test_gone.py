@@ -76,6 +76,7 @@ CHOSEN_BY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", CHOSEN_BY)
 @pytest.mark.parametrize("kind", ["deepened", "spawned", "matrices"])
 def test_adapters_made_by_it_load(kind, how, tmp_path, monkeypatch, recwarn):
@@ -137,6 +138,7 @@ def older(emap: ErrorMap, folder) -> None:
     write(folder, tensors, facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "retain", "heldout"])
 def test_maps(kind, tmp_path):
     """Read, saved, added and grown from as those that never held it."""
@@ -158,6 +160,7 @@ def test_maps(kind, tmp_path):
     assert model.peft_config["default"].locus == want.to_json()
 
 
+@pytest.mark.slow
 def test_measuring_goes_on_from_its_checkpoint(tmp_path):
     texts = tokens(12, 16).split(2)
     whole = measure_errors(build(), texts, progress=False)

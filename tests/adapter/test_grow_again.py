@@ -40,6 +40,7 @@ def both(model, order):
     return model
 
 
+@pytest.mark.slow
 def test_two_rounds(first_round):
     """As a user would: grow, map, grow again; the loss falls in both rounds, and every new node trains."""
     model, losses, emap = copy.deepcopy(first_round)
@@ -87,6 +88,7 @@ def test_nothing_changes_at_birth(second_round, order):
                 assert torch.equal(mine, layer.bank("default")[name][layer.grown["default"].index(donor)])
 
 
+@pytest.mark.slow
 def test_order_does_not_matter_once_trained(second_round, tmp_path):
     """Also after loading, under other names."""
     model = both(second_round, ORDERS[0])
@@ -140,6 +142,7 @@ def test_deepening_says_what_it_leaves(first_round, caplog):
     assert chosen == {(emap.layers[i // 8], i % 8) for i in experts}
 
 
+@pytest.mark.slow
 def test_newborns_that_get_no_rows_are_named():
     """Of a map of the base, so that a second adapter knows nothing of the first, which takes all of its rows."""
     model = spawned()

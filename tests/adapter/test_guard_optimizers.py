@@ -65,6 +65,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_kind_trains(kind):
     model = grow(build())
@@ -112,6 +113,7 @@ def test_one_optimizer_for_each_parameter():
         (loss_of(model) * float("nan")).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SGD, NoRate])
 def test_closures(kind):
     """Gradients are checked once the closure has made them, before any weight changes."""
@@ -157,6 +159,7 @@ def test_other_models_are_asked_nothing():
 # ---- everything that trains is watched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("what", ["modules_to_save", "trainable tokens", "lora"])
 @pytest.mark.parametrize("apart", [False, True])
@@ -189,6 +192,7 @@ def test_what_trains_beside_the_banks(what, value, apart):
 # ---- what cannot train is still found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Adafactor, relative steps", "no rate", "fused"])
 def test_optimizers_from_before(kind):
     base = build()
@@ -202,6 +206,7 @@ def test_optimizers_from_before(kind):
         loss_of(model)
 
 
+@pytest.mark.slow
 def test_banks_that_a_later_optimizer_holds():
     """One that holds the head steps first, several times; the banks' has its turn later."""
     model = grow(build(), modules_to_save=["lm_head"])
@@ -220,6 +225,7 @@ def test_banks_that_a_later_optimizer_holds():
         loss_of(model)
 
 
+@pytest.mark.slow
 def test_a_bank_that_never_gets_its_turn():
     """One bank in bf16, whose updates all round away, beside others that move: said once patience is at an end."""
     model = grow(build(dtype=torch.bfloat16), autocast_adapter_dtype=False)
@@ -268,6 +274,7 @@ def assert_kept(before, after, kind: str = "fp32") -> None:
         assert_close(f"kept part of {key}", after[key], tensor, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", ["second", ["default", "second"]])
 @pytest.mark.parametrize("loaded", [False, True], ids=["switched", "loaded"])
 def test_newborns_stay_what_they_were_born_as(active, loaded, tmp_path):
@@ -339,6 +346,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_guard_knows_its_model(way):
     model = WAYS[way](spawned(protect=0.8, gate_fpr=0.4))

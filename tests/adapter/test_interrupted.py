@@ -73,6 +73,7 @@ def checkpointed(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTS)
 def test_nothing_is_left_behind(name):
     make, act = ACTS[name]

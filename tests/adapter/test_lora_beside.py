@@ -25,6 +25,7 @@ def grown(name: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **setting
     return get_peft_model(build(name, dtype), PCGrowConfig(**{"locus": LOCUS, "lora": lora(), **settings}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True, "lora_bias": False}, {"target_modules": "all-linear"}])
 def test_loaders_restore_it(loader, changes, tmp_path):
@@ -113,6 +114,7 @@ def test_config_is_plain_json(tmp_path):
     assert model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.shape[0] == 8
 
 
+@pytest.mark.slow
 def test_trainer_resumes(tmp_path):
     """Two steps, a checkpoint and two more are four steps."""
     rows = [{"input_ids": row, "labels": row} for row in tokens(64)]
@@ -133,6 +135,7 @@ def test_trainer_resumes(tmp_path):
     assert_same(whole, snapshot(run(4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))))
 
 
+@pytest.mark.slow
 def test_newborns_beside_it(tmp_path):
     """Maps, newborns and their export see the model with its LoRA."""
     model = get_peft_model(build("gpt_oss"), spawning("gpt_oss", router="branch"))

@@ -40,6 +40,7 @@ def alone(model: PeftModel, name: str, ids: torch.Tensor, **inputs) -> torch.Ten
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", ["default", "third"])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_samples_are_those_of_their_adapter(implementation, active):
@@ -55,6 +56,7 @@ def test_samples_are_those_of_their_adapter(implementation, active):
     assert torch.equal(logits(model, ids), want[active])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "__base__", "second", "third"])
 def test_one_adapter_for_all_keeps_the_bits(name):
     model, ids = several(), mixed()
@@ -62,6 +64,7 @@ def test_one_adapter_for_all_keeps_the_bits(name):
     assert torch.equal(logits(model, ids, adapter_names=[name] * len(ids)), alone(model, name, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}]
 )
@@ -83,6 +86,7 @@ def test_generate(how):
     assert torch.equal(got[each : 2 * each], want[each : 2 * each])
 
 
+@pytest.mark.slow
 def test_calls_of_other_threads_have_their_own():
     """While one thread's call is under way, others name other adapters, or none."""
     model, ids = several(), mixed()
@@ -145,6 +149,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("what", REFUSED)

@@ -31,6 +31,7 @@ from tiny import (
 # ---- saving and loading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_loaders_agree(name, loader, tmp_path):
@@ -43,6 +44,7 @@ def test_loaders_agree(name, loader, tmp_path):
     assert not torch.equal(logits(model), logits(build(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a map", "locus="])
 def test_parts_that_were_not_listed(how, tmp_path):
     """Chosen by a map, or all of them: what is saved loads, though files list parts in an order of their own."""
@@ -112,6 +114,7 @@ def test_leaving():
     torch.testing.assert_close(logits(merged), trained, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_copies_train_apart():
     model = grown(dtype=torch.float64)
     expected = backward(model)
@@ -184,6 +187,7 @@ def test_quantized_base(tmp_path):
 # ---- training
 
 
+@pytest.mark.slow
 def test_trainer_resumes(tmp_path):
     """The Trainer trains, and resumes from a checkpoint to the same bits."""
     losses, ends = [], []

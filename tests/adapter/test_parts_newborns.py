@@ -35,6 +35,7 @@ def newborns(name: str = "qwen3_moe", **changes) -> PeftModel:
 # ---- newborns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [("qwen3_moe", "eager"), ("qwen3_moe", "grouped_mm"), ("mixtral", "eager"), ("gpt_oss", "grouped_mm")],
@@ -151,6 +152,7 @@ def muon(model):
     return create_pcgrow_optimizer(model, lr=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [muon, lambda m: torch.optim.AdamW(trainable(m).values(), lr=1e-2)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_protected(name, make, tmp_path):

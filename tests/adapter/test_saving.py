@@ -31,6 +31,7 @@ def trained(base, tmp_path, **settings) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_loaders_agree(base, loader, tmp_path):
     """Every loader gives a model with the trained model's logits, bit for bit."""
@@ -42,6 +43,7 @@ def test_loaders_agree(base, loader, tmp_path):
     assert not loaded.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_bf16_base(loader, tmp_path):
     """fp32 banks on a bf16 base come back as they were."""
@@ -76,6 +78,7 @@ def test_config_round_trip(tmp_path):
     assert loaded == model.peft_config["default"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further", [["lm_head"], ["post_attention_layernorm"]])
 def test_modules_to_save(further, tmp_path):
     """Further modules are trained, saved and loaded with the banks."""
@@ -107,6 +110,7 @@ def test_saved_keys(tmp_path):
     assert_same(saved, load_file(tmp_path / "again" / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_loaded_adapter_trains_on(tmp_path):
     """is_trainable=True: training a loaded adapter further equals training on without saving."""
     build().save_pretrained(tmp_path / "base")
@@ -119,6 +123,7 @@ def test_loaded_adapter_trains_on(tmp_path):
     assert not [name for name, p in frozen.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 def test_two_adapters_from_files(tmp_path):
     """load_adapter puts a second adapter beside the first; each keeps its own function, saved in folders of its own."""
     build().save_pretrained(tmp_path / "base")

@@ -96,6 +96,7 @@ INTO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", INTO)
 def test_another_locus(way, tmp_path):
     """Equally many experts in each layer, and others; nothing is written."""
@@ -119,6 +120,7 @@ def test_a_config_of_ones_own(tmp_path):
     assert torch.equal(logits(right), logits(load(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "facts", "match"),
     [
@@ -146,6 +148,7 @@ def test_altered_config(settings, facts, match, loader, tmp_path):
     assert match in str(caught.value) or "gate_up_proj" in str(facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["PeftModel", "transformers"])
 @pytest.mark.parametrize("facts", [{"spawned": None}, {"gate_window": 3}, {"spawned": {"1": [1]}}])
 def test_altered_newborns(facts, loader, tmp_path):
@@ -163,6 +166,7 @@ def test_altered_newborns(facts, loader, tmp_path):
 # ---- another base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_another_base(saved, loader):
     """It shares the routers; meant, it is loaded when the config says so, and saved as that base's."""
@@ -230,6 +234,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["PeftModel", "low_cpu_mem_usage", "transformers"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_altered_tensors(saved, damage, loader):
@@ -238,6 +243,7 @@ def test_altered_tensors(saved, damage, loader):
         load(saved, loader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["PeftModel", "low_cpu_mem_usage", "transformers"])
 @pytest.mark.parametrize(
     "key", ["layers.0.mlp.experts.down_proj", "layers.1.mlp.experts.base_layer.down_proj", "norm.weight"]
@@ -273,6 +279,7 @@ def test_embeddings_of_a_resized_vocabulary(tmp_path):
         PeftModel.from_pretrained(resized, tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_files_from_before_seals(saved):
     """Refused, unless the config says that it is meant; saved again, it is sealed."""
 

@@ -33,6 +33,7 @@ def saved(tmp_path):
 # ---- what a seal survives
 
 
+@pytest.mark.slow
 def test_casts_and_copies(tmp_path):
     """Saved in half precision, after a merge, from a copy, by another name: it loads."""
     model = grown(modules_to_save=["lm_head"])
@@ -57,6 +58,7 @@ def test_casts_and_copies(tmp_path):
     assert_same(get_peft_model_state_dict(made["copied"]), get_peft_model_state_dict(model))
 
 
+@pytest.mark.slow
 def test_a_native_adapter_in_half_precision(saved):
     """Values that the receiver cannot hold are not compared; those that it can are, before it is cast."""
     model = AutoModelForCausalLM.from_pretrained(saved / "base", dtype=torch.bfloat16)
@@ -67,6 +69,7 @@ def test_a_native_adapter_in_half_precision(saved):
     logits(cast.to(torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_native_and_trainable(saved):
     """Nothing tells the tuner that the loader is done: the first forward compares."""
     model = AutoModelForCausalLM.from_pretrained(saved / "base")
@@ -80,6 +83,7 @@ def test_native_and_trainable(saved):
             use(model)
 
 
+@pytest.mark.slow
 def test_states_of_ones_own():
     """A model's own state dict goes back into it, whole or in part, and into one that grows the same."""
     model = grown()
@@ -97,6 +101,7 @@ def test_states_of_ones_own():
         shrunk.load_state_dict(before)
 
 
+@pytest.mark.slow
 def test_injected_by_hand(tmp_path):
     """set_peft_model_state_dict on a model without PEFT's wrapper."""
     keep(tmp_path, locus=LOCUS)
@@ -109,6 +114,7 @@ def test_injected_by_hand(tmp_path):
 # ---- who does not know the method
 
 
+@pytest.mark.slow
 def test_files_say_what_to_import(saved):
     """PEFT alone fails with a text that says what to do, and so does transformers; the model card says it too."""
     card = (saved / "adapter" / "README.md").read_text()

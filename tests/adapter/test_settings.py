@@ -116,6 +116,7 @@ def settings(config: PCGrowConfig) -> dict:
     return {name: value for name, value in config.to_dict().items() if name != "peft_type"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "given", "want"), [(n, *each) for n, listed in ACCEPTED.items() for each in listed])
 def test_accepted(name, given, want, tmp_path):
     config = PCGrowConfig(**{"locus": LOCUS, name: given})
@@ -134,6 +135,7 @@ def test_accepted_parts(given, want, tmp_path):
     assert read_back(config, tmp_path).parts == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "given"), [(name, value) for name, listed in REFUSED.items() for value in listed])
 def test_refused(name, given):
     said = "task type" if name == "task_type" else name
@@ -141,6 +143,7 @@ def test_refused(name, given):
         PCGrowConfig(**{"locus": LOCUS, name: given})
 
 
+@pytest.mark.slow
 def test_settings_changed_later():
     """They are looked at again when the adapter is made."""
     config = PCGrowConfig(locus=LOCUS)
@@ -151,6 +154,7 @@ def test_settings_changed_later():
     assert get_peft_model(build(), config).peft_config["default"].modules_to_save == ["lm_head"]
 
 
+@pytest.mark.slow
 def test_omegaconf_all_the_way(tmp_path):
     """A config from YAML trains, is saved and loaded, and is what the same settings in Python give."""
     given = OmegaConf.create("""
@@ -174,6 +178,7 @@ def test_omegaconf_all_the_way(tmp_path):
 # ---- files that a stranger wrote
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", [PCGrowConfig, PeftConfig])
 def test_a_path_in_a_file_is_not_followed(reader, tmp_path, monkeypatch):
     contrast().save(tmp_path / "map")
@@ -233,6 +238,7 @@ def adapter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "path", "value"), [(f, *edit) for f, edits in ALTERED.items() for edit in edits])
 def test_altered_files(field, path, value, adapter, tmp_path):
     """One clear error that names the field, before anything of that size is made."""

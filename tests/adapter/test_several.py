@@ -14,6 +14,7 @@ from tiny import LOCUS, assert_same, backward, build, grown, logits, needs_nativ
 OTHER = {1: [0, 2], 2: [5]}
 
 
+@pytest.mark.slow
 def test_two_adapters_switch():
     """set_adapter chooses which bank is used and trained; deleting one leaves the other's function alone."""
     model = grown()

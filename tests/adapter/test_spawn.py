@@ -59,6 +59,7 @@ def moved(after: Tensor, before: Tensor) -> Tensor:
 # ---- birth, and what must not change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_born_as_the_base(name, implementation):
     """Rows are taken from every donor's layer, and the function is the base's, bit for bit."""
@@ -69,6 +70,7 @@ def test_born_as_the_base(name, implementation):
     assert torch.equal(logits(model, mixed()), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 1, 8])
 def test_a_gate_takes_what_its_definition_says(window):
     """At the one grown layer a token's output changes if and only if its evidence, by hand, is above the threshold."""
@@ -109,6 +111,7 @@ def test_merging_is_refused(merge):
     assert not any(layer.merged for layer in model.base_model.tuner_layers())
 
 
+@pytest.mark.slow
 def test_unloading():
     """The base's class, keys and bits come back, without a hook."""
     base = build()
@@ -132,6 +135,7 @@ def test_deleting_and_growing_again():
     assert any_taken(trained(model), mixed(), "other").any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_gate_apart(twin):
     """A copy made after generation reads its own texts, and trains without moving the original."""
@@ -172,6 +176,7 @@ def preference(model: nn.Module) -> Tensor:
     return -logsigmoid(scores[0] - 0.5 * scores[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [language_loss, preference])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sweep_equals_backprop(name, loss):
@@ -206,6 +211,7 @@ def test_rows_are_shared_out():
             assert_close(f"{site.layer} {stack}", newborn + whole.grad[LOCUS[site.layer]], want, "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 @pytest.mark.parametrize("loss", [language_loss, preference])
@@ -231,6 +237,7 @@ def saved(request, tmp_path):
     return tmp_path, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_loaders_agree(saved, loader):
     """Every loader gives the trained model's logits, gates and directions, bit for bit."""
@@ -245,6 +252,7 @@ def test_loaders_agree(saved, loader):
     assert_same(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_gates_stay_in_fp32(loader, tmp_path):
     """On a bf16 base, at birth and loaded again: the same gates, and the same logits."""
@@ -263,6 +271,7 @@ def test_gates_stay_in_fp32(loader, tmp_path):
     assert torch.equal(logits(loaded, mixed()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffer", ["gate_direction", "gate_law", "gate_threshold", "protect_down_proj"])
 def test_altered_gates_are_refused(saved, buffer):
     folder, _ = saved
@@ -275,6 +284,7 @@ def test_altered_gates_are_refused(saved, buffer):
         LOADERS["PeftModel"](folder / "base", folder / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protect", [0.0, 0.8])
 def test_trained_on_after_loading(protect, tmp_path):
     """is_trainable=True: further steps are those of the model that was never saved."""
@@ -284,6 +294,7 @@ def test_trained_on_after_loading(protect, tmp_path):
     assert torch.equal(logits(trained(loaded, seed=9), mixed()), logits(trained(model, seed=9), mixed()))
 
 
+@pytest.mark.slow
 def test_config_round_trip(saved):
     """The config read back equals the one saved, newborns and ranks included, and names no map."""
     folder, model = saved
@@ -302,6 +313,7 @@ def test_grown_from_a_saved_map(tmp_path):
     assert_same(snapshot(spawned(error_map=ErrorMap.load(tmp_path / "map"))), snapshot(spawned()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protect", [0.0, 0.8])
 def test_resuming_a_trainer(protect, tmp_path):
     """Six steps on end, and three, a checkpoint and three more: the same bits."""
@@ -326,6 +338,7 @@ def two(*names: str, growth: str = "spawn") -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 def test_the_first_listed_takes_a_row():
     """Where both gates pass, the adapter listed first computes; where one passes, that one; elsewhere the base."""
     strict, loose, base = logits(two("strict"), mixed()), logits(two("loose"), mixed()), logits(build(), mixed())

@@ -85,6 +85,7 @@ def test_nodes_chosen_by_a_budget(select):
     assert not torch.equal(logits(model, mixed()), logits(build(), mixed()))
 
 
+@pytest.mark.slow
 def test_the_rate_sets_how_much_is_taken():
     """A higher rate takes more, of retain text too, but always less of that."""
     shares = {}
@@ -126,6 +127,7 @@ def test_one_config_for_two_models():
     assert not torch.equal(logits(first, mixed()), logits(build(), mixed()))
 
 
+@pytest.mark.slow
 def test_retain_text_of_the_model_itself():
     """retain='self': gates that tell the domain from what the model writes."""
     emap = measure_errors(build(), [domain(32)], retain="self", window=8, gradients=False, progress=False)
@@ -133,6 +135,7 @@ def test_retain_text_of_the_model_itself():
     assert torch.equal(logits(model, mixed()), logits(build(), mixed()))
 
 
+@pytest.mark.slow
 def test_measured_again():
     """A map of a model with newborns is that of its function: at birth the base's, and less error once trained."""
     texts = [domain(32, seed=5)]
@@ -192,6 +195,7 @@ def assert_kept_off(before: dict, after: dict) -> None:
         assert along < 1e-5, f"{key}: {along:.2g} of the movement"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("grow", ["spawn", "deepen"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -213,6 +217,7 @@ def biases(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in snapshot(model).items() if "pcgrow_" in name and "_bias." in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("grow", ["spawn", "deepen"])
 def test_protected_biases_keep_their_bits(grow, optimizer, tmp_path):
@@ -232,6 +237,7 @@ def test_protected_biases_keep_their_bits(grow, optimizer, tmp_path):
     assert all(not torch.equal(start[name], bias) for name, bias in biases(free).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 def test_protected_by_two_steps_at_once(settle):
     """Accumulation, clipping and a GradScaler in between change nothing about it."""
@@ -251,6 +257,7 @@ def test_protected_by_two_steps_at_once(settle):
     assert_kept_off(start, stacks(model))
 
 
+@pytest.mark.slow
 def test_unprotected_updates_do_not():
     """The control: without it the same steps move along those directions."""
     start, free = stacks(spawned(protect=0.6)), spawned()
@@ -261,6 +268,7 @@ def test_unprotected_updates_do_not():
         assert float((moved @ directions).norm() / moved.norm()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_larger_share_leaves_retain_text_more_alone():
     """Deepened experts change the retain text's logits less the more of its inputs is protected."""
     change = []
@@ -304,6 +312,7 @@ def refused(text: str, **settings) -> None:
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"grow": "spawn"}, {"grow": "auto"}, {"grow": "deepen", "protect": 0.5}])
 def test_without_retain_text(settings):
     """A map without it, and no map at all."""
@@ -315,6 +324,7 @@ def test_without_retain_text(settings):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grow", ["spawn", "auto"])
 def test_texts_that_are_alike(grow):
     """Retain text that is the domain's own."""
@@ -328,6 +338,7 @@ def test_texts_that_are_alike(grow):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grow", ["spawn", "auto"])
 def test_donors_that_no_domain_token_reaches(grow):
     """A domain of one word reaches few experts: left out among others, refused alone."""

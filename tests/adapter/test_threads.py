@@ -42,6 +42,7 @@ def together(act, given) -> list:
     return [found[place % THREADS][place // THREADS] for place in range(len(given))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["equal", "different"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_generate(kind, shapes):
@@ -56,6 +57,7 @@ def test_generate(kind, shapes):
     assert together(answer, texts) == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 def test_gradients(settle, checkpointing):
@@ -73,6 +75,7 @@ def test_gradients(settle, checkpointing):
         assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_serving_while_another_model_is_measured():
     """A stack that measures one model's layers is not in the way of other threads."""
     model, other = perturb(spawned(gate_fpr=0.3)), grown()

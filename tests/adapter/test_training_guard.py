@@ -45,6 +45,7 @@ OPTIMIZERS = {
 # ---- steps that are not finite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -142,6 +143,7 @@ def test_rate_too_small_for_bf16():
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_warm_up_from_zero(optimizer):
     """A first step at rate zero is no fault; the check waits for a rate, and then still finds what does not move."""
@@ -222,6 +224,7 @@ def test_discarded_batch_is_forgiven():
     assert not (snapshot(model)[name] != before[name])[missed].any()
 
 
+@pytest.mark.slow
 def test_switching_adapters_checks_again():
     """After set_adapter the newly active banks are watched in their turn."""
     model = grow(build())

@@ -20,6 +20,7 @@ from peft_pcgrow import ErrorMapCallback, Locus, PCGrowConfig, export_flat, find
 from tiny import assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train
 
 
+@pytest.mark.slow
 @every_case
 def test_adoption_changes_nothing(name):
     """Neither what is computed nor what is saved, nor what a copy of the model computes."""
@@ -55,6 +56,7 @@ def test_which_nodes():
         find_experts(model, "all")
 
 
+@pytest.mark.slow
 @every_case
 def test_map_equals_autograd(name):
     """Every token is a row; its error is the norm of the loss's gradient at the MLP's output."""
@@ -78,6 +80,7 @@ def test_map_equals_autograd(name):
         assert_close("down_proj", found.double(), last.weight.grad, "fp32")
 
 
+@pytest.mark.slow
 @every_case
 def test_sweep_equals_autograd(name):
     model, nodes = made(name, torch.float64)
@@ -114,6 +117,7 @@ def test_dropout_after_the_mlp():
     assert any(not torch.allclose(without[key], gradient, rtol=0.1) for key, gradient in found[0].items())
 
 
+@pytest.mark.slow
 @every_case
 def test_grow_and_merge(name):
     """The base's bits at birth and while disabled, untouched weights throughout, and merging there and back."""
@@ -140,6 +144,7 @@ def test_grow_and_merge(name):
     assert torch.equal(logits(plain), logits(merged))
 
 
+@pytest.mark.slow
 @every_case
 def test_save_and_load(name, tmp_path):
     model, nodes = made(name)
@@ -151,6 +156,7 @@ def test_save_and_load(name, tmp_path):
         assert torch.equal(logits(load(tmp_path / "base", tmp_path / "adapter")), logits(model))
 
 
+@pytest.mark.slow
 @every_case
 def test_two_branches(name):
     """A newborn beside an MLP: the MLP's bits for tokens that its gate keeps out, whatever it has learned."""
@@ -181,6 +187,7 @@ def test_two_branches(name):
         model.merge_adapter()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_parts(name):
     """Single matrices of an MLP: everything else keeps its bits, merged too."""
@@ -248,6 +255,7 @@ def test_beside_lora(adopted):
     assert torch.equal(logits(grown(beside, "dense")), before)
 
 
+@pytest.mark.slow
 def test_callback_measures_what_grows(tmp_path):
     model = grown(build("qwen2_moe"), "shared")
     callback = ErrorMapCallback([tokens()], every=2, max_share=1.0)

@@ -52,6 +52,7 @@ def of_text(base: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 # ---- adopting
 
 
+@pytest.mark.slow
 @dtypes
 @architectures
 def test_adopted_model_is_the_same(name, dtype):
@@ -71,6 +72,7 @@ def test_adopted_model_is_the_same(name, dtype):
     assert [site.name for site in again.sites] == [site.name for site in tree.sites]
 
 
+@pytest.mark.slow
 @architectures
 def test_training_base_is_the_same(name):
     """Gradients of a model's own parameters are those of one that was not adopted."""
@@ -93,6 +95,7 @@ def test_adopted_while_it_trains():
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 @architectures
 def test_pickled(name):
     """As a process that is started anew gets it."""
@@ -103,6 +106,7 @@ def test_pickled(name):
 # ---- measuring and training
 
 
+@pytest.mark.slow
 @architectures
 def test_map_equals_autograd(name):
     model, ids = foreign(name, torch.float64), tokens()
@@ -137,6 +141,7 @@ def _errors(weight: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, t
     return error, error.square()
 
 
+@pytest.mark.slow
 @architectures
 def test_sweep_equals_autograd(name):
     """Against the gradients of the architecture's own parameters in a model that was not adopted."""
@@ -154,6 +159,7 @@ def test_sweep_equals_autograd(name):
 # ---- bits
 
 
+@pytest.mark.slow
 @dtypes
 @architectures
 def test_deepened_at_birth(name, dtype):
@@ -161,6 +167,7 @@ def test_deepened_at_birth(name, dtype):
     assert torch.equal(logits(grown(name, dtype)), logits(base))
 
 
+@pytest.mark.slow
 @dtypes
 @architectures
 def test_spawned_at_birth(name, dtype):
@@ -178,6 +185,7 @@ def test_spawned_at_birth(name, dtype):
     assert not changed[untouched].any()
 
 
+@pytest.mark.slow
 @dtypes
 @architectures
 def test_tokens_that_meet_no_located_node_keep_their_bits(name, dtype):
@@ -201,6 +209,7 @@ def test_tokens_that_meet_no_located_node_keep_their_bits(name, dtype):
 # ---- leaving and saving
 
 
+@pytest.mark.slow
 @dtypes
 @architectures
 def test_merged_and_back(name, dtype):
@@ -223,6 +232,7 @@ def test_merged_and_back(name, dtype):
     assert_close("unloaded", logits(base), apart, "fp32" if dtype == torch.float32 else "bf16")
 
 
+@pytest.mark.slow
 @architectures
 def test_saved_and_loaded(name, tmp_path):
     """By every loader, bit for bit."""
@@ -245,6 +255,7 @@ def test_saved_and_loaded(name, tmp_path):
     assert not torch.equal(want, logits(foreign(name)))
 
 
+@pytest.mark.slow
 @architectures
 def test_generation_with_a_cache(name):
     """Newborns write the same words with and without a cache."""
@@ -258,6 +269,7 @@ def test_generation_with_a_cache(name):
         assert not torch.equal(model.generate(input_ids=ids, **options), cached)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama4", "step3p7"])
 def test_exported(name, tmp_path):
     """Newborns become experts of a plain checkpoint, which the architecture's own code reads."""
@@ -274,6 +286,7 @@ def test_exported(name, tmp_path):
 # ---- packing
 
 
+@pytest.mark.slow
 @architectures
 def test_packed(name, tmp_path):
     """Packed, the model computes what the architecture's own code does with the decoded weights, in fewer bytes; it is

@@ -110,6 +110,7 @@ def test_sweep_equals_autograd(inputs):
     assert_all_close(found, wanted, "fp64 gradient")
 
 
+@pytest.mark.slow
 def test_grow_on_images(tmp_path):
     model = build(torch.float32)
     inputs = batch(torch.float32)

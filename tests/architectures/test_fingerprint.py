@@ -17,6 +17,7 @@ def described(model, nodes=None):
     return describe_base(model, find_experts(model, nodes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loading_dtypes(name):
     """One checkpoint is one base in any dtype; what was rounded to one half precision says nothing of the other."""
@@ -27,6 +28,7 @@ def test_loading_dtypes(name):
     assert not difference(described(build(name, torch.bfloat16)), described(build(name, torch.float16, seed=1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_bases_that_share_their_routers(stack, layer):

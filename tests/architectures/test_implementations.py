@@ -66,6 +66,7 @@ def assert_kept(got: Tensor, want: Tensor, way: str) -> None:
 # ---- switched before wrapping, after it, between steps, between training and generation
 
 
+@pytest.mark.slow
 @models
 @switched
 def test_birth(name, first, second):
@@ -83,6 +84,7 @@ def test_birth(name, first, second):
     assert_close("ways", want[first], want[second], "fp32")
 
 
+@pytest.mark.slow
 @models
 def test_batched_rows_are_one_product(name):
     """As many rows at once as the base multiplies: another number of them would round differently on a GPU."""
@@ -106,6 +108,7 @@ def test_batched_rows_are_one_product(name):
     assert len(found[0]) > 4
 
 
+@pytest.mark.slow
 @models
 @switched
 def test_gradients(name, first, second):
@@ -127,6 +130,7 @@ def test_gradients(name, first, second):
         loss.backward()
 
 
+@pytest.mark.slow
 @models
 def test_between_steps(name):
     """Three steps, each under another implementation, move the bank as plain autograd moves the base's slices."""
@@ -152,6 +156,7 @@ def test_between_steps(name):
             assert_close(key, trainable(model)[key], weights[LOCUS[site.layer]].detach(), "fp32")
 
 
+@pytest.mark.slow
 @models
 @switched
 def test_between_training_and_generation(name, first, second):
@@ -173,6 +178,7 @@ def test_between_training_and_generation(name, first, second):
     assert torch.equal(words, plain.generate(input_ids=tokens(2, 8), **settings))
 
 
+@pytest.mark.slow
 @models
 @switched
 def test_newborns(name, first, second):
@@ -221,6 +227,7 @@ def registered(monkeypatch):
     return register
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["twice", "grouped_mm", "batched_mm", "eager"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_registered_implementation_is_followed(registered, name, training):

@@ -119,6 +119,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @every_way
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 def test_refused_by_name(base, way):
@@ -169,6 +170,7 @@ SHARDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 @pytest.mark.parametrize("how", SHARDINGS)
@@ -183,6 +185,7 @@ def test_sharded_after_wrapping(how, settle, one_process):
     assert all(bool(p.grad.any()) for p in plain.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["get_peft_model", "measure_errors", "plan"])
 def test_offloaded_experts(way):
     """A map whose errors need no weights can still be measured, and is the map of the same model in memory."""
@@ -256,6 +259,7 @@ ALTERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 # packed experts run their hooks
 @pytest.mark.parametrize(
@@ -342,6 +346,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @every_way
 @pytest.mark.parametrize("how", SHARED, ids=lambda how: how.__name__)
 def test_weights_of_two_layers(how, way):

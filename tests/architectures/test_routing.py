@@ -234,6 +234,7 @@ def assert_as_looped(model: nn.Module, ids: Tensor, case: str, kind: str) -> Non
 # ---- deepened
 
 
+@pytest.mark.slow
 @cases
 @ways
 @pytest.mark.parametrize("training", [True, False])
@@ -245,6 +246,7 @@ def test_forward(case, way, training):
     assert_as_looped(model.train(training), tokens(), case, kind)
 
 
+@pytest.mark.slow
 @cases
 @ways
 def test_birth(case, way):
@@ -256,6 +258,7 @@ def test_birth(case, way):
         assert torch.equal(found, logits(model))
 
 
+@pytest.mark.slow
 @cases
 def test_gradients(case):
     """Settled and by backprop, at the same random state: what is sampled in the forward is not sampled anew."""
@@ -294,6 +297,7 @@ def test_skipped_tokens_train_nothing():
 # ---- measured
 
 
+@pytest.mark.slow
 @cases
 def test_map_counts(case):
     """Rows and routing weights of a map are those that the experts were handed, without what is nobody's."""
@@ -316,6 +320,7 @@ def test_map_counts(case):
 SPAWNED = ["sigmoid, grouped, biased, renormalised", "softmax of the chosen", "hash", "sparsemixer", "sentinels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SPAWNED)
 @ways
 def test_newborns(case, way):
@@ -332,6 +337,7 @@ def test_newborns(case, way):
         assert_as_looped(model.train(training), mixed(), case, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*SPAWNED, "softmax, renormalised"])
 @pytest.mark.parametrize("newborns", [True, False])
 def test_packed(case, newborns):

@@ -13,6 +13,7 @@ from peft_pcgrow.packed.forms import Form
 from tiny import COMMON, assert_same, dense, domain, logits, retain, snapshot, tokens, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_compress(name, tmp_path):
     """Dense MLPs are packed, saved, loaded, and grown on; a stage taken back leaves all as it was."""

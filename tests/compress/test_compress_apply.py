@@ -25,6 +25,8 @@ from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
 from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from tiny import ARCHITECTURES, EXPERTS, assert_same, build, grown, logits, retain, snapshot, tokens, train
 
+pytestmark = pytest.mark.slow
+
 EVERY = ("quantize", "thin", "sparsify", "skip")
 MIXED = [Form(2), Form(4, 8), Form(neurons=0), WHOLE, Form(sparsity="half"), Form(3), Form(neurons=8), Form(8)]
 

@@ -24,6 +24,8 @@ from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.say import ends
 from tiny import ARCHITECTURES, EXPERTS, HIDDEN, assert_same, build, domain, grown, retain, snapshot, tokens
 
+pytestmark = pytest.mark.slow
+
 METHODS = [
     ("quantize",),
     ("thin",),

@@ -25,6 +25,7 @@ def without(name: str, dropped: list[int]) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dropped"), DROPPED)
 def test_what_is_left(name, dropped, tmp_path):
     model = build(name)
@@ -49,6 +50,7 @@ def test_what_is_left(name, dropped, tmp_path):
     assert torch.equal(logits(model), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dropped"), [("qwen3_moe", [0]), ("gpt_oss", [0]), ("deepseek_v3", [2])])
 def test_generates_with_a_cache(name, dropped):
     """Layers are numbered anew, which caches go by."""

@@ -129,6 +129,7 @@ def spent(values: Tensor, choice: Tensor) -> float:
     return float(values.gather(1, choice[:, None]).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_steps_are_spent_best(seed):
     damage, sizes = convex(4, 4, seed, alike=True)
@@ -141,6 +142,7 @@ def test_equal_steps_are_spent_best(seed):
         assert spent(damage, choice) == pytest.approx(best(damage, sizes, budget), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_uneven_steps_are_spent_within_one_step_of_the_best(seed):
     damage, sizes = convex(4, 4, seed, alike=False)

@@ -74,6 +74,7 @@ def outcome(act: Callable[[], Any]) -> Any:
         return str(error)
 
 
+@pytest.mark.slow
 def test_random_edits(plan, tmp_path):
     """Read, and applied if that passes: an error in our words that leaves the model as it is, or what the file says."""
     plan.save(tmp_path / "plan.json")

@@ -66,6 +66,7 @@ def packed_bytes(model: nn.Module) -> int:
 # ---- what it computes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_computes_base_plus_rounded_delta(name, bits):
@@ -97,6 +98,7 @@ def test_untrained_is_the_base():
     assert report.error == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("resolution", PARTS)
 def test_parts(name, resolution):
@@ -114,6 +116,7 @@ def test_parts(name, resolution):
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{"bits": 4}, {"target": 0.3}])
 def test_newborns(way, tmp_path):
     """Gates stay as they are: text that they do not take keeps the base's bits, before and after saving."""
@@ -188,6 +191,7 @@ def test_target_goes_by_effect():
     assert f"{len(saved[4])} matrices in 4 and {len(saved[3])} in 3 bits" in report.form
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "widths"), [(0.16, {"2", "3"}), (0.35, {"4", "8"}), (1.0, {"16"})])
 def test_targets(target, widths):
     model = trained()
@@ -227,6 +231,7 @@ def output_errors(before: PeftModel, after: PeftModel, ids: Tensor) -> dict[str,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("resolution", ["expert", *PARTS])
 def test_rounding_fitted_to_text(name, resolution):
@@ -247,6 +252,7 @@ def test_rounding_fitted_to_text(name, resolution):
     assert_same(snapshot(plain), snapshot(twin))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_losses(name):
     """Losses are the model's own, without the adapter, with it, and with what became of it."""

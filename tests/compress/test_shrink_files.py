@@ -37,6 +37,7 @@ def shrunk(base, tmp_path, dtype=torch.float32, **settings) -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"target": 0.3}, {"bits": 4}])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_loaders_agree(base, loader, settings, tmp_path):
@@ -48,6 +49,7 @@ def test_loaders_agree(base, loader, settings, tmp_path):
     assert not [name for name, p in loaded.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_bf16_base(loader, tmp_path):
     """On a base in bf16, decoded weights are rounded as whole banks are, and packed bytes are not cast."""
@@ -58,6 +60,7 @@ def test_bf16_base(loader, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.slow
 def test_saved_again(base, tmp_path):
     """A loaded shrunk adapter saves the same file; the config says how it is stored, on one short line a stack."""
     model = shrunk(base, tmp_path)
@@ -72,6 +75,7 @@ def test_saved_again(base, tmp_path):
     assert written["layers"].keys() == {"1", "2"}
 
 
+@pytest.mark.slow
 def test_altered_bytes_are_noticed(base, tmp_path):
     shrunk(base, tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -83,6 +87,7 @@ def test_altered_bytes_are_noticed(base, tmp_path):
         LOADERS["PeftModel"](base, tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_altered_config_is_noticed(base, tmp_path):
     shrunk(base, tmp_path)
     file = tmp_path / "adapter" / "adapter_config.json"
@@ -101,6 +106,7 @@ def test_altered_config_is_noticed(base, tmp_path):
 # ---- copying, switching, merging, leaving
 
 
+@pytest.mark.slow
 def test_copies_and_moves():
     """Copied, pickled, cast and cast back, and with a base that has changed, it decodes for itself."""
     model = trained()
@@ -126,6 +132,7 @@ def test_copies_and_moves():
     measure_errors(fresh, [tokens()], progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_merging(name):
     """Merging and unmerging are as for whole banks: exact both ways."""
@@ -146,6 +153,7 @@ def test_merging(name):
     torch.testing.assert_close(logits(plain), apart, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_on_packed_experts(name):
     """On a base that is packed itself, deltas are taken from what it decodes to, and text is measured too."""
@@ -164,6 +172,7 @@ def test_on_packed_experts(name):
         assert torch.equal(logits(model), logits(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resolution", ["expert", *PARTS])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_measured_like_a_whole_one(name, resolution):
@@ -182,6 +191,7 @@ def test_measured_like_a_whole_one(name, resolution):
         assert torch.equal(gradient, maps[1].gradient[stack])
 
 
+@pytest.mark.slow
 def test_beside_another_adapter():
     """A second adapter trains beside a shrunk one, which keeps its bits; each is switched and deleted by itself."""
     model = trained()
@@ -265,6 +275,7 @@ def test_refusals_change_nothing():
             shrink_adapter(other, bits=3)
 
 
+@pytest.mark.slow
 def test_factors_are_gone(tmp_path):
     with pytest.raises(TypeError, match=r"energy=...\) is gone: .*give bits= or target="):
         shrink_adapter(trained(), energy=0.9)

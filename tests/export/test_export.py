@@ -144,6 +144,7 @@ torch.save(found, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_loads_without_the_package(cases, tmp_path):
     """In a process of its own: the logits of the model loaded here, and close to none of the base's."""
     folders = [str(case.folder) for case in cases.values()]
@@ -166,6 +167,7 @@ def test_number_of_experts(case):
     assert type(flat) is type(case.model.get_base_model())
 
 
+@pytest.mark.slow
 def test_old_weights_keep_their_bits(case):
     """All of the base is in the checkpoint, first among experts and router rows."""
     base, flat = build(case.name, **CHANGES.get(case.name, {})).state_dict(), case.load().state_dict()
@@ -240,6 +242,7 @@ def fitted(model: PeftModel, intercept: bool) -> dict[int, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_fitted_to_the_gate(case):
     """A newborn's router row is its donor's plus the fit, and so is its bias where it is part of the logits."""
     want, flat = fitted(case.model, case.name == "gpt_oss"), case.load()
@@ -258,6 +261,7 @@ def test_rows_are_fitted_to_the_gate(case):
 # ---- the report
 
 
+@pytest.mark.slow
 def test_reported_numbers(case):
     """Recomputed from the folder and the model, over tokens and labels that are no padding."""
     flat, ours, theirs, targets = case.load(), [], [], []
@@ -285,6 +289,7 @@ def test_reported_numbers(case):
     assert f"{case.report.experts} experts a layer: loss {float(want['loss_flat']):.3f} against" in str(case.report)
 
 
+@pytest.mark.slow
 def test_padding_is_left_out(tmp_path):
     """Whatever stands under it, padded texts give the rows and the report that they give alone."""
     model, ids = trained(), mixed()
@@ -318,6 +323,7 @@ def test_the_model_is_left_as_it_was(case):
     assert torch.equal(logits(case.model, mixed()), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", *SWITCHED])
 def test_bf16_base(name, tmp_path):
     """The checkpoint is in bf16 too; buffers that the base holds in fp32 keep all of their bits."""

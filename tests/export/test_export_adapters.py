@@ -1,5 +1,6 @@
 """export_flat with deepened experts, several adapters, further modules that train, and tied embeddings."""
 
+import pytest
 import torch
 from peft import PeftModel
 from test_export import bank_slice, batches, config, load, newborns, text_map, trained
@@ -39,6 +40,7 @@ def with_deepened(model: PeftModel) -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 def test_an_adapter_that_deepens(tmp_path):
     model = with_deepened(trained())
     (_, donor), _ = newborns(model)[1]
@@ -46,6 +48,7 @@ def test_an_adapter_that_deepens(tmp_path):
     assert_deepened(model, load(tmp_path / "flat"), {(1, donor): "deep", (1, 0): "deep"})
 
 
+@pytest.mark.slow
 def test_several_spawned_adapters(tmp_path):
     """Every newborn of every active adapter is an expert, those of the first listed first."""
     model = trained(budget=0.125, gate_fpr=0.02)
@@ -63,6 +66,7 @@ def test_several_spawned_adapters(tmp_path):
         assert not torch.equal(site.router.weight[EXPERTS], site.router.weight[EXPERTS + 1])
 
 
+@pytest.mark.slow
 def test_further_modules(tmp_path):
     """What modules_to_save trained is part of what the model computes."""
     model = trained(modules_to_save=["lm_head"])

@@ -45,6 +45,7 @@ def config_of(folder) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "deepseek_v3"])
 def test_thinned_experts_become_smaller_matrices(name, tmp_path):
     """The same function, in a file that knows nothing of it; the model is as it was."""
@@ -66,6 +67,7 @@ def test_thinned_experts_become_smaller_matrices(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forms", [PRUNED, PRUNED[::-1]], ids=["forms", "reversed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_removed_experts_are_left_out(name, forms, tmp_path):
@@ -107,6 +109,7 @@ def test_one_packed_layer_is_enough(tmp_path):
     assert_close("logits", logits(plain), logits(model), "fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [Form(8), Form(2), Form(3, 8), Form(sparsity="half")])
 def test_few_bits_are_written_out(form, dtype, tmp_path):
@@ -139,6 +142,7 @@ def test_thinned_and_removed_and_tied(tmp_path):
     assert not plain.training
 
 
+@pytest.mark.slow
 def test_loads_without_this_package(tmp_path):
     model = compressed(forms=PRUNED)
     export_plain(model, tmp_path, [tokens()])

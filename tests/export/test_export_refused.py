@@ -36,6 +36,7 @@ def switched_off() -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -67,6 +68,7 @@ def test_quantized_base(tmp_path):
         export_flat(model, tmp_path / "flat", batches())
 
 
+@pytest.mark.slow
 def test_merged(tmp_path):
     """As in all of PEFT, a layer with a merged adapter computes no other: newborns are not part of the model then."""
     model = with_deepened(trained())
@@ -99,6 +101,7 @@ def test_targets(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"full", "empty", "file"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_a_checkpoint_that_computes_something_else(factor, tmp_path, monkeypatch):
     load_right = Qwen3MoeForCausalLM.from_pretrained

@@ -42,6 +42,7 @@ def assert_gated(model: nn.Module, written: Tensor, **inputs) -> None:
     assert 0 < int(new.sum()) < new.numel()
 
 
+@pytest.mark.slow
 @architectures
 def test_with_a_cache_as_without(name, window):
     """The same words, from the same logits; other words than the base's."""
@@ -56,6 +57,7 @@ def test_with_a_cache_as_without(name, window):
         assert not torch.equal(write(model, mixed(PROMPT)), found[True].sequences)
 
 
+@pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_padded_batch_as_single_rows(name, window, use_cache):
@@ -70,6 +72,7 @@ def test_padded_batch_as_single_rows(name, window, use_cache):
         assert torch.equal(row[PROMPT:], write(model, prompt[None])[0, len(prompt) :])
 
 
+@pytest.mark.slow
 @architectures
 def test_beams(name, window):
     """Beam search reorders the memory with the keys; each of three best beams is that of a search without a cache."""
@@ -83,6 +86,7 @@ def test_beams(name, window):
     assert torch.equal(write(model, mixed(PROMPT), num_beams=3), beams[:, 0])
 
 
+@pytest.mark.slow
 @two_of_them
 def test_several_samples_of_a_prompt(name, window):
     model, found = grown(name, window), {}
@@ -94,6 +98,7 @@ def test_several_samples_of_a_prompt(name, window):
     assert len(found[True].unique(dim=0)) == 3 * 8
 
 
+@pytest.mark.slow
 @two_of_them
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_kinds_of_cache(name, window, kind):
@@ -125,6 +130,7 @@ def assistant(name: str) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @two_of_them
 @pytest.mark.parametrize("way", ASSISTED)
 def test_assisted(name, window, way):
@@ -159,6 +165,7 @@ CACHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     # the sliding layers of gpt-oss need a cache that knows them
     ("name", "window", "kind"),
@@ -172,6 +179,7 @@ def test_a_text_in_pieces(name, window, kind, sizes):
     assert_close("logits", stepwise(model, mixed(), sizes, CACHES[kind](model)), logits(model, mixed()), TOLERANCE)
 
 
+@pytest.mark.slow
 @architectures
 @pytest.mark.parametrize("kind", ["of the config", "static"])
 def test_a_padded_text_in_pieces(name, window, kind):
@@ -183,12 +191,14 @@ def test_a_padded_text_in_pieces(name, window, kind):
         assert_close(f"{sizes}", got[mask.bool()], want[mask.bool()], TOLERANCE)
 
 
+@pytest.mark.slow
 @two_of_them
 def test_chunked_prefill(name, window):
     model = grown(name, window)
     assert torch.equal(write(model, mixed(PROMPT), prefill_chunk_size=5), write(model, mixed(PROMPT)))
 
 
+@pytest.mark.slow
 @two_of_them
 def test_a_conversation(name, window):
     """A second turn on the first one's cache, and on a copy of it."""
@@ -223,6 +233,7 @@ def test_a_cache_cut_and_widened():
     assert_close("logits", got, logits(model, ids.flip(0))[:, 10:], TOLERANCE)
 
 
+@pytest.mark.slow
 def test_two_adapters_remember_apart():
     """Gates of two active adapters, one of them with another window."""
     model = copy.deepcopy(grown())
@@ -250,6 +261,7 @@ def test_another_batch_does_not_disturb():
 # ---- packing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "window"), [("qwen3_moe", 8), ("qwen2_moe", 0), ("deepseek_v3", 0)])
 def test_packed_texts_as_single_ones(name, window):
     """Several texts in a row, told apart by position ids that start again."""
@@ -267,6 +279,7 @@ def test_packed_texts_as_single_ones(name, window):
     assert not rows.all()
 
 
+@pytest.mark.slow
 def test_gates_tell_packed_texts_apart():
     """transformers lets gpt-oss attend across packed texts; its gates read each token's own text all the same."""
     model, lengths, found = grown("gpt_oss"), (24, 7, 1, 16, 9), []

@@ -78,6 +78,7 @@ def test_a_cache_made_of_another_ones_tensors():
         stepwise(model, ids[:, 16:], [8], other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pickle", "torch", "copy"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_caches_travel(name, way):
@@ -141,6 +142,7 @@ def hybrid() -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 def test_layers_without_keys_ask_others():
     """How much a cache holds is known from those that have them."""
     model, ids = hybrid(), mixed()
@@ -196,6 +198,7 @@ def test_a_padding_token_fed_alone(cache_used):
 # ---- masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", [block, lambda n: additive(block(n))], ids=["bool", "additive"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])

@@ -192,6 +192,7 @@ def test_what_choose_refuses(given, text):
         choose(**{"scores": torch.rand(2, 3), "budget": 0.5, **given})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settle", "select"), [("sweep", "removable"), ("direct", "error")])
 def test_default_is_the_best_that_the_map_can_tell(settle, select):
     """What a step would remove, if the map has the gradients to tell; else the error. The config says which."""

@@ -38,6 +38,7 @@ def all_pieces(of: nn.Module, gradients: bool = False) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "backprop"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_the_sub_blocks_of_autograd(name, settle):
@@ -51,6 +52,7 @@ def test_gradients_are_the_sub_blocks_of_autograd(name, settle):
     assert_all_close({key: p.grad for key, p in trainable(model).items()}, want, "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_born_as_the_base(name, implementation):
@@ -71,6 +73,7 @@ def test_born_as_the_base(name, implementation):
             assert weight.stride() == donor[list(layer.grown["default"])].stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_the_pieces_move(name, dtype):
@@ -137,6 +140,7 @@ def muon(model):
     return create_pcgrow_optimizer(model, lr=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [muon, lambda m: torch.optim.AdamW(trainable(m).values(), lr=1e-2)])
 def test_optimizers(make):
     """Every piece moves and the loss falls; Muon orthogonalises each piece by itself."""
@@ -164,6 +168,7 @@ def test_optimizers(make):
         assert (p != before[name]).flatten(1).any(dim=1).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_map_of_a_grown_model_is_that_of_the_merged_one(name):
     """Also in its summed weight gradients, of the whole experts, and without leaving anything behind."""

@@ -107,16 +107,19 @@ CORPORA: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CORPORA)
 def test_texts_of_unequal_lengths(kind):
     assert_same(measured(CORPORA[kind]()), one_by_one())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 50])
 def test_the_sums_do_not_depend_on_how_texts_are_batched(size):
     assert_same(measured(texts(), batch_size=size), one_by_one())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text", "content"])
 def test_strings(name):
     strings = [spelled(text) for text in texts()]
@@ -129,6 +132,7 @@ def test_strings(name):
     assert torch.equal(surprisal, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "int32", "array", "TensorDataset", "loader", "mapping", "one text"])
 def test_texts_of_one_length(kind):
     ids = tokens(20, 9)

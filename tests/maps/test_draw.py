@@ -111,6 +111,7 @@ def test_html_stands_alone_and_reads_without_scripts(tmp_path):
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'<!--data-->"
 
 
+@pytest.mark.slow
 def test_text_of_a_map_is_escaped(tmp_path):
     # whoever made it
     emap = replace(made(base={"model_type": HOSTILE, "vocabulary": 10, **PARTS}), layers=(HOSTILE, 1, 2, 3))
@@ -131,6 +132,7 @@ def large(seed):
     return made(48, 128, seed, first=0)
 
 
+@pytest.mark.slow
 def test_size_of_a_large_page(tmp_path):
     before, now = large(0), large(1)
     locus = Locus({layer: range(0, 128, 8) for layer in range(48)})
@@ -149,6 +151,7 @@ def test_the_script_is_javascript(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
 def test_pictures(tmp_path, suffix, start):
     made().page(tmp_path / f"map{suffix}", before=made(seed=1), locus=LOCUS)
@@ -180,6 +183,7 @@ def test_picture_shows_the_map(tmp_path, monkeypatch):
     assert [text.get_text() for text in shown["Lifecycle"].get_yticklabels()] == ["1", "2", "3", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".html"])
 def test_nothing_is_left_half_written(tmp_path, monkeypatch, suffix):
     """A drawing that fails, and a disk that fails, leave the file that was there, and nothing beside it."""
@@ -236,6 +240,7 @@ def test_unknown_suffix(tmp_path, name):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_scalars_and_pages_of_an_empty_map(tmp_path):
     """Nothing routed and nothing lost: no division by zero anywhere."""
     zero = torch.zeros(4, 6, dtype=torch.float64)

@@ -50,6 +50,7 @@ def by_autograd(model, ids):
     return torch.stack(rows, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_autograd(name):
     model, ids = build(name, torch.float64), tokens()
@@ -68,6 +69,7 @@ def assert_same_map(one, other, kind="fp64 across batches"):
     assert one.loss == pytest.approx(other.loss, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_any_batch_split():
     model, ids = build("qwen3_moe", torch.float64), tokens(6)
     whole = measured(model, [ids])
@@ -140,6 +142,7 @@ def test_sketched_maps_add_up_and_estimate_the_norm():
     assert_close("summed energy", sketched.coherent.square().sum(), exact, "sketch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_bf16_map_is_close(implementation):
     """A map needs no precision: in bf16 nodes rank nearly as in fp32."""
@@ -180,6 +183,7 @@ def test_save_and_load(tmp_path):
     assert_same_map(back + emap, emap + emap)
 
 
+@pytest.mark.slow
 def test_map_of_a_grown_model_measures_the_bank():
     """Wrapped and untrained it is the base's map; grown nodes carry the gradient of their bank."""
     base, ids = build("qwen3_moe", torch.float64), tokens()
@@ -227,6 +231,7 @@ def test_top_is_ordered_and_shares_add_up():
     assert best.weight == float(emap.weight[best.layer, best.expert])
 
 
+@pytest.mark.slow
 def test_text_and_picture_show_the_map(tmp_path):
     emap = measured(build("deepseek_v3"), [tokens()])
     text = str(emap)

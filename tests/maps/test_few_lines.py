@@ -64,6 +64,7 @@ def test_layer_with_many_nodes():
     assert "grown={'default': [0, 1, 2, 3, 4, ... 54 more ..., 59, 60, 61, 62, 63]}" in repr(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 8), (6, 16), (48, 128), (1, 8), (1, 1), (94, 384)])
 def test_heat_map_has_room_for_what_it_says(shape):
     """Nothing is cut at the sides, and nothing is written over the picture."""

@@ -39,6 +39,7 @@ def edit(path, before, after):
     path.write_bytes(blob.replace(before.encode(), after.encode()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "error", "text"),
     [
@@ -65,6 +66,7 @@ def test_damage(damage, error, text, folder):
         grow(model, error_map=folder)
 
 
+@pytest.mark.slow
 def test_every_byte_counts(folder):
     """No flipped bit anywhere passes."""
     whole, picked = (folder / FILE).read_bytes(), random.Random(0)
@@ -116,6 +118,7 @@ def values(facts):
 ODD = (None, -1, 0, 1.5, float("inf"), "x", True, [], {}, [3, 2], 10**30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [contrast, made])
 def test_odd_facts(measured, tmp_path):
     """Whatever stands in a fact, a map loads and can be used, or one ValueError says what is wrong."""
@@ -150,6 +153,7 @@ def used(emap):
         emap.removable("matrix")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [contrast, made])
 def test_odd_tensors(measured, tmp_path):
     """A tensor that is cut, flat, empty or not finite is named; one that is gone is."""

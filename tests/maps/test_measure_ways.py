@@ -31,6 +31,7 @@ def assert_same(one: ErrorMap, other: ErrorMap, kind: str | None = None) -> None
     assert (one.labels, one.tokens, one.batches) == (other.labels, other.tokens, other.batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_direct_map_carries_the_top_error(name, gradients):
@@ -58,6 +59,7 @@ def test_direct_map_carries_the_top_error(name, gradients):
     assert emap.has_parts is gradients
 
 
+@pytest.mark.slow
 def test_direct_map_with_all_layers_exact_is_the_sweep():
     model, ids = build("qwen3_moe", torch.float64), tokens(8)
     exact = measured(model, ids.split(2))
@@ -72,6 +74,7 @@ def test_direct_map_with_all_layers_exact_is_the_sweep():
         half + exact
 
 
+@pytest.mark.slow
 def test_relaxed_map_is_the_swept_one_and_counts_hops():
     model = build("qwen3_moe", torch.float64)
     ids = tokens(6, 12)
@@ -95,6 +98,7 @@ def test_relaxed_map_is_the_swept_one_and_counts_hops():
     assert (relaxed + relaxed).hops.sum() == 2 * relaxed.hops.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [[8], [5, 3], [3, 3, 2], [2, 2, 2, 2], [1] * 8])
 def test_few_batches_are_cut_so_that_every_fold_has_text(cuts):
     emap = measured(build(), tokens(8).split(cuts))
@@ -110,6 +114,7 @@ def interrupted(batches, after):
         yield batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "relax", "direct"])
 def test_an_interrupted_map_goes_on(settle, tmp_path):
     model, batches = build(), tokens(12).split(2)
@@ -130,6 +135,7 @@ def test_an_interrupted_map_goes_on(settle, tmp_path):
         measured(build(seed=1), batches, settle=settle, checkpoint=tmp_path / "map")
 
 
+@pytest.mark.slow
 def test_gates_of_a_resumed_map_see_all_of_the_text(tmp_path):
     model, batches = build(), tokens(12, 24).split(2)
     kept = retain(12).split(4)

@@ -44,6 +44,7 @@ def rows_of(model, ids):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "direct", "relax"])
 def test_rows_belong_to_who_computes_them(settle):
     model = trained()
@@ -89,6 +90,7 @@ def test_gradients_are_those_of_the_bank():
     assert (both[0] - both[1]).count_nonzero() == len(NODES)
 
 
+@pytest.mark.slow
 def test_maps_with_newborns_are_kept_added_and_cut(tmp_path):
     model = trained()
     emap = measured(model, checkpoint=tmp_path / "so far", checkpoint_every=1)
@@ -113,6 +115,7 @@ def test_maps_with_newborns_are_kept_added_and_cut(tmp_path):
         measured(model, checkpoint=tmp_path / "so far")
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(tmp_path):
     model, batches = trained(), [mixed(seed=seed) for seed in range(6)]
     whole = measure_errors(model, batches, progress=False)
@@ -128,6 +131,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path):
         assert torch.equal(resumed.newborns.tensors()[name], tensor)
 
 
+@pytest.mark.slow
 def test_without_the_adapter_there_are_none():
     model = trained()
     with model.disable_adapter():
@@ -138,6 +142,7 @@ def test_without_the_adapter_there_are_none():
         assert_close(name, getattr(emap, name), getattr(plain, name), "fp64 across batches")
 
 
+@pytest.mark.slow
 def test_what_is_shown(tmp_path):
     model = trained()
     emap = measured(model)
@@ -161,6 +166,7 @@ def test_what_is_shown(tmp_path):
     assert emap.scalars()["pcgrow/error_per_label"] == pytest.approx(float(emap.scores().sum()) / emap.labels)
 
 
+@pytest.mark.slow
 def test_gates_are_measured_on_the_rows_of_each_node():
     """Recall and rows of a second gate: at a donor on what its newborn leaves, at the newborn on what it takes."""
     model = trained()

@@ -72,6 +72,7 @@ def apart():
     return found, calibrate(model, {"domain": ours}, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [said for said in SAID if said != "masks by name"])
 def test_as_text_by_text(said):
     model, (want, swept) = build(dtype=torch.float64), apart()

@@ -81,6 +81,7 @@ def test_invariances():
     assert_close("density", plain.density, plain.estimate / 24, "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_resolutions_of_a_measured_map(name):
     emap = measure_errors(build(name, torch.float64), tokens(8).split(2), progress=False)
@@ -147,6 +148,7 @@ def test_verdicts_where_the_truth_is_known():
     assert damaged.diagnose(healthy).nodes == ((2, 19),)
 
 
+@pytest.mark.slow
 def test_a_damaged_expert_is_found():
     """A model that knows a text by heart; one expert's output is turned round."""
     model, ids = build("qwen3_moe"), tokens(8, 16)

@@ -83,6 +83,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("change", CHANGED)
 def test_other_weights(change, finished, tmp_path):
@@ -124,6 +125,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TEXTS)
 def test_other_text(case, tmp_path):
     model = build()
@@ -140,6 +142,7 @@ def test_fewer_tokens(tmp_path):
         measured(model, max_tokens=64, checkpoint=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"settle": "direct"}, {"gradients": False}, {"sketch_dim": 4}, {"settle": "relax"}]
 )
@@ -160,6 +163,7 @@ def test_a_map_that_no_measurement_left(tmp_path):
         measured(model, checkpoint=tmp_path)
 
 
+@pytest.mark.slow
 def test_more_text_of_the_same(tmp_path):
     """What is there already is not measured again, and what is added is."""
     model = build()
@@ -169,6 +173,7 @@ def test_more_text_of_the_same(tmp_path):
     assert_same(measured(model, checkpoint=tmp_path), measured(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 6])
 def test_heldout_text_goes_on_too(after, tmp_path):
     model, held = build(), tokens(8, 16, seed=3).split(1)
@@ -205,6 +210,7 @@ def test_digest_of_weights_beyond_one_chunk():
     assert weights_in_use(model) in digests
 
 
+@pytest.mark.slow
 def test_domain_text_resumes_with_gates(tmp_path):
     model = build()
     kept = {"retain": tokens(12, 24, seed=9).split(4), "window": 4}

@@ -110,6 +110,7 @@ def rows_above(ratios, limits, slack):
     return (ratios[:, None] > limits + slack).sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", CASES, ids=str)
 def test_rates_are_those_of_the_held_out_rows(setting):
     model, ours, theirs, separation = case(*setting)
@@ -194,6 +195,7 @@ def test_directions_are_fitted_on_the_other_texts(setting):
             assert_close("mean score", middle + side * distance / 2, scores.mean(), "fp32 solve")
 
 
+@pytest.mark.slow
 def test_held_out_texts_do_not_touch_the_fit():
     ours, theirs = domain(8, seed=3), retain(8, seed=3)
     before = measured(build(), [ours], [theirs]).separation
@@ -257,6 +259,7 @@ def assert_same_separation(one, other):
         assert_close(name, getattr(one, name), getattr(other, name), "fp32 solve")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 4, 64])
 def test_any_batch_split_gives_the_same_separation(window):
     model, ours, theirs = build(dtype=torch.float64), domain(16, 20), retain(12, 20)
@@ -265,6 +268,7 @@ def test_any_batch_split_gives_the_same_separation(window):
     assert_same_separation(parts, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_the_same_separation(side):
     model = build(dtype=torch.float64)
@@ -281,6 +285,7 @@ def test_padding_gives_the_same_separation(side):
     assert_same_separation(measured(model, together(ours), together(theirs)).separation, apart)
 
 
+@pytest.mark.slow
 def test_short_texts_count_alike_in_any_batch():
     """Texts of fewer tokens than a direction is fitted on: what stands beside them in a batch must not matter."""
     model = build(dtype=torch.float64)
@@ -295,6 +300,7 @@ def test_short_texts_count_alike_in_any_batch():
     assert_close("direction", apart.direction, together.direction, "fp32 solve")
 
 
+@pytest.mark.slow
 def test_the_sums_are_those_of_a_map_without_retain_text():
     model, ours, theirs, _ = case(*CASES[0])
     model.train()
@@ -310,6 +316,7 @@ def test_the_sums_are_those_of_a_map_without_retain_text():
     model.eval()
 
 
+@pytest.mark.slow
 def test_retain_text_is_cut_like_the_corpus():
     separation = measured(build(), domain(24).split(4), iter(retain(24).split(4)), max_tokens=200).separation
     assert (separation.facts["domain_tokens"], separation.facts["retain_tokens"]) == (288, 288)
@@ -320,6 +327,7 @@ def tensors_of(emap):
     return {**{name: getattr(emap, name) for name in SUMS}, **gradient, **emap.separation.to_tensors()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_save_load_and_restrict(name, tmp_path):
     emap = measure_errors(build(name), [domain()], retain=[retain()], window=5, progress=False)

@@ -127,6 +127,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(reversed(settings)))
 def test_generation_settings_do_not_bend_the_draws(settings):
     """ "Temperature 1 draws from the model's own distribution": that of its logits, whatever a chat would be cut to."""
@@ -151,6 +152,7 @@ def test_a_model_that_cannot_generate_is_refused():
         sample_text(nn.Linear(2, 2), progress=False)
 
 
+@pytest.mark.slow
 def test_a_map_lets_the_model_write_its_retain_text():
     """As many texts as the corpus has, as long as its longest, and the same as if they had been given."""
     model = build().train()

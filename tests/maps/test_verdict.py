@@ -41,6 +41,7 @@ def measured(model, texts, heldout=None, **options) -> ErrorMap:
     return measure_errors(model, texts, heldout=heldout, progress=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [True, False])
 def test_memorised_text_is_not_covered(gradients):
     """By itself it looks covered, and says that it may; held-out text tells."""
@@ -58,6 +59,7 @@ def test_memorised_text_is_not_covered(gradients):
     assert "may have been trained on" in str(emap)
 
 
+@pytest.mark.slow
 def test_learned_text_is_covered():
     """The same length of training on many texts of a language that can be learned: held-out text is predicted too."""
     many, held = counting(512, 3, 0.0), counting(32, 4, 0.0)
@@ -66,6 +68,7 @@ def test_learned_text_is_covered():
     assert found.loss < found.covered_below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("scale", [0.02, 0.15])
 def test_untrained_model_covers_nothing(scale, gradients):
@@ -121,6 +124,7 @@ def assert_same(got: ErrorMap, want: ErrorMap) -> None:
         assert_close(name, gradient, want.gradient[name], "fp64 across batches")
 
 
+@pytest.mark.slow
 def test_heldout_text_is_measured_as_a_corpus_and_kept_apart(tmp_path):
     model, text, held = build(dtype=torch.float64), tokens(8).split(2), tokens(8, 12, seed=5).split(2)
     both, alone = measured(model, text, held), measured(model, text)

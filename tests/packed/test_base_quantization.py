@@ -56,6 +56,7 @@ def four_bit(tmp_path):
 # ---- adapters on it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_banks_are_copies_of_what_was_there_before(name, quantization):
@@ -78,6 +79,7 @@ def test_banks_are_copies_of_what_was_there_before(name, quantization):
     assert_same(snapshot(packed), snapshot(unloaded))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(("name", "quantization"), [("qwen3_moe", "nf4"), ("gpt_oss", "int8")])
 def test_loaders_pack_the_base_alike(name, quantization, loader, tmp_path):
@@ -125,6 +127,7 @@ def test_merging_is_refused(tmp_path):
     assert torch.equal(logits(loaded.merge_and_unload()), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "direct", "backprop"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_trains(quantization, settle):
@@ -137,6 +140,7 @@ def test_trains(quantization, settle):
     assert changed == set(trainable(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("resolution", ["expert", "matrix"])
 def test_gradients_of_a_sweep_are_backprops(resolution, name):
@@ -167,6 +171,7 @@ def test_parts(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(build(), tmp_path)), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_newborns(name, tmp_path):
     """Text that no gate lets pass has the packed base's logits; the rest is trained, saved and loaded."""
@@ -198,6 +203,7 @@ def test_protected_directions_stay_those_of_the_unpacked_donors():
             assert float((moved @ kept).norm() / moved.norm()) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_adapters():
     """The second reads packed donors; each alone, both together, and none."""
     model = grown(base_quantization="nf4")
@@ -224,6 +230,7 @@ def test_two_adapters():
 # ---- bitsandbytes' own bases
 
 
+@pytest.mark.slow
 def test_a_base_loaded_in_4_bits(four_bit, tmp_path):
     """Linear layers by bitsandbytes, experts packed; trained, saved, loaded, merging refused."""
     model = get_peft_model(four_bit(), PCGrowConfig(locus=LOCUS, base_quantization="nf4"))
@@ -296,6 +303,7 @@ def test_saved_without_the_adapter(tmp_path):
         assert torch.equal(logits(loaded), logits(base))
 
 
+@pytest.mark.slow
 def test_shared_experts_on_packed_routed_ones():
     """What is packed are the routed experts, whichever nodes grow."""
     base = build("qwen2_moe")

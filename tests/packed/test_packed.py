@@ -51,6 +51,7 @@ def unpacked(model: nn.Module) -> nn.Module:
     return dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_computes_what_it_holds(name):
     """Logits and the gradient of the embeddings are those of a dense model with the decoded weights."""
@@ -65,6 +66,7 @@ def test_computes_what_it_holds(name):
     assert_all_close(found["packed"], found["dense"], "fp64 across batches")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_grows_like_any_other(name):
     """At birth the function is the packed base's, and a sweep's gradients are backprop's."""

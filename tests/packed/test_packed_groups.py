@@ -56,6 +56,7 @@ def routed(rows: int = 40, choices: int = 3) -> tuple[Tensor, Tensor]:
     return index, torch.rand(rows, choices).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(24, 16), (6, 20), (128, 64)])
 @pytest.mark.parametrize(("width", "sparsity"), BITS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
@@ -77,6 +78,7 @@ def test_sparse_matrices():
     assert (size.where(groups, torch.inf).amin(-1) >= size.where(~groups, 0.0).amax(-1)).all()
 
 
+@pytest.mark.slow
 def test_norms_biases_sentinels_and_no_gate():
     """In fp64, output and gradients of a loop over the rows with the decoded weights, those of thinned experts zero."""
     torch.manual_seed(0)
@@ -122,6 +124,7 @@ def test_no_row_is_anybodys():
     assert not x.grad.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_bits_do_not_depend_on_how_many_are_decoded_at_a_time(monkeypatch, dtype, name):
@@ -157,6 +160,7 @@ def test_bits_do_not_depend_on_how_many_are_decoded_at_a_time(monkeypatch, dtype
         assert torch.equal(gradient, found[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 4, 8])
@@ -168,6 +172,7 @@ def test_birth_is_exact(rows, dtype, name):
     assert torch.equal(logits(model, tokens(rows, 1 if rows == 1 else 16)), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_newborns_are_born_exact(dtype, name):

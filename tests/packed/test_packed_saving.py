@@ -49,6 +49,7 @@ def written(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [None, [2]], ids=["every layer", "one layer"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -69,6 +70,7 @@ def test_comes_back(name, layers, dtype, tmp_path):
     assert set(kinds.values()) == {torch.uint8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_a_loaded_model_packed_by_and_by(name, tmp_path):
     """transformers undoes the conversions of the checkpoint that it loaded; those of other layers stay in it."""
@@ -99,6 +101,7 @@ def test_saved_in_pieces_and_again(tmp_path):
     assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_offloaded_to_disk(name, buffers, tmp_path):
@@ -162,6 +165,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_adapters_on_packed_experts(name, loader, tmp_path):
@@ -175,6 +179,7 @@ def test_adapters_on_packed_experts(name, loader, tmp_path):
     assert not torch.equal(logits(loaded), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_adapters(checkpointing, tmp_path, recwarn):
     """Trainer refuses quantized models whose method cannot train; and nothing is said to be cast."""
@@ -234,6 +239,7 @@ def test_registered_once():
     assert before == AUTO_QUANTIZER_MAPPING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -25,6 +25,7 @@ def weights(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_changed_bytes(tmp_path):
     """One byte at a time, anywhere in the files: the model that was saved, or none."""
     want = logits(saved(tmp_path / "good"))
@@ -61,6 +62,7 @@ def test_altered_tensors(part, tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -157,6 +159,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_without_this_package(tmp_path):
     """transformers alone raises, and the report above its error says what to import."""
     models = [build(), build("gpt_oss"), build("mixtral"), dense()]

@@ -37,6 +37,7 @@ from tiny import (
 # ---- packing a model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", BITS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_quantize_experts(name, to):
@@ -77,6 +78,7 @@ def test_a_real_experts_matrix_takes_its_bits():
         assert lowbit.size(1536, 2048, BITS[to]) == 1536 * 2048 * (bits + shared) / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_what_describes_a_base_stays(name):
     """A map of the full-precision base fits the packed one, and the other way; stacks keep their order."""
@@ -173,6 +175,7 @@ def test_decoding(width, shape):
 # ---- error maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("settle", ["sweep", "direct"])
 @pytest.mark.parametrize("adapted", [False, True])
@@ -193,6 +196,7 @@ def test_maps(settle, name, adapted):
     assert_all_close(one.separation.moment, other.separation.moment, "fp32")
 
 
+@pytest.mark.slow
 def test_one_layer_is_decoded_at_a_time(monkeypatch):
     """While weight gradients are measured, no two layers hold dense stacks."""
     model = build()
@@ -209,6 +213,7 @@ def test_one_layer_is_decoded_at_a_time(monkeypatch):
 # ---- memory
 
 
+@pytest.mark.slow
 def test_peak_of_packing():
     """Above a model on the CPU, packing takes what it makes of all layers, and less than one of its layers more."""
     model = build(dtype=torch.bfloat16, num_experts=64)
@@ -238,6 +243,7 @@ def kept(model: nn.Module) -> list[Tensor]:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_no_decoded_matrix_is_kept_for_the_backward(quantization):
     """Of tensors shaped like an expert's matrices, only trained ones are kept; of a dense base, its stacks too."""

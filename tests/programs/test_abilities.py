@@ -76,6 +76,7 @@ def test_a_line_that_is_no_fact_is_named(tmp_path, line):
         abilities.read_facts(tmp_path / "facts.tsv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [4, 100])
 def test_cloze_is_greedy_generation(model, tokenizer, batch):
     facts = []
@@ -104,6 +105,7 @@ def test_cloze_refuses_what_has_no_answer(model, tokenizer):
     assert abilities.cloze(model, tokenizer, []) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 32])
 def test_padded_generation_is_that_of_each_prompt(model, tokenizer, batch):
     found = abilities.samples(model, tokenizer, TEXTS, max_new_tokens=12, batch=batch)
@@ -121,6 +123,7 @@ def test_samples_are_greedy_whatever_the_model_is_set_to(model, tokenizer):
     assert abilities.samples(model, tokenizer, TEXTS, max_new_tokens=8) == expected
 
 
+@pytest.mark.slow
 def test_instructions_check_the_answer_to_each(model, tokenizer):
     with pytest.raises(ValueError, match=r"has no chat template, .* leave instructions out \(--no-instructions\)"):
         abilities.instructions(model, tokenizer)
@@ -236,6 +239,7 @@ def test_the_mode_is_as_before(model, tokenizer, training):
     assert model.training is training
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("compares with a program that computes there")
 def test_the_program(model, tokenizer, tmp_path):
     """With an adapter, each question's result in the JSON."""

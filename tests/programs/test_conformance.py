@@ -30,6 +30,7 @@ FAMILIES = {
 KNOWN = architectures.moe_architectures()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in KNOWN])
 def test_operation(name, operation):
@@ -41,6 +42,7 @@ def test_operation(name, operation):
 NO_NODES = {"doge"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KNOWN.keys() - FAMILIES.keys() - NO_NODES))
 def test_built_and_found(name):
     row = conform(name, "discover")

@@ -90,6 +90,7 @@ def test_refused(tmp_path):
             make_moe.mixture_config(llama().config, *numbers)
 
 
+@pytest.mark.slow
 def test_the_program_goes_on(tmp_path):
     """Distilled in two halves: the mixture comes closer to the dense model, and loads as any Qwen2-MoE does."""
     tokenizer = corpora.AutoTokenizer.from_pretrained(corpora.EMBEDDED_MODEL)
@@ -113,6 +114,7 @@ def test_the_program_goes_on(tmp_path):
     assert (model.config.num_experts, model.config.num_experts_per_tok) == (4, 1)
 
 
+@pytest.mark.slow
 def test_distilling_lowers_the_divergence(tmp_path):
     model = dense()
     mixture = make_moe.make(model, domain(16), experts=4, active=1, shared=0)

@@ -62,6 +62,7 @@ STATEFUL = {"statistics": normed, "spectral norm": norm_spectrum, "balanced rout
 BETWEEN = {"written to": write_biases, "replaced": replace_biases, "functional_call": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*STATEFUL, *BETWEEN])
 def test_buffers_are_those_of_the_forward(kind):
     """Run again, a layer has the buffers it began with, and leaves them as the forward did."""

@@ -46,6 +46,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_refused(change):
     model = grown().train()
@@ -201,6 +202,7 @@ def test_weights_that_nothing_uses_have_no_gradient():
 # ---- what arises inside layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["mlp.gate", "self_attn", "mlp", "input_layernorm"])
 def test_a_loss_on_what_hooks_see(module):
     """A z-loss on router logits, features that are distilled: whatever a forward hook of the user's takes."""
@@ -264,6 +266,7 @@ def test_a_stranger_between_layers_trains():
 # ---- what is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_kept_loss_keeps_no_hidden_states(keep):
     """Once differentiated, unless the graph is retained."""

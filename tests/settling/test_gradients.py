@@ -21,6 +21,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sweep_equals_autograd(name):
     base, ids = build(name, torch.float64), tokens()
@@ -48,6 +49,7 @@ def test_sweep_stops_above_untouched_layers(name):
     assert stored == [len(stack.layers) - top]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_two_forwards_before_one_backward(name):
     """A DPO-like loss: the state of the first forward must survive the second."""

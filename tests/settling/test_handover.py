@@ -39,6 +39,7 @@ def assert_settles(base, loss=language_loss, **config) -> None:
     assert_all_close(gradients(base, loss, **config), want, "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("kind", ["what it takes", "what it returns", "errors"])
 def test_hooks_that_change_a_layer(kind, when):
@@ -118,6 +119,7 @@ def test_what_trains_beside_the_stream_is_refused():
         gradients(architectures.build("gemma4_text"), language_loss, modules_to_save=["embed_tokens_per_layer"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "zaya", "gemma4_text", "inkling2_text"])
 def test_a_forward_leaves_nothing_behind(name):
     """Its tape is gone with its loss, whether or not that was differentiated, without the garbage collector's help."""

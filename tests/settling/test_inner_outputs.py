@@ -65,6 +65,7 @@ def assert_settles(base, loss, kind="fp64 gradient", **config) -> None:
 BALANCED = [name for name in ARCHITECTURES if name != "deepseek_v3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["argument", "config"])
 @pytest.mark.parametrize("name", BALANCED)
 def test_the_load_balancing_loss(name, how):
@@ -77,6 +78,7 @@ def test_the_load_balancing_loss(name, how):
     assert_all_close(gradients(base, loss), want, "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [z_loss, attended])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_losses_of_the_users_own(name, loss):
@@ -85,6 +87,7 @@ def test_losses_of_the_users_own(name, loss):
     assert_all_close(gradients(base, loss), oracle(copy.deepcopy(base), loss, everywhere(base)), "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zaya", "jetmoe", "gemma4_text"])
 def test_routers_that_record_in_other_ways(name):
     """Beside a state that layers hand each other, twice in a layer, with a router of their own."""
@@ -93,6 +96,7 @@ def test_routers_that_record_in_other_ways(name):
     assert_settles(architectures.build(name, torch.float64), z_loss, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "modules", [["embed_tokens", "lm_head"], ["gate"], ["input_layernorm", "q_proj"], ["norm", "embed_tokens"]]
 )
@@ -187,6 +191,7 @@ def test_router_logits_alone_are_refused():
         gradients(routed("qwen3_moe"), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "direct"])
 def test_a_map_is_of_the_language_loss(settle):
     """Whatever the model adds to it in training."""

@@ -98,6 +98,7 @@ def deep(settle: str = "sweep", locus=None, **config):
     return get_peft_model(base, PCGrowConfig(locus=locus or {0: [1, 4], 3: [0, 3, 7]}, settle=settle, **config)).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_direct_is_its_closed_form(name, depth):
@@ -110,6 +111,7 @@ def test_direct_is_its_closed_form(name, depth):
     assert (next(iter(got.values())) - next(iter(exact.values()))).norm() > 0.1 * next(iter(exact.values())).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("extra", [0, 4])
 def test_direct_through_all_layers_is_sweep(dtype, extra):
@@ -118,6 +120,7 @@ def test_direct_through_all_layers_is_sweep(dtype, extra):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_newborns(name):
     model = spawned(name, torch.float64, settle="backprop").train()
@@ -160,6 +163,7 @@ def watched(model, way: Way) -> Watcher:
     return probe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [Way(), Way("direct"), Way("direct", depth=2), Way("relax", tol=1e-14)], ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_probe_sees_the_errors(way, name):
@@ -176,6 +180,7 @@ def test_probe_sees_the_errors(way, name):
     assert len(probe.hops) == (way.settle == "relax")
 
 
+@pytest.mark.slow
 def test_hops_are_counted():
     model = build(num_hidden_layers=DEPTH, **DOUBLE).requires_grad_(False)
     layers = chain(model)

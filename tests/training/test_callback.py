@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_keeps_its_bits(case, tmp_path):
     """With dropout, accumulation and a shuffling DataLoader: the losses and weights of training without it."""
@@ -81,6 +82,7 @@ def test_training_keeps_its_bits(case, tmp_path):
     assert all(emap.gradient for _, emap in callback.maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["grown", "plain"])
 def test_maps_of_the_untouched_and_the_trained_model(case, tmp_path):
     make, _ = CASES[case]
@@ -124,6 +126,7 @@ def test_state_is_put_back():
     assert model.config.use_cache == caches
 
 
+@pytest.mark.slow
 def test_sft(tmp_path):
     """TRL's SFTTrainer, under gradient checkpointing."""
     trl = pytest.importorskip("trl")
@@ -145,6 +148,7 @@ def test_sft(tmp_path):
 # ---- where the numbers arrive
 
 
+@pytest.mark.slow
 def test_reporters_and_history(tmp_path):
     """A reporter before the callback and one after it get what the log history has, at the step of the map."""
     before, after, callback = Recorder(), Recorder(), watch(every=4)
@@ -162,6 +166,7 @@ def test_reporters_and_history(tmp_path):
     assert before.closed
 
 
+@pytest.mark.slow
 def test_added_later(tmp_path, capsys):
     """trainer.add_callback puts it behind all reporters; the last map still comes before they close."""
     reporter, callback = Recorder(), watch()
@@ -195,6 +200,7 @@ class Writer:
         self.closed = True
 
 
+@pytest.mark.slow
 def test_transformers_own_reporter(tmp_path):
     """TensorBoardCallback, in the place that the Trainer gives it, writes each map's numbers at its step."""
     reporter, writer, callback = TensorBoardCallback.__new__(TensorBoardCallback), Writer(), watch()
@@ -219,6 +225,7 @@ def test_tensorboard(tmp_path):
     assert [event.step for event in scalars] == [step for step, _ in callback.maps]
 
 
+@pytest.mark.slow
 def test_said_twice(tmp_path, caplog):
     """What one map costs when there is one, and what all have cost at the end."""
     with caplog.at_level(logging.INFO, logger="peft_pcgrow"):
@@ -244,6 +251,7 @@ class Clock(TrainerCallback):
         yield from TEXTS
 
 
+@pytest.mark.slow
 def test_stretched_interval(tmp_path, monkeypatch, caplog):
     """By hand: share 0/10, 2/22, 4/34 (skip), 4/44, 6/56 (skip), 6/66."""
     clock = Clock()
@@ -257,6 +265,7 @@ def test_stretched_interval(tmp_path, monkeypatch, caplog):
     assert len([record for record in caplog.records if "is skipped" in record.message]) == 1
 
 
+@pytest.mark.slow
 def test_share_of_all_steps(tmp_path):
     """0.3 of 6 steps is 1.8, so every 2, as for logging_steps; only the first map and the newest are kept."""
     callback = watch(every=0.3, keep=2)
@@ -265,12 +274,14 @@ def test_share_of_all_steps(tmp_path):
     assert [step for step, _ in callback.maps] == [0, 4, 6]
 
 
+@pytest.mark.slow
 def test_neither_start_nor_end(tmp_path):
     callback = watch(every=4, at_start=False, at_end=False)
     fit(build(), tmp_path, callbacks=[callback])
     assert [step for step, _ in callback.maps] == [4]
 
 
+@pytest.mark.slow
 def test_best_model_at_the_end(tmp_path):
     """The last map is of the model that load_best_model_at_end put back."""
     callback = watch(every=1)
@@ -294,6 +305,7 @@ def test_best_model_at_the_end(tmp_path):
     assert_equal(maps[6], expect(trainer.model))
 
 
+@pytest.mark.slow
 def test_resume(tmp_path, caplog):
     """Maps up to the checkpoint are found again, later ones of the interrupted run are not."""
     maps = tmp_path / "maps"
@@ -321,6 +333,7 @@ def test_resume(tmp_path, caplog):
     assert "resumes without the error map of step 2" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "mapping", "by index"])
 def test_corpora_and_heldout_text(kind, tmp_path):
     """Whatever `measure_errors` takes, held-out text too, whose loss is logged."""
@@ -366,6 +379,7 @@ def test_refused(arguments, error, message):
         watch(**arguments)
 
 
+@pytest.mark.slow
 def test_iterators_behind_a_function(tmp_path):
     """One that is used up is refused at its second use, one that gives nothing at its first."""
     once = iter(TEXTS * 9)

@@ -48,6 +48,7 @@ def by_value(values: list[float], sign: float = 1.0) -> list[int]:
     return [i for _, i in sorted((sign * value, i) for i, value in enumerate(values))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_surprisals_are_those_of_each_example_alone(name):
     model, data = build(name, torch.float64), examples()
@@ -121,6 +122,7 @@ def branch() -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 def test_the_grown_model_counts():
     model, data = branch(), examples()
     with_branch = alone(model, data)
@@ -145,6 +147,7 @@ def test_at_birth_nothing_has_been_learnt(make):
     assert not surprisal.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("relative", [False, True])
 def test_the_model_is_left_as_it_was(monkeypatch, relative, fails):
@@ -185,6 +188,7 @@ def test_a_merged_branch_has_no_base():
 # ---- windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 4, 23, 100])
 def test_windows_keep_their_order(window):
     model, data = build(dtype=torch.float64), examples()
@@ -237,6 +241,7 @@ def fit(dataset, model: nn.Module, folder, **settings) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_sequential_trainer_keeps_the_order(tmp_path):
     model, data = grown(), examples(16)
     chosen = order_by_surprisal(data, model, progress=False)

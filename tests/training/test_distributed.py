@@ -38,6 +38,7 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["loop", "trainer"])
 def test_processes_agree(ranks, way):
     """After the last step both processes hold the same bits, which are not those of the start."""
@@ -70,6 +71,7 @@ def test_newborns_agree(ranks):
         assert not torch.equal(one[name], start[name]), name
 
 
+@pytest.mark.slow
 def test_trainer_equals_one_process(ranks, tmp_path):
     """So it is in the Trainer, accumulation included."""
     single = ddp_script.train(tmp_path, ddp_script.ROWS)
@@ -93,6 +95,7 @@ def test_error_maps(ranks):
             assert torch.equal(found["mapped"]["banks"][name], bank), name
 
 
+@pytest.mark.slow
 def test_map_of_all_processes(ranks):
     """Sums, folds and gates are those of one process that reads all of the text."""
     whole = ddp_script.mapped_whole()
@@ -102,6 +105,7 @@ def test_map_of_all_processes(ranks):
             assert torch.equal(found["whole"][name], ranks[0]["whole"][name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "relax"])
 def test_process_without_text(ranks, settle):
     """It takes part: the map, and that of the held-out text, are those of the process that has the text."""
@@ -146,6 +150,7 @@ def test_processes_that_do_not_fit_together(ranks, case):
         assert found["refused"][case].startswith(text)
 
 
+@pytest.mark.slow
 def test_plan_of_all_processes(ranks):
     """All compress and shrink alike, to the bit, and as one process that has all of the text."""
     single = ddp_script.planned()

@@ -42,6 +42,7 @@ def test_what_has_no_minimum():
         best_step(lambda step: math.nan if step else 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: grown(locus=LOCUS), lambda: spawned(gate_fpr=0.3, lora=LoraConfig(
     r=2, target_modules=["q_proj"], lora_dropout=0.1))], ids=["deepen", "spawn"])  # fmt: skip
 def test_nothing_else_changes(make):
@@ -60,6 +61,7 @@ def test_nothing_else_changes(make):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_it_is_a_share_of_the_best_step():
     """On a trained model, the loss after a step of that length, taken by the optimizer itself, is lower than after a
     third and three times of it."""
@@ -81,6 +83,7 @@ def test_it_is_a_share_of_the_best_step():
     assert found[best] < found[0.0]
 
 
+@pytest.mark.slow
 def test_off_what_is_protected():
     """The step that is measured is the one that the guard lets pass."""
     model, seen = spawned(dtype=torch.float64, autocast=False, gate_fpr=0.3, protect=0.9), {}
@@ -111,6 +114,7 @@ def test_a_data_loader_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_unbatched_text_and_several_halves():
     model = grown(locus=LOCUS)
     whole = torch.cat([domain(seed=1), domain(seed=2), domain(seed=3)])

@@ -85,6 +85,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sweep_trains_as_backprop(setting, tmp_path):
     """Losses and gradient norms of six Trainer steps are those of autograd through the model."""
@@ -114,6 +115,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resume(optimizer, tmp_path):
     """Six steps on end, and three, a checkpoint and three more: the same bits."""
@@ -127,6 +129,7 @@ def test_resume(optimizer, tmp_path):
     assert not torch.equal(logged(straight, "loss")[:3], logged(straight, "loss")[3:])
 
 
+@pytest.mark.slow
 def test_best_model_at_the_end(tmp_path):
     """load_best_model_at_end puts the best checkpoint's banks back."""
     trainer = fit(
@@ -188,6 +191,7 @@ def sft(trl, folder, config: PCGrowConfig, callbacks=None, **settings) -> Traine
     )
 
 
+@pytest.mark.slow
 def test_sft(tmp_path):
     """TRL's SFTTrainer takes the config itself and trains as with backprop."""
     trl = pytest.importorskip("trl")

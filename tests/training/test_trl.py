@@ -67,6 +67,7 @@ def newborns() -> PCGrowConfig:
     return PCGrowConfig(error_map=emap, locus=LOCUS, grow="spawn", gate_fpr=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["SFT", "DPO", "GRPO"])
 def test_defaults_train(method, tmp_path):
     """With the load-balancing loss that they add, and every bank moves."""
@@ -79,6 +80,7 @@ def test_defaults_train(method, tmp_path):
     assert all(bool(gradient.any()) for gradient in noted.gradients.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["SFT", "DPO", "GRPO"])
 def test_gradients_are_those_of_backprop(method, tmp_path):
     """A load-balancing loss of much weight is in them."""
@@ -94,6 +96,7 @@ def test_gradients_are_those_of_backprop(method, tmp_path):
         assert not torch.allclose(gradient, found["sweep", 1.0][name], rtol=0.1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["SFT", "GRPO"])
 def test_newborns_train(method, tmp_path, newborns):
     noted = Noted()
