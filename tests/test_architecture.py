@@ -33,6 +33,7 @@ BREACHES = {
 }
 
 
+@pytest.mark.slow
 def test_floors_and_public_names():
     assert floors.problems(PACKAGE) == []
     assert floors.kernels(KERNELS) == []

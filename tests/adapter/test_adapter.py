@@ -45,6 +45,7 @@ def test_random_selection_follows_its_seed():
     assert "0" not in drawn[0]  # the dense layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headless", [False, True])
 @pytest.mark.parametrize("given", [{}, {"layers_pattern": "layers"}])
 @pytest.mark.parametrize(("layers", "expected"), [(1, "1"), ([0, 1], "01"), ([], "012"), (None, "012")])
@@ -95,6 +96,7 @@ def test_counts(capsys):
     assert "layer=1, grown={'default': [1, 4]}" in repr(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 def test_adapter_dtype(autocast):
     """Banks on a bf16 base are fp32, or the base's dtype with autocast_adapter_dtype=False; both train."""
@@ -148,6 +150,7 @@ def test_training_writes_the_banks_only(name, implementation):
                 assert (weight != donor).flatten(1).any(dim=1).all(), (site.layer, stack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further", [["lm_head"], ["embed_tokens"], ["post_attention_layernorm"], ["gate", "norm"]])
 def test_modules_to_save_train(further):
     """Further modules, above, below and among the decoder layers, get autograd's gradients from a sweep (fp64)."""
@@ -245,6 +248,7 @@ def test_merged_then_disabled():
         assert torch.equal(logits(model), logits(build()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False])
 def test_leaving(merge):
     """merge_and_unload and unload give back a plain model: same class, no adapter module, no hook."""
@@ -265,6 +269,7 @@ def test_leaving(merge):
     assert len(backward(regrown)) == 4
 
 
+@pytest.mark.slow
 def test_safe_merge_refuses_nan():
     """safe_merge finds NaN before anything is written, in the layers below it too."""
     model = grown()

@@ -227,6 +227,7 @@ def test_goes_on_after_an_interruption():
     assert logits(grown_model).allclose(want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_threads_with_the_adapter_off(monkeypatch):
     """The first forward puts the base's weights back; none reads them before they are."""
     model: Any = grown(init_weights=False)

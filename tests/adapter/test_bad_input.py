@@ -169,7 +169,7 @@ def test_unknown_words():
         ValueError, match=r"settle='relax' was removed after version 0.1: .* settle='sweep' has the same"
     ):
         PCGrowConfig(locus=LOCUS, settle="relax")
-    with pytest.raises(ValueError, match="settle_tol was of settle='relax', which no longer trains: leave it out"):
+    with pytest.raises(ValueError, match="it was of settle='relax', which no longer trains: leave it out"):
         PCGrowConfig(locus=LOCUS, settle_tol=0.2)
     with pytest.raises(ValueError, match="unknown statistic 'loss'; a map can rank by error"):
         emap(build()).score("loss")
@@ -319,6 +319,7 @@ def test_adapter_on_fewer_experts(saved):
         PeftModel.from_pretrained(model, saved / "adapter")
 
 
+@pytest.mark.slow
 def test_merging_into_a_quantized_base(saved):
     pytest.importorskip("bitsandbytes")
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
@@ -333,6 +334,7 @@ def test_merging_into_a_quantized_base(saved):
     assert find_experts(plain).experts_at == {0: 8, 1: 8, 2: 8}
 
 
+@pytest.mark.slow
 def test_experts_of_a_quantized_base_cast_up(saved):
     """prepare_model_for_kbit_training doubles the experts' memory without a word."""
     pytest.importorskip("bitsandbytes")

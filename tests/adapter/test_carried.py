@@ -77,6 +77,7 @@ def test_gates_of_another_map_are_not_taken(tmp_path):
     assert torch.equal(logits(model), logits(other))
 
 
+@pytest.mark.slow
 def test_unknown_gates_are_an_error_in_every_forward(tmp_path):
     read_back(tmp_path)
     config = PCGrowConfig.from_pretrained(tmp_path)

@@ -104,6 +104,7 @@ def test_it_adds_to_tokens_that_pass(name):
         assert not torch.equal(out[passes[index]], base[passes[index]])
 
 
+@pytest.mark.slow
 def test_tokens_before_any_that_pass_keep_their_bits():
     model, ids = gated(), mixed()
     train(model, texts=domain)
@@ -138,6 +139,7 @@ def test_extremes(open_):
     assert torch.equal(logits(model, ids), logits(expected.eval(), ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_gradients_are_autograds(name):
     targets = ["q_proj", "v_proj"] if name == "qwen3_moe" else ["q_b_proj", "o_proj"]
@@ -208,6 +210,7 @@ def assert_the_same_token_by_token(model: nn.Module, ids: Tensor) -> None:
     assert_close("token by token", torch.cat(single, dim=1), whole, "fp32")
 
 
+@pytest.mark.slow
 def test_tokens_one_by_one():
     """Every token's logits with a cache are those of the whole text, within rounding."""
     model, ids = gated().eval(), mixed()
@@ -230,6 +233,7 @@ def test_samples_that_name_adapters():
     assert_close("none", logits(model, ids, adapter_names=["__base__"] * 8), logits(build(), ids), "fp32")
 
 
+@pytest.mark.slow
 def test_switches_and_copies():
     model, ids = gated().eval(), mixed()
     expected = logits(model, ids)

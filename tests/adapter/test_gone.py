@@ -16,6 +16,7 @@ from tiny import LOCUS, assert_same, build, contrast, logits, snapshot, spawned,
 IDLE = {"max_per_layer": None, "cost_weight": 0.0, "block": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "instead"),
     [

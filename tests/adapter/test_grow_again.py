@@ -72,6 +72,7 @@ def test_two_rounds(first_round):
     })  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_nothing_changes_at_birth(second_round, order):
     """Newborns of newborns are clones of those and take their rows only: the same bits, whoever is listed first."""
@@ -174,6 +175,7 @@ def test_experts_that_no_token_is_routed_to_are_named():
         train(model, 4, texts=lambda seed: words)
 
 
+@pytest.mark.slow
 def test_rows_without_an_error_are_no_reason():
     """As in reinforcement learning, where the first batches may earn nothing."""
     model = spawned(locus=LOCUS)

@@ -295,6 +295,7 @@ def test_newborns_stay_what_they_were_born_as(active, loaded, tmp_path):
     assert_kept(before, kept(model, "second"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"init_weights": False}, {"autocast": False, "dtype": torch.bfloat16}])
 def test_the_bank_is_its_own_reference(settings):
     """Perturbed at birth; and in 16 bit, where its donor's products are no others."""

@@ -46,6 +46,7 @@ def test_loaders_restore_it(loader, changes, tmp_path):
     assert torch.equal(logits(loaded), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_gradients_are_autograds(name):
     targets = ["q_proj", "v_proj"] if name == "qwen3_moe" else ["q_b_proj", "o_proj"]
@@ -58,6 +59,7 @@ def test_gradients_are_autograds(name):
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@pytest.mark.slow
 def test_disable_merge_and_unload():
     model, plain = grown(), logits(build())
     train(model)
@@ -73,6 +75,7 @@ def test_disable_merge_and_unload():
     assert_close("merged and unloaded", logits(merged), expected, "fp32")
 
 
+@pytest.mark.slow
 def test_several_adapters_take_turns():
     """Each adapter's LoRA is active with it alone, also after another was added or deleted."""
     alone = {}

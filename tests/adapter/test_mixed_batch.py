@@ -110,6 +110,7 @@ def test_calls_of_other_threads_have_their_own():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_modules_to_save():
     """Heads and embeddings too are those of each sample's adapter, and the base's for adapters that have none."""
     model, ids = grown(modules_to_save=["lm_head", "embed_tokens"]), tokens(4)
@@ -124,6 +125,7 @@ def test_modules_to_save():
     assert torch.equal(logits(model, ids, adapter_names=names), got)
 
 
+@pytest.mark.slow
 def test_lora_beside():
     """LoRA that is part of an adapter is its samples' alone."""
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -99,6 +99,7 @@ def test_all_parts_are_written_out():
 # ---- switching, leaving, copying
 
 
+@pytest.mark.slow
 def test_leaving():
     model = grown()
     train(model)
@@ -126,6 +127,7 @@ def test_copies_train_apart():
         assert not torch.equal(logits(twin), logits(model))
 
 
+@pytest.mark.slow
 def test_beside_whole_experts():
     """Two adapters act together on experts of their own, at resolutions of their own; not on the same expert."""
     model = grown(dtype=torch.float64)
@@ -160,6 +162,7 @@ def test_perturbed_birth():
         assert changed.tolist() == [stack == "down_proj"] * 2
 
 
+@pytest.mark.slow
 def test_quantized_base(tmp_path):
     """Trains on it, loads onto it; merging is refused as for whole experts."""
     pytest.importorskip("bitsandbytes")
@@ -202,6 +205,7 @@ def test_trainer_resumes(tmp_path):
     assert_same(ends[0], ends[1])
 
 
+@pytest.mark.slow
 def test_checkpointed_and_twice_before_backward():
     """Gradient checkpointing under backprop, and accumulation over two forwards: autograd's gradients."""
     found = []
@@ -232,6 +236,7 @@ def test_the_guard_names_pieces():
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_the_guard_sees_pieces_left_out():
     model = grown(modules_to_save=["lm_head"])
     optimizer = torch.optim.SGD([p for name, p in trainable(model).items() if "lm_head" in name], lr=1e-2)

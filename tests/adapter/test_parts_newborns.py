@@ -116,6 +116,7 @@ def test_a_whole_newborn_of_a_donor_with_grown_parts():
             assert torch.equal(weight[0], layer.weights("default")[stack][place])
 
 
+@pytest.mark.slow
 def test_export(tmp_path):
     """A plain checkpoint holds newborns and what was deepened by parts, composed."""
     emap = copy.deepcopy(text_map("gpt_oss"))

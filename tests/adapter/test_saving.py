@@ -53,6 +53,7 @@ def test_bf16_base(loader, tmp_path):
     assert torch.equal(logits(LOADERS[loader](tmp_path / "base", tmp_path / "adapter")), expected)
 
 
+@pytest.mark.slow
 def test_map_is_not_needed_to_load(tmp_path):
     """The resolved locus is in adapter_config.json; the map may be gone."""
     build().save_pretrained(tmp_path / "base")
@@ -153,6 +154,7 @@ def test_native_save(tmp_path):
         assert torch.equal(logits(LOADERS[loader](tmp_path / "base", tmp_path / "adapter")), logits(model)), loader
 
 
+@pytest.mark.slow
 def test_saving_after_a_merge(tmp_path):
     """A merged adapter saves the same file, and the merged base saved as a plain model computes the same."""
     build().save_pretrained(tmp_path / "base")

@@ -110,6 +110,7 @@ def test_another_locus(way, tmp_path):
     assert_same(before, {name: tensor for name, tensor in snapshot(model).items() if name in before})
 
 
+@pytest.mark.slow
 def test_a_config_of_ones_own(tmp_path):
     keep(tmp_path, locus=LOCUS)
     for config in (PCGrowConfig(locus=OTHER), PCGrowConfig(locus={1: [1, 4, 5], 2: [0, 3, 7]})):
@@ -185,6 +186,7 @@ def test_another_base(saved, loader):
     assert torch.equal(logits(again), logits(meant))
 
 
+@pytest.mark.slow
 def test_a_file_cannot_switch_checks_off(saved):
     change_config(saved, verify=False)
     change(saved, lambda tensors: next(iter(tensors.values())).view(-1)[0].add_(1))
@@ -257,6 +259,7 @@ def test_tensors_of_the_base(saved, key, loader):
         load(saved, loader)
 
 
+@pytest.mark.slow
 def test_tensors_of_nobody(saved):
     change(saved, lambda tensors: tensors.update({"base_model.model.model.extra": torch.ones(2)}))
     with pytest.raises(ValueError, match=r"model\.extra, which this model has no place for"):
@@ -298,6 +301,7 @@ def test_files_from_before_seals(saved):
     assert torch.equal(logits(load(saved)), expected)
 
 
+@pytest.mark.slow
 def test_parameters_without_their_seals():
     """Those that train alone, as some loops save them, say nothing of what they are for."""
     model = grown()

@@ -132,6 +132,7 @@ def test_files_say_what_to_import(saved):
         assert "import peft_pcgrow" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_files_from_before_that(saved):
     """A config that calls the method by its short name loads alike."""
     expected = logits(load(saved))
@@ -139,6 +140,7 @@ def test_files_from_before_that(saved):
     assert torch.equal(logits(load(saved)), expected)
 
 
+@pytest.mark.slow
 def test_a_base_in_another_folder(saved):
     """Where the base lies is no part of what it is."""
     shutil.move(saved / "base", saved / "moved")

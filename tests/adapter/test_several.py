@@ -37,6 +37,7 @@ def test_two_adapters_switch():
     assert not [name for name in model.state_dict() if "default" in name]
 
 
+@pytest.mark.slow
 def test_disjoint_adapters_act_together():
     """Two disjoint adapters, both active, compute as one merged model; both get autograd's gradients (fp64)."""
     both = {}

@@ -79,6 +79,7 @@ def test_a_gate_takes_what_its_definition_says(window):
     assert torch.equal(moved(logits(model, mixed()), base), any_taken(model, mixed()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_no_evidence(side):
     """A padded text is gated as it is alone."""
@@ -101,6 +102,7 @@ def test_disabled_is_the_base():
     assert moved(after, logits(build(), mixed())).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_merging_is_refused(merge):
     model = trained(spawned())
@@ -124,6 +126,7 @@ def test_unloading():
     assert torch.equal(logits(regrown, mixed()), logits(trained(spawned()), mixed()))
 
 
+@pytest.mark.slow
 def test_deleting_and_growing_again():
     model = trained(spawned())
     expected = logits(model, mixed())
@@ -352,6 +355,7 @@ def test_the_first_listed_takes_a_row():
     torch.testing.assert_close(logits(two("loose", "strict"), mixed()), loose, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_newborn_of_a_deepened_expert():
     """It starts as a clone of the donor in use, and takes its rows from it."""
     model = get_peft_model(build(), PCGrowConfig(locus=TOP), adapter_name="deep")

@@ -75,6 +75,7 @@ def test_what_is_decided_is_said(caplog):
     assert "1.4     leave" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["error", "frequency"])
 def test_nodes_chosen_by_a_budget(select):
     """The map's choice spawns, is born as the base and trains."""
@@ -96,6 +97,7 @@ def test_the_rate_sets_how_much_is_taken():
     assert shares[0.01][1] < shares[0.1][1] < shares[0.4][1] < shares[0.4][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_the_rate_set_later(low_cpu_mem_usage, tmp_path):
     """set_gate_fpr: a model as if spawned at that rate, which is saved and loaded again."""
@@ -114,6 +116,7 @@ def test_the_rate_set_later(low_cpu_mem_usage, tmp_path):
     assert torch.equal(logits(loaded, mixed()), strict)
 
 
+@pytest.mark.slow
 def test_one_config_for_two_models():
     """The second model spawns as the first, also after the first has trained."""
     config = spawning(protect=0.8)

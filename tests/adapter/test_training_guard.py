@@ -110,6 +110,7 @@ def test_other_models_are_not_watched():
 # ---- experts that do not move
 
 
+@pytest.mark.slow
 def test_optimizer_from_before():
     """An optimizer made before get_peft_model holds none of the banks: said at the second training forward."""
     base = build()
@@ -123,6 +124,7 @@ def test_optimizer_from_before():
         loss_of(model, 1)
 
 
+@pytest.mark.slow
 def test_optimizer_of_a_part():
     """An optimizer that holds one layer's banks only: the others are named, and training may go on."""
     model = grow(build())
@@ -239,6 +241,7 @@ def test_switching_adapters_checks_again():
         loss_of(model)
 
 
+@pytest.mark.slow
 def test_two_optimizers():
     """One optimizer for the head and one for the banks, stepped one after the other, raise nothing."""
     model = grow(build(), modules_to_save=["lm_head"])

@@ -208,6 +208,7 @@ def test_parts(name):
     assert parts
 
 
+@pytest.mark.slow
 def test_kinds_side_by_side():
     """Adapters on the routed and on the shared experts of one model, active together."""
     base = build("qwen2_moe", torch.float64)

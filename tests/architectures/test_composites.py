@@ -100,6 +100,7 @@ def test_map(inputs):
         assert_close(f"layer {layer}", emap.mass[row], mass, "fp64 gradient")
 
 
+@pytest.mark.slow
 @CASES
 def test_sweep_equals_autograd(inputs):
     model, given = build(), inputs() | {"labels": inputs()["input_ids"], "use_cache": False}

@@ -263,6 +263,7 @@ def test_tokens_keep_its_bits(registered):
     assert (seen["base"][1][meets] != seen["grown"][1][meets]).any(dim=1).all()
 
 
+@pytest.mark.slow
 def test_newborns_follow_it(registered):
     """Trained newborns under transformers' own code by another name, against the code that is taken apart."""
     registered("mine", lambda *args: batched_mm_experts_forward(*args))

@@ -282,6 +282,7 @@ def test_more_than_weights(how, way):
     assert_same(before, snapshot(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [build, dense])
 def test_what_is_put_on_an_mlp_measured_already(made):
     """It is adopted then, and looked at again."""

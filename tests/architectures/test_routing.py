@@ -272,6 +272,7 @@ def test_gradients(case):
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@pytest.mark.slow
 def test_sparsemixer_samples_in_training_only():
     model = grow("sparsemixer", torch.float32, "eager")
     layers = [(1, model.base_model.tuner_layers()[0])]
@@ -280,6 +281,7 @@ def test_sparsemixer_samples_in_training_only():
     assert torch.equal(drawn[2], drawn[3])
 
 
+@pytest.mark.slow
 def test_skipped_tokens_train_nothing():
     """Expert 0 gets no gradient from tokens that come to it at weight 0 alone."""
     base = build(zaya)

@@ -54,6 +54,7 @@ def test_thinned_mlps_are_plain_checkpoints(tmp_path):
     assert torch.equal(logits(plain), logits(model))
 
 
+@pytest.mark.slow
 def test_base_in_four_bits(tmp_path):
     """Linear layers that bitsandbytes quantized: banks hold their decoded weights, and merging is refused."""
     pytest.importorskip("bitsandbytes")

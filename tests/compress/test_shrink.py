@@ -149,6 +149,7 @@ def test_newborns(way, tmp_path):
 # ---- what it weighs
 
 
+@pytest.mark.slow
 def test_bytes(tmp_path):
     """What is reported is what the tensors hold, and nearly what the file takes."""
     model = trained()
@@ -168,6 +169,7 @@ def test_bytes(tmp_path):
     assert f"{report.after:,} bytes" in str(report)
 
 
+@pytest.mark.slow
 def test_target_goes_by_effect():
     """Under the target, by less than a matrix takes more; none in 3 bits would save more per byte than one in 4."""
     model = trained()
@@ -272,6 +274,7 @@ def test_losses(name):
     assert f"{report.loss_after:.4f} after" in str(report)
 
 
+@pytest.mark.slow
 def test_text_for_newborns():
     """Padding and rows that no gate lets pass do not count: the same text, padded, gives the same bytes."""
     model = spawned()

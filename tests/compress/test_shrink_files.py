@@ -224,6 +224,7 @@ def test_beside_another_adapter():
 # ---- what is refused
 
 
+@pytest.mark.slow
 def test_training_is_refused(tmp_path):
     build().save_pretrained(tmp_path / "base")
     model = shrunk(tmp_path / "base", tmp_path)
@@ -242,6 +243,7 @@ def test_training_is_refused(tmp_path):
     assert not [n for n, p in model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 def test_refusals_change_nothing():
     model = trained()
     before = snapshot(model)
@@ -290,6 +292,7 @@ def test_factors_are_gone(tmp_path):
         PeftModel.from_pretrained(build(), tmp_path)
 
 
+@pytest.mark.slow
 def test_twice_is_refused():
     model = trained()
     shrink_adapter(model)
@@ -305,6 +308,7 @@ def test_a_config_that_says_shrunk_starts_nothing():
         get_peft_model(build(), config)
 
 
+@pytest.mark.slow
 def test_loaded_by_transformers_alone(tmp_path):
     """A native adapter is shrunk too."""
     build().save_pretrained(tmp_path / "base")

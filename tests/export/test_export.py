@@ -158,6 +158,7 @@ def test_loads_without_the_package(cases, tmp_path):
         assert (found - logits(build(case.name, **CHANGES.get(case.name, {})), mixed())).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_number_of_experts(case):
     count = EXPERTS + max(map(len, newborns(case.model).values()))
     flat = case.load()
@@ -177,6 +178,7 @@ def test_old_weights_keep_their_bits(case):
     assert all(len(flat[name]) in (len(base[name]), case.report.experts) for name in base)
 
 
+@pytest.mark.slow
 def test_newborns_are_the_banks(case):
     sites = {site.layer: site for site in find_experts(case.load()).sites}
     assert sum(map(len, newborns(case.model).values())) == (6 if case.name in FLAT else 5)
@@ -187,6 +189,7 @@ def test_newborns_are_the_banks(case):
             assert not torch.equal(held["down_proj"], sites[layer].base.down_proj[donor])
 
 
+@pytest.mark.slow
 def test_who_is_chosen(case):
     """Newborns are, for domain text more than for retain text; experts that only fill a layer up never are."""
     flat, share = case.load(), []

@@ -23,6 +23,7 @@ def assert_deepened(model: PeftModel, flat: nn.Module, nodes: dict[tuple[int, in
             assert adapter is None or not torch.equal(want["down_proj"], base["down_proj"])
 
 
+@pytest.mark.slow
 def test_auto_writes_deepened_experts(tmp_path):
     emap = changed_map(text_map("gpt_oss"), retain_rows={(1, 4): 0.0, (2, 3): 0.0})
     model = trained("gpt_oss", grow="auto", error_map=emap)
@@ -76,6 +77,7 @@ def test_further_modules(tmp_path):
     assert torch.equal(load(tmp_path / "flat").lm_head.weight, want)
 
 
+@pytest.mark.slow
 def test_tied_embeddings(tmp_path):
     model = trained(base={"tie_word_embeddings": True})
     assert export_flat(model, tmp_path / "flat", batches()).reload_difference == 0

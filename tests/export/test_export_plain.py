@@ -228,6 +228,7 @@ def test_refuses_a_model_loaded_quantized(tmp_path):
     assert not (tmp_path / "plain").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_went_through_a_packed_checkpoint(tmp_path):
     model = compressed("mixtral")
     model.save_pretrained(tmp_path / "packed")

@@ -85,6 +85,7 @@ def test_no_text(tmp_path):
         export_flat(model, tmp_path / "flat", [])
 
 
+@pytest.mark.slow
 def test_targets(tmp_path):
     """A folder with something in it and a file are kept; an empty folder is filled."""
     model = trained()
@@ -117,6 +118,7 @@ def test_a_checkpoint_that_computes_something_else(factor, tmp_path, monkeypatch
         export_flat(model, tmp_path / "flat", batches())
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, monkeypatch):
     def fail(self, folder):
         (Path(folder) / "model.safetensors").write_text("half")
@@ -131,6 +133,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 # ---- router="flat"
 
 
+@pytest.mark.slow
 def test_flat_newborns_in_each_layer():
     """The best two of each layer, where the budget's best six of the model are spread unevenly."""
     spread = get_peft_model(build(), config(router="branch")).peft_config["default"].spawned

@@ -221,6 +221,7 @@ def test_a_cache_used_again(name, window):
     assert_close("logits", stepwise(model, mixed(), [20, 4], held), logits(model, mixed()), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_cache_cut_and_widened():
     """crop, batch_repeat_interleave and batch_select_indices are followed."""
     model, ids = grown(), mixed()
@@ -304,6 +305,7 @@ def test_gates_tell_packed_texts_apart():
         assert not alone.all()
 
 
+@pytest.mark.slow
 def test_packed_rows_train_as_single_ones():
     """The gradient of a packed row is the sum of its texts', in a sweep that runs each layer again."""
     texts, found = [row[:length] for row, length in zip(mixed(), (24, 7, 16), strict=False)], []

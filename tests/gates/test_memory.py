@@ -39,6 +39,7 @@ def texts() -> list[Tensor]:
 # ---- caches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_turn_with_the_adapter_off(kind):
     """The gates did not see it; the base goes on, and so does the adapter once the cache is empty."""
@@ -181,6 +182,7 @@ def test_continuous_batching_is_refused():
     assert "init_continuous_batching" not in vars(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_used", ["dynamic", "static"])
 def test_a_padding_token_fed_alone(cache_used):
     """Rows that are through are fed padding, under a mask that says so, until the longest is."""

@@ -125,6 +125,7 @@ def test_counts(caplog):
     assert f"{closed_form():,} parameters" in caplog.text
 
 
+@pytest.mark.slow
 def test_all_parts_of_an_expert_are_the_expert():
     """locus= without parts= takes them all: the same losses as whole experts, and the same experts after."""
     losses, merged = [], []

@@ -168,6 +168,7 @@ def test_masks_and_labels_of_texts():
     assert measured(given).labels == 2 + 5
 
 
+@pytest.mark.slow
 def test_readers_elsewhere_read_the_same():
     """What compressing, exporting and shrinking read goes through one reader."""
     held = list(read_batches(MODEL, texts(), max_tokens=20))
@@ -224,6 +225,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     corpus, error, text = REFUSED[case]

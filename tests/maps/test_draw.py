@@ -158,6 +158,7 @@ def test_pictures(tmp_path, suffix, start):
     assert (tmp_path / f"map{suffix}").read_bytes().startswith(start)
 
 
+@pytest.mark.slow
 def test_picture_shows_the_map(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: kept.append(figure))
@@ -252,6 +253,7 @@ def test_scalars_and_pages_of_an_empty_map(tmp_path):
     assert not column(data_of(tmp_path / "map.html"), "lifecycle", zero).any()
 
 
+@pytest.mark.slow
 def test_page_of_a_measured_map(tmp_path):
     """From a model, saved and loaded, with dense layers below: rows are named by decoder layer."""
     emap = measure_errors(build("deepseek_v3"), [domain()], retain=[retain()], progress=False)

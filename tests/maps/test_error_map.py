@@ -77,6 +77,7 @@ def test_any_batch_split():
     assert_same_map(measured(model, [{"input_ids": ids[:4]}, ids[4:]]), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_count(side):
     model, ids = build("qwen3_moe", torch.float64), tokens(2, 10)
@@ -105,6 +106,7 @@ def test_labels_choose_what_is_predicted():
         assert_close(name, gradient[name], want, "fp64 across batches")
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing():
     model, ids = build("olmoe", torch.float64), tokens()
     plain = measured(model, [ids])
@@ -112,6 +114,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert_same_map(measured(model.train(), [ids]), plain)
 
 
+@pytest.mark.slow
 def test_permuting_experts_permutes_the_map():
     model, ids = build("qwen3_moe", torch.float64), tokens()
     before = measured(model, [ids])
@@ -125,6 +128,7 @@ def test_permuting_experts_permutes_the_map():
         assert_close(field, getattr(after, field), getattr(before, field)[:, order], "fp64 across batches")
 
 
+@pytest.mark.slow
 def test_maps_add_up():
     model, ids = build("gpt_oss", torch.float64), tokens(6)
     parts = [measured(model, [part]) for part in ids.split(2)]
@@ -133,6 +137,7 @@ def test_maps_add_up():
     assert_same_map(parts[0] + (parts[2] + parts[1]), whole)
 
 
+@pytest.mark.slow
 def test_sketched_maps_add_up_and_estimate_the_norm():
     model, ids = build("qwen3_moe", torch.float64), tokens(6)
     sketched = measured(model, [ids], sketch_dim=16)
@@ -155,6 +160,7 @@ def test_bf16_map_is_close(implementation):
         assert torch.corrcoef(ranks)[0, 1] > 0.95
 
 
+@pytest.mark.slow
 def test_max_tokens_stops_reading():
     read = []
 

@@ -196,6 +196,7 @@ def write_often(folder, seed):
         made(seed=seed).save(folder)
 
 
+@pytest.mark.slow
 def test_writers_at_once(tmp_path):
     """While two processes write, every reader finds one map or the other, whole; nothing else stays."""
     made(seed=1).save(tmp_path)

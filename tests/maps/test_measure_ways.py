@@ -152,6 +152,7 @@ def test_labels_of_folds():
     assert emap.fold_labels.tolist() == [9.0] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settle", ["sweep", "direct"])
 def test_map_of_a_base_in_4_bits(settle, tmp_path):
     """It is close to that of the weights before they were quantized, and the modules' modes are put back."""

@@ -55,6 +55,7 @@ def test_rows_belong_to_who_computes_them(settle):
     assert 0 < emap.newborns.count.sum() < emap.count.sum()
 
 
+@pytest.mark.slow
 def test_all_nodes_hold_the_sums_of_all_rows():
     """The donors' sums plus their newborns' are those of a map in which only routing counts."""
     model = trained()
@@ -68,6 +69,7 @@ def test_all_nodes_hold_the_sums_of_all_rows():
         assert_close(name, emap.scores(statistic).sum(), getattr(routed, name).sum(), "fp64 across batches")
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_bank():
     """Against autograd through the whole model in fp64."""
     model = trained(settle="backprop")

@@ -153,6 +153,7 @@ def test_another_way(options, tmp_path):
         measured(model, checkpoint=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_a_map_that_no_measurement_left(tmp_path):
     """As from a version that noted nothing to go on by."""
     model = build()
@@ -188,6 +189,7 @@ def test_heldout_text_goes_on_too(after, tmp_path):
     assert_same(measured(model, checkpoint=tmp_path / "other"), measured(model))
 
 
+@pytest.mark.slow
 def test_trained_again_and_back(tmp_path):
     """The digest is of the weights themselves: what has the same bits may go on, in another object too."""
     first = measured(grown(), checkpoint=tmp_path)

@@ -130,6 +130,7 @@ def test_rates_are_those_of_the_held_out_rows(setting):
     assert separation.recall.std() > 0
 
 
+@pytest.mark.slow
 def test_nodes_without_held_out_rows_have_their_layers_rates():
     model, ours, theirs = build("gpt_oss"), domain(4, 4), retain(4, 4)
     separation = measured(model, [ours], [theirs]).separation
@@ -160,6 +161,7 @@ def test_a_rate_bounds_what_passes_a_layer(setting):
         assert (rows_above(ratios, limits, -slack) + 1 > rates * len(ratios)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", CASES, ids=str)
 def test_rows_and_tokens_of_both_corpora(setting):
     model, ours, theirs, separation = case(*setting)
@@ -177,6 +179,7 @@ def running_means(x, window):
     return [x[max(0, t + 1 - window) if window else 0 : t + 1].mean(0) for t in places]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", CASES, ids=str)
 def test_directions_are_fitted_on_the_other_texts(setting):
     model, ours, theirs, separation = case(*setting)
@@ -235,6 +238,7 @@ def test_second_moments_are_those_of_all_retain_rows(setting):
                 assert_close("trace", separation.trace[stack][row, expert], want.trace(), "fp32")
 
 
+@pytest.mark.slow
 def test_wide_inputs_keep_a_sketch_of_their_moment():
     model, ours, theirs, exact = case(*CASES[0])
     sketched = measured(model, ours, theirs, window=8, sketch_dim=12).separation
@@ -347,6 +351,7 @@ def test_save_load_and_restrict(name, tmp_path):
     assert_all_close(tensors_of(ErrorMap.load(tmp_path / "part")), tensors_of(part), "fp64")
 
 
+@pytest.mark.slow
 def test_maps_with_gates_do_not_add_up():
     plain, gated = (measured(build(), [domain()], texts) for texts in (None, [retain()]))
     for one, other in ((gated, gated), (gated, plain), (plain, gated)):

@@ -57,6 +57,7 @@ def test_the_seed_decides_and_the_callers_draws_do_not():
     assert not torch.equal(sampled(model, seed=4)[0], first)
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_goes_on():
     ids = torch.cat(sampled(build(), 32, 60))
     ended = (ids[:, :-8] == EOS).nonzero().tolist()
@@ -82,6 +83,7 @@ def test_the_model_is_left_as_it_was(monkeypatch, fails, training):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_near_zero_temperature_is_greedy(name):
     model = build(name)

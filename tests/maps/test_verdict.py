@@ -148,6 +148,7 @@ def test_heldout_text_is_measured_as_a_corpus_and_kept_apart(tmp_path):
     assert both.diagnose(reference).verdict == "covered"
 
 
+@pytest.mark.slow
 def test_heldout_text_on_pages_and_in_tables(tmp_path):
     model = build()
     emap = measured(model, tokens(8).split(2), tokens(8, seed=5).split(2))

@@ -36,6 +36,7 @@ def bits(data: Tensor, width: int, count: int) -> Tensor:
     return torch.from_numpy(flat @ (1 << numpy.arange(width - 1, -1, -1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("width", lowbit.WIDTHS)
 def test_sizes_and_levels(width, shape):

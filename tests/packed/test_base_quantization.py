@@ -95,6 +95,7 @@ def test_loaders_pack_the_base_alike(name, quantization, loader, tmp_path):
     assert packed_forms(loaded) == {str(Form(BITS[quantization]))}
 
 
+@pytest.mark.slow
 def test_a_base_that_is_packed_already(tmp_path):
     """The same is nothing to do, also for loading; another is refused."""
     model = grown(base_quantization="nf4")
@@ -152,6 +153,7 @@ def test_gradients_of_a_sweep_are_backprops(resolution, name):
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@pytest.mark.slow
 def test_parts(tmp_path):
     """What is outside of the pieces is the packed base's; saved and loaded."""
     model = get_peft_model(build(), config(base_quantization="nf4"))
@@ -186,6 +188,7 @@ def test_newborns(name, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(build(name), tmp_path), mixed()), logits(model, mixed()))
 
 
+@pytest.mark.slow
 def test_protected_directions_stay_those_of_the_unpacked_donors():
     """The packed donors differ from them; steps must not pull the bank there."""
     model = spawned(protect=0.6, gate_fpr=0.3, base_quantization="nf4")
@@ -278,6 +281,7 @@ def test_what_is_left_in_16_bits_is_said(four_bit, caplog):
     assert "still in" not in caplog.text
 
 
+@pytest.mark.slow
 def test_prepared_for_kbit_training(four_bit, recwarn):
     """It casts experts up that are not packed; packed ones keep their bytes."""
     model = four_bit()

@@ -301,6 +301,7 @@ def test_refuses_to_pack_while_loading(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
 
 
+@pytest.mark.slow
 def test_refuses_to_write_two_methods(tmp_path):
     """Attention in bitsandbytes' 4 bits, experts packed: it computes and grows, but no file can hold it."""
     pytest.importorskip("bitsandbytes")

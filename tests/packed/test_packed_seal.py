@@ -49,6 +49,7 @@ def test_changed_bytes(tmp_path):
     assert refused > rounds * 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["experts", "router", "head"])
 def test_altered_tensors(part, tmp_path):
     """With files that are whole, for all kinds of tensors, whatever dtype and devices they are read to."""
@@ -98,6 +99,7 @@ def test_files_of_two_models(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_settings_by_keyword_and_saved_again(tmp_path):
     """A config that is changed for a load is no altered file; and what was changed on purpose is sealed anew."""
     model = saved(tmp_path / "one")
@@ -114,6 +116,7 @@ def test_settings_by_keyword_and_saved_again(tmp_path):
     assert not torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {}], ids=["tied", "without head"])
 def test_other_ways_to_hold_a_model(change, tmp_path):
     model = build(**change)
@@ -138,6 +141,7 @@ def test_damaged_models_are_not_sealed(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_base_inside_an_adapter_is_not_saved(tmp_path):
     model = get_peft_model(compressed(), PCGrowConfig(locus=LOCUS))
     train(model)

@@ -157,6 +157,7 @@ def test_bitsandbytes_reads_what_torch_reads(shape, dtype, monkeypatch):
         lowbit.bitsandbytes_kernels.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("width", [4, 3, 2])
 def test_decoding(width, shape):

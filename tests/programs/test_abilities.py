@@ -117,6 +117,7 @@ def test_padded_generation_is_that_of_each_prompt(model, tokenizer, batch):
         abilities.samples(model, tokenizer, ["fine", ""])
 
 
+@pytest.mark.slow
 def test_samples_are_greedy_whatever_the_model_is_set_to(model, tokenizer):
     expected = abilities.samples(model, tokenizer, TEXTS, max_new_tokens=8)
     model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=1.5)
@@ -227,6 +228,7 @@ def test_measures_count_no_bytes_of_special_tokens(model, tokenizer):
             abilities.measures(model, torch.zeros(shape, dtype=torch.long), tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_as_before(model, tokenizer, training):
     seen = []

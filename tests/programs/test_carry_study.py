@@ -58,6 +58,7 @@ def test_direct_is_the_top_error(study):
         assert all(torch.equal(error, study.test.errors[-1]) for error in errors)
 
 
+@pytest.mark.slow
 def test_every_way_gives_errors_of_all_layers(study):
     rows = list(study.ways([2]))
     assert len({name for name, _, _ in rows}) == len(rows)

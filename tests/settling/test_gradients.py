@@ -163,6 +163,7 @@ def test_trainable_modules_inside_layers():
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_fast_implementations_in_fp32(implementation):
     base, ids = build("gpt_oss", torch.float32, implementation), tokens()
@@ -214,6 +215,7 @@ def held_bytes(depth: int, settle: str) -> int:
     return sum(held.values())
 
 
+@pytest.mark.slow
 def test_only_layer_inputs_are_held():
     """Each further layer holds its input `[B, S, H]` in fp32 and nothing else."""
     growth = (held_bytes(12, "sweep") - held_bytes(4, "sweep")) / 8

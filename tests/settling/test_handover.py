@@ -213,6 +213,7 @@ HOOKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", HOOKED)
 def test_hooks_of_hidden_states(where):
     """They see what they see under backprop, once, and what they make of it goes on down."""

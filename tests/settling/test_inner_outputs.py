@@ -132,6 +132,7 @@ def test_newborns():
     assert_all_close(found["sweep"], found["backprop"], "fp64 gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["output_hidden_states", "output_router_logits"])
 def test_recorded_before_it_was_grown(first):
     """transformers' hooks are then older than ours; states of the lowest layer's input are trained through too."""
@@ -155,6 +156,7 @@ def test_gradient_checkpointing(reentrant):
     assert_all_close({name: p.grad for name, p in trainable(model).items()}, want, "fp64 gradient")
 
 
+@pytest.mark.slow
 def test_two_forwards_accumulation_and_a_kept_graph():
     base = routed("mixtral")
 

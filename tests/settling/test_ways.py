@@ -327,6 +327,7 @@ def test_config_round_trip(tmp_path):
     assert (old.settle, old.settle_depth) == ("direct", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"settle": "relax", "settle_tol": 0.1}, {"settle": "direct", "settle_tol": 0.01}])
 def test_an_adapter_from_before_relax_went(settings, tmp_path):
     """It loads; to relax, which it did, is to sweep from now on, and is said once."""

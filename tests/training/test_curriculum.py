@@ -105,6 +105,7 @@ def test_bf16():
     assert_close("bf16", surprisal, alone(build(dtype=torch.float64), data)[found], "bf16")
 
 
+@pytest.mark.slow
 def test_ties_keep_the_order_of_the_dataset():
     data = [example for one in examples(6) for example in (one, dict(one), dict(one))]
     for descending in (False, True):
@@ -140,6 +141,7 @@ def test_the_grown_model_counts():
     assert_close("no adapter: plain", order(data, bare, relative=True)[1], order(data, bare)[1], "fp64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [grown, spawned])
 def test_at_birth_nothing_has_been_learnt(make):
     found, surprisal = order(examples(), make(), relative=True)
@@ -174,6 +176,7 @@ def test_the_model_is_left_as_it_was(monkeypatch, relative, fails):
     assert all(torch.equal(a, b) for a, b in zip(gradients, left, strict=True))
 
 
+@pytest.mark.slow
 def test_a_merged_branch_has_no_base():
     model = branch()
     want = order(examples(), model)

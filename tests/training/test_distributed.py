@@ -61,6 +61,7 @@ def test_loop_equals_one_process(ranks):
     assert_close(ranks[0]["loop"]["banks"], ddp_script.loop(None)["banks"])
 
 
+@pytest.mark.slow
 def test_newborns_agree(ranks):
     """Gated rows, and updates kept off some directions: two processes hold the same bits, those of one process."""
     start, single = ddp_script.banks(ddp_script.newborns()), ddp_script.loop(None, spawn=True)["banks"]

@@ -107,6 +107,7 @@ def test_off_what_is_protected():
         assert_close(name, seen["moved"][name], p.detach() - starts[name], "fp32")
 
 
+@pytest.mark.slow
 def test_a_data_loader_draws_nothing():
     loader = torch.utils.data.DataLoader(torch.cat([domain(seed=1), domain(seed=2)]), batch_size=8, shuffle=True)
     before = torch.get_rng_state()

@@ -28,6 +28,7 @@ def modeling():
         vars(module).update(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATCHED)
 def test_experts_patched_before(name):
     base = build(name)

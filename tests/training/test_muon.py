@@ -34,6 +34,7 @@ def test_matrices_of_a_stack_do_not_mix():
     assert not got[2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), [(24, 16), (16, 24)])
 def test_equals_torch_muon_on_each_matrix(rows, columns):
     stack = torch.nn.Parameter(torch.randn(3, rows, columns))
@@ -65,6 +66,7 @@ def test_other_groups_are_stepped_by_adamw():
     assert_close("weights", ours.detach(), theirs.detach(), "fp32")
 
 
+@pytest.mark.slow
 def test_state_resumes_exactly():
     def train(model, optimizer, seeds):
         for seed in seeds:

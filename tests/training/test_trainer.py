@@ -228,6 +228,7 @@ def test_scaled_gradients():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_scaler_skips_a_step(fused):
     """An overflow halves the scale and skips the step without an exception; the next step goes through."""
