@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,18 +116,24 @@ def settings(args: argparse.Namespace, emap: ErrorMap) -> dict[str, list[Setting
     return groups
 
 
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, context: AbstractContextManager | None = None
+) -> float:
+    """One clipped step on a batch `[B, S]`, its forward inside `context`; its seconds."""
+    started, ids = time.perf_counter(), ids.to(next(model.parameters()).device)
+    with context or nullcontext():
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - started
+
+
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[torch.Tensor]) -> list[float]:
-    """One clipped step on each batch `[B, S]`; the seconds of each."""
-    seconds, device = [], next(model.parameters()).device
+    """A step on each batch; the seconds of each."""
     model.train()
-    for ids in batches:
-        started, ids = time.perf_counter(), ids.to(device)
-        model(input_ids=ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return [step(model, optimizer, ids) for ids in batches]
 
 
 def fit(setting: Setting, task: corpora.Task, args: argparse.Namespace, seed: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -17,7 +17,6 @@ in nats per token.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -117,16 +116,9 @@ def descend(
     seconds = []
     model.train()
     for step, ids in enumerate(steps, start=1):
-        started = time.perf_counter()
-        ids = (torch.cat([ids, next(replays)]) if args.replay else ids).to(task.device)
-        with autocast(args):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        ids = torch.cat([ids, next(replays)]) if args.replay else ids
+        seconds.append(compare.step(model, optimizer, ids, autocast(args)))
         schedule.step()
-        seconds.append(time.perf_counter() - started)
         if step % passes == 0:
             yield step // passes, statistics.median(seconds)
             model.train()

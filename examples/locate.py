@@ -176,8 +176,7 @@ def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def verdicts(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = corpora.new_model(task)
-    texts = {"domain": task.domain_eval, **{name: held_out for name, (_, held_out) in task.retain.items()}}
-    for name, windows in texts.items():
+    for name, windows in task.held_out.items():
         diagnosis = measure_errors(model, windows.split(args.batch), progress=False).diagnosis
         yield {"study": "verdicts", "text": name, **{k: v for k, v in vars(diagnosis).items() if k != "nodes"}}
 

@@ -83,7 +83,7 @@ def main() -> None:
             merge_difference = float((merged(input_ids=sample).logits - grown).abs().max())
     now = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
     trained, total = model.get_nb_trainable_parameters()
-    for name, windows in {"domain": task.domain_eval, **{n: held for n, (_, held) in task.retain.items()}}.items():
+    for name, windows in task.held_out.items():
         corpora.note(f"{name}: unigram entropy of the held-out text {corpora.unigram_entropy(windows):.3f} nats/token")
     corpora.note(
         f"\ndomain loss {before['domain']:.3f} -> {after['domain']:.3f}, retain loss {before['retain']:.3f} -> "

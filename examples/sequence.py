@@ -43,13 +43,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Ten
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / args.steps))
     model.train()
     for batch in corpora.batches(windows, args.batch, args.steps, seed):
-        batch = batch.to(args.device)
-        with converge.autocast(args):
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        compare.step(model, optimizer, batch, converge.autocast(args))
         schedule.step()
 
 
