@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.error_map import ErrorMap
-from peft_pcgrow.settling.host import ADAPTERS
+from peft_pcgrow.settling.conditions import adapters_in_use
 
 # numbers summed at a time: their products take 8 bytes each
 CHUNK = 2**22
@@ -33,9 +33,7 @@ def weights_in_use(model: nn.Module) -> str:
     for name, module in model.named_modules():
         numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float) and key[0] != "_"}
         digest.update(f"{name} {sorted(numbers.items())}".encode())
-        used = [f"{key}={vars(module)[key]}" for key in ADAPTERS if key in vars(module)]
-        used += [f"{key} at {birth.gate_fpr}" for key, birth in getattr(module, "births", {}).items()]
-        if used:
+        if used := adapters_in_use(module):
             digest.update(f"{name} {used}".encode())
     return digest.hexdigest()[:32]
 

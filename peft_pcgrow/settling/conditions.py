@@ -24,6 +24,14 @@ def own_hooks(hooks: Mapping[int, Any]) -> list[int]:
     return [key for key, hook in hooks.items() if getattr(hook, "__module__", None) != ONLOOKERS]
 
 
+def adapters_in_use(module: nn.Module) -> tuple[str, ...]:
+    """What a tuner's layer is set to: adapters active, merged, disabled and scaled, and the rates of their gates; () of
+    any other module."""
+    held = vars(module)
+    births: dict[str, Any] = held.get("births", {})
+    return (*(str(held[name]) for name in ADAPTERS if name in held), *(str(b.gate_fpr) for b in births.values()))
+
+
 class Setting(NamedTuple):
     """How a module is set; `WORDS` says what each is called."""
 
@@ -36,12 +44,11 @@ class Setting(NamedTuple):
     def of(cls, module: nn.Module, outermost: bool) -> "Setting":
         held = vars(module)
         hooks = {} if outermost else {**module._forward_pre_hooks, **module._forward_hooks}
-        births: dict[str, Any] = held.get("births", {})
         config = held.get("config")
         return cls(
             module.training,
             tuple(own_hooks(hooks)),
-            (*(str(held[name]) for name in ADAPTERS if name in held), *(str(b.gate_fpr) for b in births.values())),
+            adapters_in_use(module),
             tuple(getattr(config, name, None) for name in (ATTENTION, EXPERTS)) if config else (),
         )
 
