@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun, with accelerate, and imported by it for the same steps in one process."""
+"""Run by test_distributed.py with accelerate, twice, and imported by it for the same steps in one process."""
 
 import sys
 from collections.abc import Iterator
