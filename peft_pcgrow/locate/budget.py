@@ -65,7 +65,7 @@ def located(
     layers: tuple[int, ...],
     experts: int,
     budget: float,
-    select: str = "error",
+    select: str,
     error_map: ErrorMap | None = None,
     seed: int = 0,
     uniform: bool = False,
