@@ -20,14 +20,13 @@ from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps import draw, draw_html, lifecycle, map_file, node_table
 from peft_pcgrow.maps.diagnosis import Diagnosis, context_free, judge, on_heldout
+from peft_pcgrow.maps.map_tensors import COUNTERS, OPTIONAL, from_tensors, to_tensors
 from peft_pcgrow.maps.newborns import SUMS, Newborns
 from peft_pcgrow.maps.node_table import NodeError
 from peft_pcgrow.maps.removable import Removable, coherent, removable
 
 # gradients are summed in so many folds, batches in turn: see `removable`
 FOLDS = 4
-OPTIONAL = ("hops", "words")
-COUNTERS = ("loss", "labels", "tokens", "batches")
 # what `score` can rank nodes by
 STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 
@@ -77,7 +76,7 @@ class ErrorMap:
 
     @property
     def coherent(self) -> Tensor:
-        """Norm of the summed weight gradient of each node, `[L, E]` fp64 (see `energy.GradientSketch`)."""
+        """Norm of the summed weight gradient of each node, `[L, E]` fp64 (see `GradientSketch`)."""
         return coherent(self.gradient) if self.gradient else torch.zeros_like(self.count)
 
     @property
@@ -240,29 +239,7 @@ class ErrorMap:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `error_map.safetensors` into the folder `path`: whole, or not at all."""
-        map_file.write(Path(path), *self._parts())
-
-    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and all else."""
-        tensors = {name: getattr(self, name) for name in (*SUMS, "fold_labels")}
-        tensors |= {name: held for name in OPTIONAL if (held := getattr(self, name)) is not None}
-        tensors |= {f"gradient.{name}": gradient for name, gradient in self.gradient.items()}
-        if self.newborns.nodes:
-            tensors |= {f"newborns.{name}": tensor for name, tensor in self.newborns.tensors().items()}
-        if self.separation is not None:
-            tensors |= self.separation.to_tensors()
-        facts = {
-            "layers": list(self.layers),
-            **{name: getattr(self, name) for name in COUNTERS},
-            "base": self.base,
-            "newborns": [list(node) for node in self.newborns.nodes],
-            "separation": self.separation.facts if self.separation else None,
-            "run": self.run,
-        }
-        if self.heldout is not None:
-            held, facts["heldout"] = self.heldout._parts()
-            tensors |= {f"heldout.{name}": tensor for name, tensor in held.items()}
-        return tensors, facts
+        map_file.write(Path(path), *to_tensors(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ErrorMap":
@@ -273,35 +250,9 @@ class ErrorMap:
         """
         tensors, facts = map_file.read(Path(path))
         try:
-            return cls._from_parts(tensors, facts)
+            return from_tensors(cls, tensors, facts)
         except (KeyError, TypeError) as error:
             raise ValueError(map_file.damaged(Path(path), f"missing or unreadable entry: {error}")) from error
-
-    @classmethod
-    def _from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "ErrorMap":
-        """What `_parts` gave, taken out of `tensors`."""
-        held = {name: tensors.pop(name) for name in list(tensors) if name.startswith("heldout.")}
-        heldout = None
-        if "heldout" in facts:
-            named = {name.removeprefix("heldout."): tensor for name, tensor in held.items()}
-            heldout = cls._from_parts(named, facts["heldout"])
-        separated = facts.get("separation")
-        separation = Separation.from_tensors(tensors, separated) if separated else None
-        theirs = {name: tensors.pop(name) for name in list(tensors) if name.startswith("newborns.")}
-        born = {name.removeprefix("newborns."): tensor for name, tensor in theirs.items()}
-        for name in map_file.UNREAD:
-            tensors.pop(name, None)
-        return cls(
-            layers=tuple(facts["layers"]),
-            **{name: tensors.pop(name) for name in (*SUMS, "fold_labels")},
-            **{name: tensors.pop(name, None) for name in OPTIONAL},
-            gradient={name.removeprefix("gradient."): tensor for name, tensor in tensors.items()},
-            **{name: facts[name] for name in (*COUNTERS, "base")},
-            separation=separation,
-            newborns=Newborns().changed(born, facts["newborns"]) if facts.get("newborns") else Newborns(),
-            heldout=heldout,
-            run=facts.get("run", {}),
-        )
 
     def plot(self, path: str | os.PathLike | None = None, by: str = "error", locus: Locus | None = None):
         """Draw layer x expert as a heat map, newborns with their donors; with `path`, save it there. Returns the

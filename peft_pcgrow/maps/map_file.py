@@ -15,8 +15,6 @@ from peft_pcgrow.maps.map_check import check_map
 
 MAP_FORMAT = 4
 FILE = "error_map.safetensors"
-# what maps of version 0.1 hold beside: how far nodes' errors lie at the same tokens
-UNREAD = ("shared",)
 # where format 2 kept its facts
 OLD = "error_map.json"
 
