@@ -44,13 +44,18 @@ class PCGrowModel(WholeSteps):
 
     Args:
         model (`torch.nn.Module`): a transformers model with experts (see [`find_experts`]).
-        config ([`PCGrowConfig`]): which nodes grow and how they settle.
+        peft_config ([`PCGrowConfig`]): which nodes grow and how they settle.
         adapter_name (`str`): name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`): create the banks on the meta device, for loading.
+        state_dict (`dict[str, Tensor]`, *optional*): as for PEFT's other tuners.
 
     Raises:
-        ValueError: no experts in the model, a locus or a map that does not fit it, or newborns asked for where the map
-            holds no branch gates or none that separates.
+        ValueError: no experts in the model, a locus or map that does not fit, or newborns without gates that separate.
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))  # base_model is a PCGrowModel
+        >>> [layer.layer_index for layer in grown.base_model.tuner_layers()]
+        [1]
     """
 
     prefix: str = "pcgrow_"

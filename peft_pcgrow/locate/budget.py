@@ -37,13 +37,17 @@ def choose(scores: Tensor, budget: float, layers: Sequence[int] | None = None) -
     """The nodes that score highest, by any rule, as many as the budget allows, at least one: for PCGrowConfig(locus=).
 
     Args:
-        scores: `[L, E]`, the higher the better; -inf: never chosen. Of equal ones, the first in reading order.
-        budget: share of the nodes, and so of the expert parameters, in (0, 1].
-        layers: decoder layers of the L rows, `emap.layers` for what a map gave; None: 0 to L - 1.
+        scores (Tensor): `[L, E]`, the higher the better; -inf: never chosen. Of equal ones, the first in reading order.
+        budget (float): share of the nodes, and so of the expert parameters, in (0, 1].
+        layers (sequence of int): decoder layers of the L rows, `emap.layers` for what a map gave; None: 0 to L - 1.
 
     Raises:
         ValueError: scores that are no `[L, E]` numbers, NaN, or -inf everywhere; a budget outside (0, 1]; layers that
             are not L different ones.
+
+    Example:
+        >>> choose(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), budget=0.5, layers=(1, 3))
+        Locus({1: (1,), 3: (0,)})
     """
     check_budget(budget)
     scores = torch.as_tensor(scores, dtype=torch.float64, device="cpu").detach()

@@ -36,7 +36,7 @@ class ErrorMap:
     """Sums over a corpus, one per node: those of the experts by (layer, expert), those of newborns beside them.
 
     Attributes:
-        layers: decoder layer index of each of the L rows.
+        layers: decoder layer of each of the L rows, counted from 0.
         count: rows that an expert computes, `[L, E]`; what newborns took from it is theirs.
         weight: sum of routing weights, `[L, E]`.
         mass: sum of |eps_r|, the gate-weighted norm of the error at the node, `[L, E]`, nats per unit of output.
@@ -44,7 +44,10 @@ class ErrorMap:
         gradient: per expert tensor, fold sums of the weight gradient or its sketch, `[F, L, E, a, b]`; batch b of the
             corpus is in fold b mod F.
         fold_labels: label tokens of each fold, `[F]`.
-        loss: summed token loss, nats; labels: label tokens; tokens: tokens that were not padding; batches read.
+        loss: summed token loss, nats.
+        labels: label tokens.
+        tokens: tokens that were not padding.
+        batches: batches read.
         hops: with settle="relax", how many tokens needed h hops at each of the D decoder layers, `[D, D + 1]`.
         newborns: the same sums of the newborns that were active.
         words: how often each word of the vocabulary is a label, `[V]`.
@@ -52,6 +55,16 @@ class ErrorMap:
         run: what a measurement goes on by (see `resume`).
         base: what the map was measured on (model type, shapes, fingerprint of the routers, sketch, way of settling).
         separation: what tells the corpus from the retain text, if one was given.
+
+    Example:
+        >>> emap = measure_errors(model, batches, progress=False)
+        >>> emap.layers, tuple(emap.mass.shape)
+        ((0, 1, 2), (3, 8))
+        >>> bool((emap.score("frequency").sum(1) == 3 * emap.tokens).all())  # 3 experts for each token in each layer
+        True
+        >>> emap.save(folder / "map")
+        >>> torch.equal(ErrorMap.load(folder / "map").mass, emap.mass)
+        True
     """
 
     layers: tuple[int, ...]
@@ -156,13 +169,15 @@ class ErrorMap:
         With held-out text the verdict is about that, and says whether the corpus itself was memorised.
 
         Args:
-            reference: map of text that the model has mastered: covered is what has at most its loss; what its nodes
-                could recover does not count. The same corpus before damage, for example.
+            reference: map of text that the model knows as well as it should: covered is what has at most its loss; what
+                its nodes could recover does not count. The same corpus before damage, for example.
+            concentrated_below: share of the nodes in (0, 1] up to which half of what could be recovered counts as
+                concentrated, instead of the defaults.
         """
         if self.heldout is not None:
-            mastered = (reference.heldout or reference) if reference is not None else None
-            held = self.heldout.diagnose(mastered, concentrated_below=concentrated_below)
-            return on_heldout(held, self._judge())
+            known = (reference.heldout or reference) if reference is not None else None
+            unseen = self.heldout.diagnose(known, concentrated_below=concentrated_below)
+            return on_heldout(unseen, self._judge())
         return self._judge(reference, concentrated_below)
 
     def _judge(self, reference: "ErrorMap | None" = None, concentrated_below: float | None = None) -> Diagnosis:

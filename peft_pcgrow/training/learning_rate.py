@@ -44,14 +44,24 @@ def find_lr(
     each process searches with its own batches, and all get the geometric mean; all must call.
 
     Args:
-        model: after `get_peft_model(model, PCGrowConfig(...))`.
+        model (nn.Module): after `get_peft_model(model, PCGrowConfig(...))`.
         batches: text of the domain, as for `measure_errors`; 2 batches at least, each as large as those of a training
-            step. batch_size: texts a batch, of those that are not batched yet. tokenizer: makes token ids of strings.
+            step.
+        batch_size (int): texts a batch, of those that are not batched yet.
+        tokenizer (callable): makes token ids of strings.
+
+    Returns:
+        The rate, what a matrix's update of unit spectral norm is multiplied by.
 
     Raises:
         ValueError: nothing grown trains, fewer than two batches, nothing to predict in them, no token of theirs that
             reaches what trains, or no step along the update that lowers the loss (the batches have nothing in common,
             or there is nothing left to learn from them).
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))
+        >>> 0.001 < find_lr(grown, batches) < 1
+        True
     """
     with together("find_lr"):
         check_causal(model)
