@@ -148,7 +148,7 @@ class PCGrowConfig(PeftConfig):
     )
     grow: str = field(default="deepen", metadata={"help": f"What growing does: {', '.join(GROWTHS)}."})
     gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
-    protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy kept off, in [0, 1)."})
+    protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy to protect, in [0, 1)."})
     router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
@@ -189,7 +189,7 @@ class PCGrowConfig(PeftConfig):
     )
     gate_window: int = field(default=0, metadata={"help": "Tokens of context the gates look at. Set on creation."})
     protected: Optional[dict] = field(
-        default=None, metadata={"help": "Directions kept off, layer -> stack -> number. Set on creation."}
+        default=None, metadata={"help": "Protected directions, layer -> stack -> number. Set on creation."}
     )
     fingerprint: Optional[str] = field(
         default=None, metadata={"help": "Of the gates and directions that the map gave. Set on creation."}

@@ -1,4 +1,4 @@
-"""What adapters have from a map beside their weights: branch gates, and directions that updates are kept off."""
+"""What adapters have from a map beside their weights: branch gates, and protected directions."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ class Given(nn.Module):
         return getattr(self, f"pcgrow_{name}")
 
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
-        """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
+        """Those that are protected of each slice of a stack, `[G, I, K]`; None for a bias."""
         return dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
 
     def kept_off(self, adapter_name: str) -> dict[str, Tensor]:

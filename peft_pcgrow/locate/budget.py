@@ -155,15 +155,15 @@ def _ranked(scores: Tensor) -> list[int]:
 
 def _fitting(scores: Tensor, sizes: Tensor, budget: float) -> list[int]:
     """The best that fit into the budget, smaller ones in the gap that a larger one leaves."""
-    held, total = sizes.flatten().tolist(), float(sizes.sum())
+    wanted, total = sizes.flatten().tolist(), float(sizes.sum())
     best, left = [], budget * total + 1e-9
     for place in _ranked(scores):
-        if held[place] <= left:
+        if wanted[place] <= left:
             best.append(place)
-            left -= held[place]
+            left -= wanted[place]
     if not best:
         raise ValueError(
-            f"budget={budget} is less than the smallest part, {min(held) / total:.2g} of the expert parameters"
+            f"budget={budget} is less than the smallest part, {min(wanted) / total:.2g} of the expert parameters"
         )
     return best
 

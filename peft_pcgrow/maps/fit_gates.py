@@ -118,9 +118,9 @@ def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int)
     rows = torch.zeros(experts_here, device="cpu")
     passed = torch.zeros(experts_here, len(limits), device="cpu")
     for choice in index.mT.long():
-        somebodys = choice < experts_here
-        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum()), device="cpu"))
-        passed.index_add_(0, choice[somebodys], above[somebodys])
+        assigned = choice < experts_here
+        rows.index_add_(0, choice[assigned], torch.ones(int(assigned.sum()), device="cpu"))
+        passed.index_add_(0, choice[assigned], above[assigned])
     return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
 
 
