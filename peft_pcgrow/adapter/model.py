@@ -319,7 +319,7 @@ class PCGrowModel(WholeSteps):
             for layer in layers:
                 if layer.spawned(name):
                     layer.check_gate(name)  # type: ignore
-            kept = [held for layer in layers for held in layer.kept_off(name).values()]
+            kept = [held for layer in layers for held in layer.protected_directions(name).values()]
             if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
                 raise RuntimeError(
                     f"what protect= keeps updates of adapter {name!r} off was never set: its config was resolved for "
