@@ -1,5 +1,6 @@
 """What an error map's file holds: its tensors by name, those of held-out text among them, and all else as facts."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -38,7 +39,7 @@ def to_tensors(emap: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def from_tensors(kind: type[AnyMap], tensors: dict[str, Tensor], facts: dict[str, Any]) -> AnyMap:
+def from_tensors(kind: Callable[..., AnyMap], tensors: dict[str, Tensor], facts: dict[str, Any]) -> AnyMap:
     """A map of class `kind` from what `to_tensors` gave, taken out of `tensors`.
 
     Raises:
