@@ -46,10 +46,10 @@ class CompressionReport:
         stopped: why before the end, or None.
 
     Example:
-        >>> plan = compress.plan(model, target=0.3, retain=retain, progress=False)
-        >>> model, report = compress.apply(model, plan, max_loss_rise=0.0, progress=False)
-        >>> report.done < report.planned, report.stopped is not None  # not all of it without any loss
-        (True, True)
+        >>> plan = compress.plan(model, target=0.5, retain=retain, progress=False)
+        >>> model, report = compress.apply(model, plan, progress=False)
+        >>> report.done, report.stopped, report.names  # all 24 experts
+        (24, None, ('retain',))
     """
 
     bytes_before: int

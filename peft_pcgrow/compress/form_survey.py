@@ -33,7 +33,7 @@ class Survey:
         layers: decoder layer of each row.
         forms: F of them, the first one is the whole expert.
         bytes: of an expert in each form, `[L, F]`.
-        damage: by statistic, nats per label token, `[L, E, F, S]` (see `candidates.Candidates`).
+        damage: by statistic, per label token, `[L, E, F, S]` (units: see `candidates.Candidates`).
         by_map: predicted from the error map in place of the domain's text, `[L, E, F]`; None: there was a text, or no
             map.
         skips: predicted damage of leaving out each layer, `[L]`; None: not asked for, or not possible.
@@ -153,8 +153,8 @@ def survey(
             changed.
         emap (ErrorMap): its error map on the domain; used for the domain's share where `domain` gives no text: the map
             knows how much squared error reaches each node, the retain text how far each form moves its output.
-        methods (sequence of str): of `METHODS`. "thin" may remove experts altogether; "skip" takes out whole decoder
-            layers.
+        methods (sequence of str): of `METHODS`: "quantize" and "sparsify" (GPTQ, arXiv:2210.17323; SparseGPT,
+            arXiv:2301.00774), "thin" (of its neurons or all of an expert), "skip" (whole decoder layers).
         retain: text whose loss must stay, batches as for `measure_errors`; it or `domain`.
         domain: text of the domain, likewise.
         max_tokens (int): of each text, at most; None: all.
@@ -223,7 +223,8 @@ def plan(
         model (nn.Module): as for `survey`.
         emap (ErrorMap): as for `survey`.
         target (float): share of the experts' bytes in 16 bit, in (0, 1].
-        select (str): the statistic to choose by, of `FORM_SELECTIONS`.
+        select (str): the statistic to choose by, of `FORM_SELECTIONS`. "fisher" is sum (dy . delta)^2 / 2 over a node's
+            rows, for the change dy of its output and the error delta there (empirical Fisher), in nats.
         **options: of `survey`: methods, retain, domain, max_tokens, progress.
 
     Returns:

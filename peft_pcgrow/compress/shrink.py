@@ -116,9 +116,10 @@ def shrink_adapter(
 ) -> ShrinkReport:
     """Replace an adapter's banks, in place, by what they add to the base, stored small.
 
-    The adapter computes, merges, saves and loads as before, with files of the new size; it can no longer be trained.
-    It adds what it stores to the experts of whatever base it is loaded on, so a base in fewer bits shows through.
-    Biases are stored as deltas in bf16. Gates, thresholds and protected directions stay as they are.
+    The adapter computes, merges, saves and loads as before, with files of the new size; it can no longer be trained. It
+    adds what it stores to the experts of whatever base it is loaded on, so a base in fewer bits shows through. Biases
+    are stored as deltas in bf16. Gates, thresholds and protected directions stay as they are. With text, rounding makes
+    up for its own errors (GPTQ, arXiv:2210.17323).
 
     Args:
         model (nn.Module): with the adapter, not merged: a `PeftModel`, or a transformers model that loaded the adapter

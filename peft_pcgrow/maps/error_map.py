@@ -35,11 +35,14 @@ STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 class ErrorMap:
     """Sums over a corpus, one per node: those of the experts by (layer, expert), those of newborns beside them.
 
+    Of the error of each row r, a token t at an expert: eps_r = p_r dLoss/dy_t, with the routing weight p_r, and y_t
+    what the layer's experts together put out.
+
     Attributes:
         layers: decoder layer of each of the L rows, counted from 0.
         count: rows that an expert computes, `[L, E]`; what newborns took from it is theirs.
         weight: sum of routing weights, `[L, E]`.
-        mass: sum of |eps_r|, the gate-weighted norm of the error at the node, `[L, E]`, nats per unit of output.
+        mass: sum of |eps_r|, `[L, E]`, nats per unit of output.
         square: sum of |eps_r|^2 (twice the node's energy), `[L, E]`.
         gradient: per expert tensor, fold sums of the weight gradient or its sketch, `[F, L, E, a, b]`; batch b of the
             corpus is in fold b mod F.
