@@ -343,10 +343,12 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
         names = [name for name in adapter_names if name in self.births and name not in self.merged_adapters]
         for name in names:
             if self.births[name].spawned:
+                without = "grow without lora= and " if self.births[name].lora else ""
                 raise ValueError(
                     f"adapter {name!r} has newborns (layer {self.layer_index}: {list(self.births[name].spawned)}): "
-                    "they take only part of their donors' rows, so no expert of the base can hold them. Keep the "
-                    "adapter, or write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
+                    "they take only part of their donors' rows, so no expert of the base can hold them. Keep "
+                    f"the adapter, or {without}write a plain checkpoint with peft_pcgrow.export_flat(model, folder, "
+                    "batches)"
                 )
         if names and experts.is_packed(self.base_layer):
             raise ValueError(

@@ -44,13 +44,18 @@ class PCGrowModel(WholeSteps):
 
     Args:
         model (`torch.nn.Module`): a transformers model with experts (see [`find_experts`]).
-        config ([`PCGrowConfig`]): which nodes grow and how they settle.
+        peft_config ([`PCGrowConfig`]): which nodes grow and how they settle.
         adapter_name (`str`): name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`): create the banks on the meta device, for loading.
+        state_dict (`dict[str, Tensor]`, *optional*): as for PEFT's other tuners.
 
     Raises:
-        ValueError: no experts in the model, a locus or a map that does not fit it, or newborns asked for where the map
-            holds no branch gates or none that separates.
+        ValueError: no experts in the model, a locus or map that does not fit, or newborns without gates that separate.
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))  # base_model is a PCGrowModel
+        >>> [layer.layer_index for layer in grown.base_model.tuner_layers()]
+        [1]
     """
 
     prefix: str = "pcgrow_"
@@ -314,7 +319,7 @@ class PCGrowModel(WholeSteps):
             for layer in layers:
                 if layer.spawned(name):
                     layer.check_gate(name)  # type: ignore
-            kept = [held for layer in layers for held in layer.kept_off(name).values()]
+            kept = [held for layer in layers for held in layer.protected_directions(name).values()]
             if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
                 raise RuntimeError(
                     f"what protect= keeps updates of adapter {name!r} off was never set: its config was resolved for "

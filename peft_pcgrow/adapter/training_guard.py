@@ -3,7 +3,7 @@
 torch calls the hooks for every optimizer of the process that is a torch.optim.Optimizer. Nothing is asked of one but
 which parameters it holds, until some of them are found to be this model's. Which those are is looked up at each step:
 models are copied, loaded and cast, and then have others. Weights that are changed in another way (by hand, by an
-optimizer of another kind, from copies that an optimizer holds) are nobody's step, and nothing here sees them.
+optimizer of another kind, from copies that an optimizer holds) are changed outside of such steps, unseen here.
 """
 
 import gc
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pcgrow_kernels.keep_off import keep_off
+from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.without_rows import RowsMet
 from peft_pcgrow.architectures import experts
@@ -56,7 +56,7 @@ class _Watched:
         held: whether some optimizer holds it. start: until it is seen to move. checked: whether it was.
         left_out: its bits when an error had reached it, and the nodes reached, while an optimizer of this model stepped
             without it.
-        fixed: its part along the directions that updates are kept off.
+        fixed: its part along the protected directions.
     """
 
     held: bool = False
@@ -221,7 +221,7 @@ class TrainingGuard:
         if directions is None:
             gradient.zero_()  # a bias: its input is 1 for all text
         else:
-            keep_off(gradient, directions, None, transposed)
+            project_out(gradient, directions, None, transposed)
             if directions.shape[1] == directions.shape[2]:
                 # all directions that there are: what rounding leaves is no error that has to move anything
                 gradient[directions.any(dim=1).all(dim=1).to(gradient.device)] = 0
@@ -242,7 +242,7 @@ class TrainingGuard:
                 if directions is None:
                     weight.copy_(seen.fixed)
                 else:
-                    keep_off(weight, directions, seen.fixed, layer.base_layer.is_transposed)
+                    project_out(weight, directions, seen.fixed, layer.base_layer.is_transposed)
             if (start := seen.start) is not None:
                 started.append((layer, adapter, weight, seen, start, _bits(weight) == start.bits))
         checked = any(id(weight) in groups for weight, seen in self.watched.items() if seen.checked)

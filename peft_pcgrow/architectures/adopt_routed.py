@@ -41,13 +41,13 @@ class RoutedExperts(AdoptedExperts):
     """Several experts, each run by the block's own products."""
 
     def shape(self, stack: str) -> tuple[int, ...]:
-        pieces, axis = self.pieces(stack), self._axis(stack) + 1
-        outputs = sum(piece.shape[axis] for piece in pieces)
-        return (*pieces[0].shape[:axis], outputs, *pieces[0].shape[axis + 1 :])
+        views, axis = self.views(stack), self._axis(stack) + 1
+        outputs = sum(view.shape[axis] for view in views)
+        return (*views[0].shape[:axis], outputs, *views[0].shape[axis + 1 :])
 
     @property
     def like(self) -> Tensor:
-        return self.pieces("down_proj")[0]
+        return self.views("down_proj")[0]
 
     def one(self, x: Tensor, expert: int, stacks: Mapping[str, Tensor]) -> Tensor:
         entered, left = stacks["gate_up_proj"][expert], stacks["down_proj"][expert]
@@ -65,7 +65,7 @@ class OwnExperts(RoutedExperts):
     def block(self) -> Any:
         return self
 
-    def pieces(self, stack: str) -> list[Tensor]:
+    def views(self, stack: str) -> list[Tensor]:
         return [getattr(self, stack)[: self.num_experts]]
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class OwnExperts(RoutedExperts):
     @property
     def stacks(self) -> Mapping[str, Tensor]:
         """Those in use, by name, where each is one tensor."""
-        return self.dense or {name: self.pieces(name)[0] for name in self.names}
+        return self.dense or {name: self.views(name)[0] for name in self.names}
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         theirs = getattr(self._theirs(), "_apply_gate", super()._apply_gate)
@@ -96,7 +96,7 @@ class DbrxOwnExperts(OwnExperts):
 
     mlp: Any
 
-    def pieces(self, stack: str) -> list[Tensor]:
+    def views(self, stack: str) -> list[Tensor]:
         held = (self.mlp.w1, self.mlp.v1) if stack == "gate_up_proj" else (self.mlp.w2,)
         split = [weight.view(-1, self.ffn_hidden_size, weight.shape[-1]) for weight in held]
         return split if stack == "gate_up_proj" else [split[0].mT]
@@ -131,12 +131,12 @@ class JetMoeExperts(RoutedExperts):
 
     implementation = "sorted"
 
-    def pieces(self, stack: str) -> list[Tensor]:
+    def views(self, stack: str) -> list[Tensor]:
         return [(self.block.input_linear if stack == "gate_up_proj" else self.block.output_linear).weight]
 
     def linear(self, x: Tensor, chosen: Tensor, stack: str) -> Tensor:
         """The product of rows `x [R, I]` with the matrices of their experts `chosen [R]`, ascending, `[R, O]`."""
-        weights = self.pieces(stack)[0] if self.dense is None else self.dense[stack]
+        weights = self.views(stack)[0] if self.dense is None else self.dense[stack]
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         return torch.cat([linear(rows, weights[e]) for e, rows in enumerate(x.split(counts))])
 

@@ -52,7 +52,7 @@ class AdoptedExperts(ViewedExperts, nn.Module):
         """Of a stack: `[E, O, I]`, `[E, I, O]` if transposed, `[E, O]` of biases."""
 
     @abstractmethod
-    def pieces(self, stack: str) -> list[Tensor]:
+    def views(self, stack: str) -> list[Tensor]:
         """Views of the block's weights, whose outputs one after another are the stack's."""
 
     @property
@@ -95,20 +95,20 @@ class AdoptedExperts(ViewedExperts, nn.Module):
         )
 
     def _read(self, stack: str, expert: int) -> Tensor:
-        return torch.cat([piece[expert].detach() for piece in self.pieces(stack)], dim=self._axis(stack))
+        return torch.cat([view[expert].detach() for view in self.views(stack)], dim=self._axis(stack))
 
     def _write(self, stack: str, expert: int, value: Tensor) -> None:
-        pieces, axis = self.pieces(stack), self._axis(stack)
-        parts = value.split([piece.shape[axis + 1] for piece in pieces], dim=axis)
-        for piece, part in zip(pieces, parts, strict=True):
-            piece[expert] = part.to(piece.device, piece.dtype)
+        views, axis = self.views(stack), self._axis(stack)
+        shares = value.split([view.shape[axis + 1] for view in views], dim=axis)
+        for view, share in zip(views, shares, strict=True):
+            view[expert] = share.to(view.device, view.dtype)
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
-        pieces = {name: [piece.detach() for piece in self.pieces(name)] for name in self.names}
+        views = {name: [view.detach() for view in self.views(name)] for name in self.names}
         self.dense = {
             name: held[0] if len(held) == 1 else torch.cat(held, dim=self._axis(name) + 1)
-            for name, held in pieces.items()
+            for name, held in views.items()
         }
         try:
             yield
@@ -303,7 +303,7 @@ class LinearExperts(AdoptedExperts):
         inputs = linear_sizes(layers[0])[1]
         return (1, inputs, outputs) if self.is_transposed else (1, outputs, inputs)
 
-    def pieces(self, stack: str) -> list[Tensor]:
+    def views(self, stack: str) -> list[Tensor]:
         layers = self._layers(stack.removesuffix("_bias"))
         if stack.endswith("_bias"):
             return [layer.bias.unsqueeze(0) for layer in layers]

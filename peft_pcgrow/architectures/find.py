@@ -74,13 +74,21 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     subclass with a child named `experts`, while parameters, their names, and what is computed stay as they are.
 
     Args:
-        nodes: "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them; "dense":
-            the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer. None:
-            routed where there are some, else dense.
+        model (nn.Module): a transformers model, or one with adapters.
+        nodes (str): "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them;
+            "dense": the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer.
+            None: routed where there are some, else dense.
+
+    Returns:
+        The decoder layers, and a site for each that has experts: its module, its router and how many there are.
 
     Raises:
         ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, weights that are
             no plain ones (quantized, sharded; see `plain_weight`), or a block replaced by a hub kernel.
+
+    Example:
+        >>> [(site.layer, site.experts) for site in find_experts(model).sites]
+        [(0, 8), (1, 8), (2, 8)]
     """
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
