@@ -7,17 +7,15 @@ from torch import nn
 
 from peft_pcgrow.architectures.adopted_experts import (
     AdoptedBlock,
-    LinearBlock,
-    LinearExperts,
     adopt_block,
     differ,
     kind_of,
-    linear_sizes,
     return_block,
     tried,
 )
 from peft_pcgrow.architectures.decoder import UNPATCHED, decoder_layers
 from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK, Conv1D
+from peft_pcgrow.architectures.linear_experts import LinearBlock, LinearExperts, linear_sizes
 from peft_pcgrow.architectures.node_weights import why_computed, why_hooked, why_own_forward
 from peft_pcgrow.architectures.plain_weight import way_out, why_not_linear
 
