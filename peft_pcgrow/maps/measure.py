@@ -218,7 +218,7 @@ def _sweep(
         tqdm(total=how.max_tokens, unit="tok", **options) as bar,
         held_still(how.model),
         probe.routing(),
-        LayerStack(how.tree.layers, probe=probe, way=how.way),
+        LayerStack(how.tree.layers, lambda: how.way, probe),
     ):
         for number, pieces in enumerate(_batches(source, how.max_tokens), start=1):
             for piece in pieces:
