@@ -26,7 +26,7 @@ from peft_pcgrow.adapter.training_guard import TrainingGuard
 from peft_pcgrow.adapter.what_trains import what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
 from peft_pcgrow.architectures.decoder import UNPATCHED
-from peft_pcgrow.architectures.find import find_experts, forward_replaced
+from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
 from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
 from peft_pcgrow.settling.descent import Way
 from peft_pcgrow.settling.host import in_forward_mode
@@ -66,8 +66,10 @@ class PCGrowModel(WholeSteps):
         return copy.copy(peft_config)
 
     def _prepare_model(self, peft_config: PCGrowConfig, model: nn.Module) -> None:  # type: ignore[override]
-        self._injection = prepare(peft_config, model, self.tuner_layers(), self._check_target_module_exists)
-        peft_config.target_modules = self._injection.resolved.target_modules
+        injection = prepare(peft_config, model, self.tuner_layers(), self._check_target_module_exists)
+        # where PEFT looks for it from now on
+        self._injection = replace(injection, tree=adopt(injection.tree))
+        peft_config.target_modules = injection.resolved.target_modules
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -128,7 +130,7 @@ class PCGrowModel(WholeSteps):
                     put_behind_gates(model, adapter_name, layers, {m.layer_index: m for m in grown})
             if (quantization := config.base_quantization) is not None:
                 # not before: the banks are copies of the experts as they were
-                quantize_sites(model, find_experts(model).sites, quantization)
+                quantize_sites(model, adopt(find_experts(model)).sites, quantization)
             self._watch(model, layers)
             injection.note(config, lora)
 

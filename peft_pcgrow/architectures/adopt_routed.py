@@ -1,7 +1,5 @@
-"""Routed experts of the architectures that transformers does not mark: which there are, how each block is brought to
-the contract (by what `routed_blocks` holds for it), and which cannot be.
-
-Blocks and experts change class only: parameters, their names and the bits of what is computed stay.
+"""Routed experts of the architectures that transformers does not mark: which there are, how each block is to be adopted
+(by what `routed_blocks` holds for it), and which cannot be.
 """
 
 from collections.abc import Mapping
@@ -11,14 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_pcgrow.architectures.adopted_experts import (
-    AdoptedBlock,
-    AdoptedExperts,
-    adopt_block,
-    differ,
-    return_block,
-    tried,
-)
+from peft_pcgrow.architectures.adopted_experts import AdoptedBlock, AdoptedExperts
+from peft_pcgrow.architectures.adoption import Adoption, Change, innermost
 from peft_pcgrow.architectures.decoder import UNPATCHED
 from peft_pcgrow.architectures.host import EXPERTS_MARK, LIGER, block_class, loaded
 from peft_pcgrow.architectures.node_weights import why_computed
@@ -79,16 +71,18 @@ FOREIGN = {
 }
 
 
-def adopt_routed(model: nn.Module) -> None:
-    """Adopt every block of a model that `FOREIGN` knows.
+def foreign_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Adoption]:
+    """How each block of a model that `FOREIGN` knows, and that is not adopted yet, is to be: by the names that its
+    experts have or will have.
 
     Raises:
         ValueError: a block that hands a token to more experts than can be dealt with, has no plain weights, or does
-            something else than it did in the transformers that this was written for; no block has changed then.
+            something else than it did in the transformers that this was written for.
     """
-    config, seen = getattr(model, "config", None), set()
+    config, tried = getattr(model, "config", None), set()
     known = {block_class(name): how for name, how in FOREIGN.items()}
-    for name, block in list(model.named_modules()):
+    found = {}
+    for name, block in modules.items():
         how = known.get(type(block))
         if how is None or _is_marked(block):
             continue
@@ -100,16 +94,19 @@ def adopt_routed(model: nn.Module) -> None:
             )
         if (why := _why_not_weights(block, how, config)) is not None:
             raise ValueError(f"the experts of {name} ({type(block).__name__}) {why}")
+        adoption = _adoption(block, how, config)
         # the others of its class run the same code
-        before = None if type(block) in seen else _tried(block)
-        seen.add(type(block))
-        _adopt(block, how, config)
-        if before is not None and differ(before, _tried(block)):
-            return_block(block)
+        if type(block) not in tried and _differs(adoption):
             raise ValueError(
                 f"{name} ({type(block).__name__}) computes something else in this version of transformers than "
                 "peft_pcgrow expects, so its experts cannot be grown: use LoRA on them"
             )
+        tried.add(type(block))
+        inner, held = f"{name}.experts", getattr(block, "experts", None)
+        while (held := getattr(held, "base_layer", None)) is not None:
+            inner += ".base_layer"
+        found[inner] = adoption
+    return found
 
 
 def why_refused(model: nn.Module) -> str | None:
@@ -153,22 +150,19 @@ def why_none(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     )
 
 
-def _adopt(block: Any, how: Foreign, config: Any) -> None:
+def _adoption(block: Any, how: Foreign, config: Any) -> Adoption:
     if not issubclass(how.experts, OwnExperts):
         count, act_fn = attrgetter(how.count)(block), attrgetter(how.act_fn)(block)
-        adopt_block(block, how.block, how.experts(block, count, act_fn, config))
-        return
-    held = _innermost(block.experts)
+        return Adoption(Change(block, how.block, {"experts": how.experts(block, count, act_fn, config)}))
+    held = innermost(block.experts)
     count, act_fn = attrgetter(how.count)(held), attrgetter(how.act_fn)(held)
-    setattr(held, EXPERTS_MARK, False)
-    held.num_experts, held.act_fn, held.config = count, act_fn, config
-    adopt_block(held, how.experts)
-    adopt_block(block, how.block)
+    noted = {EXPERTS_MARK: False, "num_experts": count, "act_fn": act_fn, "config": config}
+    return Adoption(Change(block, how.block, {}), Change(held, how.experts, noted))
 
 
 def _why_not_weights(block: nn.Module, how: Foreign, config: Any) -> str | None:
     for name in how.weights:
-        held = _innermost(block.get_submodule(name))
+        held = innermost(block.get_submodule(name))
         if isinstance(held, nn.ModuleList):
             return f"were taken apart by a quantizer. Instead, {way_out(config)}"
         stacks = ("weight", "gate_up_proj", "down_proj")
@@ -180,22 +174,15 @@ def _why_not_weights(block: nn.Module, how: Foreign, config: Any) -> str | None:
     return None
 
 
-def _innermost(module: Any) -> Any:
-    """Without the wrappers of adapters."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
-
-
 def _is_marked(block: nn.Module) -> bool:
     """Whether this transformers has marked its experts itself."""
     held = getattr(block, "experts", None)
-    return held is not None and EXPERTS_MARK in _innermost(held).__dict__
+    return held is not None and EXPERTS_MARK in innermost(held).__dict__
 
 
-def _tried(block: Any) -> Any:
+def _differs(adoption: Adoption) -> bool:
+    block = adoption.block.module
     router = block.router if hasattr(block, "router") else block.gate
     # experts are most of it
     like = max(block.parameters(), key=lambda parameter: parameter.numel())
-    found = tried(block, next(router.parameters()).shape[-1], like)
-    return found[0] if isinstance(found, tuple) and found else found
+    return adoption.differs(next(router.parameters()).shape[-1], like)

@@ -9,17 +9,14 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.host import EXPERTS_MARK, OLD_FORWARD, REPACKS
+from peft_pcgrow.architectures.host import EXPERTS_MARK
 from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
-
-# tokens that an adopted block is tried on
-TRIED = 3
 
 
 class AdoptedExperts(ViewedExperts, nn.Module):
@@ -166,86 +163,6 @@ def kind_of(experts: Any) -> str:
 
 
 class AdoptedBlock:
-    """Mixed into a block's class by `adopt_block`: runs its child `experts` in the place of its own code."""
+    """Mixed into a block's class when it is adopted: runs its child `experts` in the place of its own code."""
 
     experts: Any
-
-
-@cache
-def _adopted_class(mixin: type, kind: type) -> type:
-    held = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
-    return type(kind.__name__, (mixin, kind), held)
-
-
-def _reduced(module: Any, protocol: Any) -> Any:
-    """Pickle looks classes up by name, and finds the architecture's: say how this one is made."""
-    made = type(module)
-    if made.__dict__.get("__reduce_ex__") is not _reduced:  # packed: a class of that one
-        return object.__reduce_ex__(module, protocol)
-    return _empty, made.__bases__, module.__dict__
-
-
-def _empty(mixin: type, kind: type) -> Any:
-    made = _adopted_class(mixin, kind)
-    return made.__new__(made)  # type: ignore[call-overload]
-
-
-def adopt_block(block: nn.Module, mixin: type, experts: nn.Module | None = None) -> None:
-    """Make a block an instance of a subclass whose forward is `mixin`'s; `experts` becomes its child of that name."""
-    if experts is not None:
-        block.add_module("experts", experts)
-    change_class(block, _adopted_class(mixin, type(block)))
-
-
-def change_class(module: Any, kind: type) -> None:
-    """Make a module an instance of another class, for accelerate's hooks of a model on several devices too."""
-    module.__class__ = kind
-    if OLD_FORWARD in module.__dict__:
-        setattr(module, OLD_FORWARD, type(module).forward.__get__(module))
-
-
-def return_block(block: nn.Module) -> None:
-    """Undo `adopt_block`, of its experts too."""
-    held: Any = block._modules.get("experts")
-    if isinstance(held, AdoptedExperts):
-        if held.block is held:
-            delattr(held, EXPERTS_MARK)
-            return_block(held)
-        else:
-            del block._modules["experts"]
-    change_class(block, type(block).__bases__[1])
-
-
-@torch.no_grad()
-def tried(block: nn.Module, width: int, like: Tensor) -> Any:
-    """The block's output for some random tokens `[1, TRIED, width]`; None where there are no values to compute with."""
-    if like.is_meta:
-        return None
-    x = torch.randn(1, TRIED, width, generator=torch.Generator().manual_seed(0), device="cpu").to(
-        like.device, like.dtype
-    )
-    with _evaluating(block):
-        try:
-            return block(x)
-        except TypeError:  # it takes more than tokens
-            return ()
-
-
-def differ(before: Any, after: Any) -> bool:
-    """Whether two outputs of `tried` are known to be different, or no outputs of tokens."""
-    if before is None:
-        return False
-    return not isinstance(before, Tensor) or not torch.equal(before.nan_to_num(), after.nan_to_num())
-
-
-@contextmanager
-def _evaluating(block: nn.Module) -> Iterator[None]:
-    """Without dropout and the like. bitsandbytes' layers pack their weights anew when they evaluate on some CPUs."""
-    were = {m: m.training for m in block.modules() if not hasattr(m, REPACKS)}
-    for module in were:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in were.items():
-            module.training = training
