@@ -15,8 +15,8 @@ import peft_pcgrow
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
-LINES = 404
-TOTAL = 17400
+# of a file of the library, of a test or script, of the library altogether
+LINES, OTHERS, TOTAL = 375, 404, 17480
 # a breach of each kind: file, text to find there (None: a new file), and what stands there instead
 BREACHES = {
     "peft in maps": ("maps/measure.py", "import torch\n", "import peft\nimport torch\n"),
@@ -84,7 +84,8 @@ def test_files_stay_short():
     sources = [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]
     lines = {path: len(path.read_text().splitlines()) for path in sources}
     others = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
-    assert not [path for path in [*sources, *others] if len(path.read_text().splitlines()) > LINES]
+    assert not [path for path in sources if lines[path] > LINES]
+    assert not [path for path in others if len(path.read_text().splitlines()) > OTHERS]
     assert sum(lines.values()) <= TOTAL
 
 

@@ -32,7 +32,7 @@ class Injection:
     `_create_and_replace`: the model carries this between them, and no longer.
 
     Attributes:
-        tree: the model's layers and sites, as they were before.
+        tree: the model's layers and sites, as they were before any was wrapped.
         births: what the adapter's nodes are, by the name of the experts module that they stand at.
         resolved: what the adapter's config is to say. measured: the map that it follows from, if that is at hand.
     """

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.adopted_experts import AdoptedBlock
 from peft_pcgrow.architectures.host import OLD_FORWARD, REPACKS
+from peft_pcgrow.atomic import completed
 
 # tokens that a block is tried on
 TRIED = 3
@@ -37,7 +37,7 @@ class Change:
         made = copy.copy(self.module)
         made._modules = dict(self.module._modules)
         # accelerate's hooks of a model on several devices call the module that they were given
-        if isinstance(hooked := made.__dict__.get("forward"), partial):
+        if isinstance(hooked := made.__dict__.get("forward"), partial) and self.module in hooked.args:
             made.forward = partial(hooked.func, made)
         self.make(made)
         return made
@@ -74,12 +74,13 @@ class Adoption:
 
     def perform(self) -> Any:
         """Change the block, unless that was done meanwhile; gives it."""
-        block = self.block.module
-        if not isinstance(block, AdoptedBlock):
-            if self.own is not None:
-                self.own.make(self.own.module)
-            self.block.make(block)
-        return block
+        completed(self._perform)
+        return self.block.module
+
+    def _perform(self) -> None:
+        for change in (self.own, self.block):
+            if change is not None and not isinstance(change.module, change.mixin):
+                change.make(change.module)
 
 
 @cache
