@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pcgrow_kernels import lowbit
 from peft_pcgrow.architectures import experts, fingerprint, same_base
-from peft_pcgrow.architectures.find import Tree, find_experts
+from peft_pcgrow.architectures.find import Tree, adopt, find_experts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
@@ -136,7 +136,7 @@ def apply(
                 f"the {name} loss is {loss:.4f} already, {loss - noted[name]:.4f} above what the plan was made at "
                 f"({noted[name]:.4f}), and max_loss_rise is {max_loss_rise}: plan again on this model"
             )
-    writer = _Writer(model, tree, plan, calibration)
+    writer = _Writer(model, adopt(tree), plan, calibration)
     limit = [loss + max_loss_rise for loss in before] if max_loss_rise is not None else None
     after, stopped, done, predicted, skipped = before, None, [], 0.0, ()
     stages = _stages(plan, 1 if limit is None else STAGES)

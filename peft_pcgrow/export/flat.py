@@ -25,7 +25,7 @@ from peft_pcgrow.adapter.lora_beside import lora_layers
 from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.adopted_experts import kind_of
-from peft_pcgrow.architectures.find import ExpertsSite, Tree, find_experts
+from peft_pcgrow.architectures.find import ExpertsSite, Tree, adopt, find_experts
 from peft_pcgrow.architectures.host import implementation_name
 from peft_pcgrow.architectures.router_capacity import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.files import check_empty, staged
@@ -96,7 +96,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     if any(layer.merged for layer in tuner.tuner_layers()):
         raise ValueError("an adapter is merged, which switches newborns off: call unmerge_adapter() before export_flat")
     base: Any = tuner.model
-    tree = find_experts(base)
+    tree = adopt(find_experts(base))
     for name, lora in lora_layers(base):
         if not lora.disable_adapters and any(is_gated(lora, adapter) for adapter in lora.active_adapters):
             raise ValueError(

@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.find import ExpertsSite, find_experts
+from peft_pcgrow.architectures.find import ExpertsSite, adopt, find_experts
 from peft_pcgrow.architectures.host import implementation_name
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
 from peft_pcgrow.architectures.router_capacity import COUNTS, selection_bias
@@ -139,7 +139,7 @@ def export_plain(
 
 
 def _layers(model: Any) -> list[_Layer]:
-    sites = find_experts(model).sites
+    sites = adopt(find_experts(model)).sites
     named = type(model).__name__
     if not isinstance(model, PreTrainedModel) or any(site.module is not site.base for site in sites):
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
-from peft_pcgrow.architectures.find import Tree, check_in_memory, check_unhooked, find_experts
+from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
@@ -163,7 +163,7 @@ def measure_errors(
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
     limit = None if limit is None else -(-limit // processes())
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
-    how = _How(model, tree, way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
+    how = _How(model, adopt(tree), way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
     seen: list[Batch] | None = None if retain is None else []
     with together("measure_errors"):
         resumed = saving.load()
@@ -231,7 +231,7 @@ def _sweep(
         tqdm(total=how.max_tokens, unit="tok", **options) as bar,
         held_still(how.model),
         probe.routing(),
-        LayerStack(how.tree.layers, probe=probe, way=how.way),
+        LayerStack(how.tree.layers, lambda: how.way, probe),
     ):
         for number, pieces in enumerate(_batches(source, how.max_tokens), start=1):
             for piece in pieces:

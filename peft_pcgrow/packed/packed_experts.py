@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from pcgrow_kernels import lowbit
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.adopted_experts import change_class
+from peft_pcgrow.architectures.adoption import change_class
 from peft_pcgrow.architectures.experts import ExpertsModule
 from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing

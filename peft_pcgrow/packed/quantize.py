@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pcgrow_kernels import lowbit
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.experts import ExpertsModule
-from peft_pcgrow.architectures.find import ExpertsSite, find_experts
+from peft_pcgrow.architectures.find import ExpertsSite, adopt, find_experts
 from peft_pcgrow.atomic import completed
 from peft_pcgrow.packed.checkpoint import note_packing
 from peft_pcgrow.packed.forms import Form, form_bytes
@@ -83,8 +83,9 @@ def quantize_experts(model: nn.Module, to: str = "nf4") -> QuantizeReport:
         True
         >>> model.save_pretrained(folder / "packed")  # AutoModelForCausalLM reads it back
     """
-    sites = find_experts(model).sites
-    check_quantizable(sites, to)
+    tree = find_experts(model)
+    check_quantizable(tree.sites, to)
+    sites = adopt(tree).sites
     before = storage_bytes(chain(model.parameters(), model.buffers()))
     quantize_sites(model, sites, to)
     after = storage_bytes(chain(model.parameters(), model.buffers()))
