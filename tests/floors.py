@@ -23,11 +23,12 @@ ROOMS = (
     "export",
     "compress",
     "rounds",
+    "command",
 )
 # which rooms may know of a package outside; `settling.host` has where transformers notes what arises inside of layers
 OUTSIDE = {
     "peft": {"adapter", "training", "export", "compress", "rounds"},
-    "transformers": {"settling.host", "architectures", "packed", "training", "export", "rounds"},
+    "transformers": {"settling.host", "architectures", "packed", "training", "export", "rounds", "command"},
     "accelerate": set(),
     "bitsandbytes": set(),
     "datasets": set(),

@@ -246,7 +246,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("changes, error, message", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_refuses(tmp_path, changes, error, message):
     model = build()
     before = snapshot(model)
@@ -257,7 +257,7 @@ def test_refuses(tmp_path, changes, error, message):
 
 
 @pytest.mark.parametrize(
-    "make, error, message",
+    ("make", "error", "message"),
     [
         (a_file, FileExistsError, "is a file"),
         (a_stranger, FileExistsError, "holds thesis.txt and no journal.json"),
