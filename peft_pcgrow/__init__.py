@@ -22,6 +22,7 @@ from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.packed.checkpoint import register_packed
+from peft_pcgrow.rounds.grow import grow, load_grown
 from peft_pcgrow.training.callback import ErrorMapCallback
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
@@ -42,6 +43,8 @@ __all__ = [
     "export_flat",
     "find_experts",
     "find_lr",
+    "grow",
+    "load_grown",
     "measure_errors",
     "order_by_surprisal",
     "sample_text",

@@ -22,11 +22,13 @@ ROOMS = (
     "training",
     "export",
     "compress",
+    "rounds",
+    "command",
 )
 # which rooms may know of a package outside; `settling.host` has where transformers notes what arises inside of layers
 OUTSIDE = {
-    "peft": {"adapter", "training", "export", "compress"},
-    "transformers": {"settling.host", "architectures", "packed", "training", "export"},
+    "peft": {"adapter", "training", "export", "compress", "rounds"},
+    "transformers": {"settling.host", "architectures", "packed", "training", "export", "rounds", "command"},
     "accelerate": set(),
     "bitsandbytes": set(),
     "datasets": set(),
@@ -47,6 +49,8 @@ PUBLIC = {
     "export_flat",
     "find_experts",
     "find_lr",
+    "grow",
+    "load_grown",
     "measure_errors",
     "order_by_surprisal",
     "sample_text",

@@ -23,6 +23,7 @@ EMBEDDED = ROOT / "examples" / "embedded-moe"
 WRITTEN = {
     "compress": "compressed/model.safetensors",
     "deepen": "deepened/adapter_model.safetensors",
+    "grow": "grown/adapter/adapter_model.safetensors",
     "locate": None,
     "measure": "map.html",
     "ship": "merged/model.safetensors",

@@ -1,0 +1,126 @@
+"""What a run leaves in its folder, and how an interrupted one goes on.
+
+    journal.json           what was asked, losses before, each round that ended, and why the run did
+    retain.safetensors     retain text that the model wrote itself
+    rounds/N/map/          the error map of round N; decision.json: what it led to, followed if it is there before;
+    rounds/N/rate.json     the learning rate that was found; training/: the Trainer's checkpoints, until the round ends
+    adapter/               what was grown and kept: the first adapter, and those of later rounds in round-N/
+
+Every file appears whole or not at all, so a run that was killed anywhere goes on from what it finds.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_pcgrow.files import write_whole
+
+JOURNAL, RETAIN, ADAPTER = "journal.json", "retain.safetensors", "adapter"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that has ended.
+
+    Attributes:
+        number: from 1. adapter: its name. growth, why: as decided (see `RoundDecision`); nodes: how many grew.
+        kept: whether it was; outcome: why (not).
+        lr: learning rate; steps: of training, up to the best look; looks: (step, held-out loss).
+        gate_fpr: that its gates were set to; None: it has none.
+        heldout, retain: losses afterwards, of what was tried if it was not kept; nats per token. retain: None without
+            retain text.
+        parameters: that trained. seconds: by phase.
+    """
+
+    number: int
+    adapter: str
+    growth: str
+    why: str
+    nodes: int
+    kept: bool
+    outcome: str
+    lr: float
+    steps: int
+    looks: list[list[float]]
+    gate_fpr: float | None
+    protect: float
+    heldout: float
+    retain: float | None
+    parameters: int
+    seconds: dict[str, float]
+
+
+@dataclass
+class Journal:
+    """The state of a run.
+
+    Attributes:
+        asked: what must agree for going on: arguments, digests of the texts, what tells the base from others.
+        before: losses of the base by text. ended: why the run did; "": it has not.
+    """
+
+    folder: Path
+    asked: dict[str, Any]
+    before: dict[str, float] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
+    ended: str = ""
+    format: int = FORMAT
+
+    def save(self) -> None:
+        held = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_whole(self.folder / JOURNAL, (json.dumps(held, indent=1) + "\n").encode())
+
+    def at(self, number: int) -> Path:
+        """The folder of a round."""
+        return self.folder / "rounds" / str(number)
+
+    @property
+    def kept(self) -> list[Round]:
+        return [done for done in self.rounds if done.kept]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FileExistsError if what is there is no run's."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output_dir={str(folder)!r} is a file: give a folder")
+    ours = {"rounds", JOURNAL, RETAIN}
+    if folder.is_dir() and not (folder / JOURNAL).exists():
+        found = sorted(
+            entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in ours
+        )
+        if found:
+            raise FileExistsError(
+                f"output_dir={str(folder)!r} holds {', '.join(found[:3])} and no {JOURNAL}, so it is no run to go on "
+                "with: give a new folder"
+            )
+
+
+def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
+    """The journal of a run, new or to go on with.
+
+    Raises:
+        ValueError: the folder holds a run of other arguments, texts or another model, or a journal that is none.
+    """
+    path = folder / JOURNAL
+    wanted = json.loads(json.dumps(asked))
+    if not path.exists():
+        return Journal(folder, wanted)
+    try:
+        held = json.loads(path.read_text())
+        if held["format"] != FORMAT:
+            raise ValueError(f"format {held['format']}, this version reads {FORMAT}")
+        found = Journal(
+            folder, held["asked"], held["before"], [Round(**each) for each in held["rounds"]], held["ended"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): give a new output_dir, or the file as it was") from None
+    if unlike := [name for name in {**wanted, **found.asked} if wanted.get(name) != found.asked.get(name)]:
+        name = unlike[0]
+        raise ValueError(
+            f"{folder} holds a run with {name}={str(found.asked.get(name))[:80]}, and now it is "
+            f"{str(wanted.get(name))[:80]}: give the same arguments to go on, or a new output_dir"
+        )
+    return found

@@ -1,0 +1,284 @@
+"""One round: measure, decide, grow, train, look; then keep what it grew, or take it back."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.files import write_whole
+from peft_pcgrow.maps.batches import losses, read_batches
+from peft_pcgrow.maps.corpus import Text
+from peft_pcgrow.maps.error_map import ErrorMap
+from peft_pcgrow.maps.measure import measure_errors
+from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, protected
+from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round
+from peft_pcgrow.rounds.texts import Texts, in_batches, spread
+from peft_pcgrow.rounds.train import best_of, steps_of, train
+from peft_pcgrow.say import say
+from peft_pcgrow.training.curriculum import order_by_surprisal
+from peft_pcgrow.training.learning_rate import find_lr
+
+# gates are set stricter in these steps, on retain text that they were not fitted on
+RATES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+# a round that lowers the held-out loss by less than this share of it has found nothing more to learn
+LEAST_GAIN = 0.005
+# looks at the held-out text, in one pass over the corpus
+LOOKS = 4
+# batches that the learning rate is searched on
+SEARCHED = 4
+FORGOT = "forgot too much"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of `grow`, read. most_forgetting: None without retain text."""
+
+    budget: float
+    batch_size: int
+    epochs: float
+    max_steps: int | None
+    lr: float | None
+    gate_fpr: float
+    most_forgetting: float | None
+    map_windows: int
+    curriculum: bool
+    config: dict[str, Any]
+    trainer: dict[str, Any]
+    callbacks: tuple[Any, ...]
+    progress: bool
+
+
+def losses_of(model: nn.Module, texts: Texts, batch_size: int) -> dict[str, float]:
+    """Loss of the held-out text and of the retain text that no gate was fitted on, nats per token."""
+    named = {"heldout": texts.heldout, "retain": texts.watch}
+    read = {name: list(read_batches(model, in_batches(held, batch_size))) for name, held in named.items() if held}
+    return dict(zip(read, losses(model, list(read.values())), strict=True))
+
+
+def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journal) -> nn.Module:
+    """Go through the next round, note it in the journal, and return the model as it is then.
+
+    After an exception the model is as it was before the round.
+    """
+    number = len(journal.rounds) + 1
+    folder = journal.at(number)
+    seconds: dict[str, float] = {}
+    decision, emap = _decided(model, texts, settings, journal, folder, seconds)
+    say(f"pcgrow: round {number}: {decision}")
+    if decision.growth == "stop":
+        return _ended(journal, decision.why, model)
+    name = "default" if not journal.kept else f"round-{number}"
+    before = journal.kept[-1].heldout if journal.kept else journal.before["heldout"]
+    config = _config(emap, decision, settings)
+    with _or_as_before(model, name) as grown:
+        try:
+            grown.model = _with_adapter(model, config, name)
+            lr = decision.lr or _found_rate(grown.model, texts, settings, folder)
+        except ValueError as error:
+            # no gate that tells the texts apart, or no step that lowers the loss; at first it is the user's to know
+            if not journal.rounds:
+                raise
+            return _ended(journal, f"nothing more can grow: {error}", grown.take_back())
+        with _timed(seconds, "training"):
+            looks = _trained(grown.model, texts, decision, lr, settings, folder)
+        with _timed(seconds, "looking"):
+            rate, after = _as_strict_as_needed(grown.model, name, config, texts, settings, journal.before)
+        forgot = (
+            settings.most_forgetting is not None
+            and after["retain"] - journal.before["retain"] > settings.most_forgetting
+        )
+        gain = before - after["heldout"]
+        useless = gain < LEAST_GAIN * before
+        if kept := not forgot and not useless:
+            grown.model.save_pretrained(str(journal.folder / ADAPTER), selected_adapters=[name])
+            outcome = f"held-out loss fell by {gain:.3f}"
+        elif forgot:
+            outcome = (
+                f"{FORGOT}: the retain text's loss rose by {after['retain'] - journal.before['retain']:.3f}, more than "
+                f"{settings.most_forgetting:g}, at the strictest gate"
+            )
+        else:
+            outcome = f"held-out loss fell by {gain:.3f}, less than {LEAST_GAIN:.1%} of it"
+        done = Round(
+            number, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
+            lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
+            after.get("retain"), grown.model.get_nb_trainable_parameters()[0], seconds,
+        )  # fmt: skip
+        result = grown.model if kept else grown.take_back()
+    journal.rounds.append(done)
+    journal.ended = "" if kept or (forgot and decision.growth != "deepen" and decision.protect < PROTECT) else outcome
+    journal.save()
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    say(f"pcgrow: round {number}: {'kept' if kept else 'taken back'}: {outcome}")
+    return result
+
+
+def _ended(journal: Journal, why: str, model: nn.Module) -> nn.Module:
+    journal.ended = why
+    journal.save()
+    return model
+
+
+def _decided(
+    model: nn.Module, texts: Texts, settings: Settings, journal: Journal, folder: Path, seconds: dict[str, float]
+) -> tuple[RoundDecision, ErrorMap]:
+    """What the round does, and the map that it rests on; both are read where they are there already."""
+    last = journal.rounds[-1] if journal.rounds else None
+    # after a round that was taken back the model is the one that was measured
+    again = last is not None and not last.kept
+    place = journal.at(last.number) if again and last is not None else folder
+    with _timed(seconds, "measuring"):
+        emap = _measured(model, texts, settings, place)
+    path = folder / "decision.json"
+    if path.exists():
+        return RoundDecision.load(path), emap
+    if again and last is not None:
+        decision = protected(RoundDecision.load(place / "decision.json"))
+    else:
+        grown = [RoundDecision.load(journal.at(done.number) / "decision.json") for done in journal.kept]
+        deepened: dict[str, set[int]] = {}
+        for held in grown:
+            for layer, experts in held.locus.items() if held.growth == "deepen" else ():
+                deepened.setdefault(layer, set()).update(experts)
+        decision = decide_round(
+            emap,
+            settings.budget,
+            {layer: sorted(experts) for layer, experts in deepened.items()},
+            settings.gate_fpr,
+            settings.config.get("protect", 0.0),
+            bool(journal.kept),
+        )
+        total, every = steps_of(len(texts.train), settings.batch_size, settings.epochs, LOOKS, settings.max_steps)
+        decision = replace(decision, lr=settings.lr, max_steps=total, every=every)
+    decision.save(path)
+    return decision, emap
+
+
+def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) -> ErrorMap:
+    if (folder / "map").is_dir():
+        return ErrorMap.load(folder / "map")
+    count, size = settings.map_windows, settings.batch_size
+    emap = measure_errors(
+        model,
+        in_batches(spread(texts.train, count), size),
+        heldout=in_batches(spread(texts.heldout, count), size),
+        retain=in_batches(spread(texts.fit, count), size) if texts.fit else None,
+        checkpoint=folder / "measuring",
+        progress=settings.progress,
+    )
+    emap.save(folder / "map")
+    shutil.rmtree(folder / "measuring", ignore_errors=True)
+    return emap
+
+
+def _config(emap: ErrorMap, decision: RoundDecision, settings: Settings) -> PCGrowConfig:
+    given = {"task_type": "CAUSAL_LM", **settings.config, "error_map": emap}
+    given |= {"locus": decision.locus, "grow": decision.growth}
+    if decision.growth != "deepen":
+        given |= {"gate_fpr": decision.gate_fpr, "protect": decision.protect}
+    return PCGrowConfig(**given)
+
+
+def _with_adapter(model: nn.Module, config: PCGrowConfig, name: str) -> PeftModel:
+    """The model with a new adapter that trains; earlier ones stay active, and frozen."""
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,return-value]
+    earlier = list(model.active_adapters)
+    model.add_adapter(name, config)
+    # first: a Trainer takes the first active adapter for the one that it trains
+    activate(model, [name, *earlier])
+    return model
+
+
+def activate(model: PeftModel, names: list[str]) -> None:
+    """Make adapters active, of which only the first trains."""
+    model.base_model.set_adapter(names)  # type: ignore[operator]
+    if names[1:]:
+        model.set_requires_grad(names[1:], False)
+
+
+def _found_rate(model: PeftModel, texts: Texts, settings: Settings, folder: Path) -> float:
+    path = folder / "rate.json"
+    if not path.exists():
+        some = in_batches(spread(texts.train, SEARCHED * settings.batch_size), settings.batch_size)
+        write_whole(path, json.dumps(find_lr(model, some)).encode())
+    return float(json.loads(path.read_text()))
+
+
+def _trained(
+    model: PeftModel, texts: Texts, decision: RoundDecision, lr: float, settings: Settings, folder: Path
+) -> list[tuple[int, float]]:
+    ordered: list[Text] = texts.train
+    options = dict(settings.trainer)
+    if settings.curriculum:
+        ordered = order_by_surprisal(ordered, model, batch_size=settings.batch_size, progress=settings.progress)
+        options["train_sampling_strategy"] = "sequential"
+    return train(
+        model, decision, lr, (ordered, texts.heldout), folder / "training", settings.batch_size, options,
+        settings.callbacks, settings.progress,
+    )  # fmt: skip
+
+
+def _as_strict_as_needed(
+    model: PeftModel, name: str, config: PCGrowConfig, texts: Texts, settings: Settings, before: Mapping[str, float]
+) -> tuple[float | None, dict[str, float]]:
+    """The most open gates that spare the retain text, and all losses at these; without newborns there are none."""
+    after = losses_of(model, texts, settings.batch_size)
+    if not config.spawned or settings.most_forgetting is None:
+        return None, after
+    rate = config.gate_fpr
+    for stricter in (each for each in RATES if each < config.gate_fpr):
+        if after["retain"] - before["retain"] <= settings.most_forgetting:
+            break
+        rate = stricter
+        model.set_gate_fpr(rate, name)  # type: ignore[operator]
+        after = losses_of(model, texts, settings.batch_size)
+    return rate, after
+
+
+class _Grown:
+    """A model around the growth of an adapter.
+
+    Attributes:
+        model: with the adapter.
+    """
+
+    def __init__(self, before: nn.Module, name: str):
+        self.model: Any = before
+        self._before, self._name = before, name
+        self._active = list(before.active_adapters) if isinstance(before, PeftModel) else []
+
+    def take_back(self) -> nn.Module:
+        """The model without the adapter."""
+        if isinstance(self._before, PeftModel):
+            if self._name in self._before.peft_config:
+                self._before.delete_adapter(self._name)
+            activate(self._before, self._active)
+            return self._before
+        return self.model.unload() if isinstance(self.model, PeftModel) else self._before
+
+
+@contextmanager
+def _or_as_before(model: nn.Module, name: str) -> Iterator[_Grown]:
+    """Inside, an adapter grows; after an exception it is gone."""
+    grown = _Grown(model, name)
+    try:
+        yield grown
+    except BaseException:
+        grown.take_back()
+        raise
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
