@@ -74,17 +74,21 @@ def grow(
         heldout: text of the domain that is not trained on; None: one window in ten is kept apart.
         retain: text whose loss must not rise: gates are fitted on half of it, forgetting is measured on the other half.
             "self": the model writes it. None: nothing is spared; located experts are deepened.
+        tokenizer: makes token ids of strings.
         max_forgetting: nats per token that the loss of retain text may rise by; 0.02 if None and there is such text.
         budget: share of the expert parameters that each round grows, in (0, 1].
         rounds: at most.
-        length: tokens of a window. batch_size: windows of a step.
-        epochs, max_steps: of each round, at most; the rate falls to zero over them.
+        length: tokens of a window.
+        batch_size: windows of a step.
+        epochs: of each round, at most; the rate falls to zero over them.
+        max_steps: of each round, at most; None: as many as `epochs` has.
         lr: of Muon; None: `find_lr` finds one for each round.
         gate_fpr: of the training (see `PCGrowConfig`); afterwards gates are at most as open.
         map_windows: windows that maps, and gates, are measured on.
         curriculum: train in the order of surprisal, least surprising first, instead of shuffled.
-        config: further fields of `PCGrowConfig`, such as `lora`. trainer: further `TrainingArguments`, such as
-            `report_to`. callbacks: further `TrainerCallback`s.
+        config: further fields of `PCGrowConfig`, such as `lora`.
+        trainer: further `TrainingArguments`, such as `report_to`.
+        callbacks: further `TrainerCallback`s.
         seed: of the order of the text, and of what the model writes.
         progress: show progress bars on standard error.
 
@@ -96,6 +100,12 @@ def grow(
         ValueError: too little text, held-out or retain text that is the domain's, a number out of its range, or a
             folder with a run of other arguments.
         FileExistsError: a folder that holds something else.
+
+    Example:
+        >>> options = {"heldout": batches[1], "retain": retain, "rounds": 1, "max_steps": 4, "lr": 0.1}
+        >>> result = grow(model, batches[0], output_dir=folder / "run", length=24, progress=False, **options)
+        >>> result.rounds[0].growth, result.rounds[0].nodes
+        ('spawn', 5)
     """
     check_causal(model)
     if hasattr(model, "peft_config"):
@@ -149,11 +159,20 @@ def load_grown(model: nn.Module, folder: str | Path, names: Sequence[str] | None
     ones, and need these beside them.
 
     Args:
-        model: the base, without adapters. folder: `adapter` of a run.
+        model: the base, without adapters.
+        folder: `adapter` of a run.
         names: those of some rounds, the first that was grown first; None: all.
 
     Raises:
         FileNotFoundError: no adapter in the folder.
+
+    Example:
+        >>> import copy
+        >>> base = copy.deepcopy(model)
+        >>> options = {"heldout": batches[1], "retain": retain, "rounds": 1, "max_steps": 4, "lr": 0.1}
+        >>> result = grow(model, batches[0], output_dir=folder / "run", length=24, progress=False, **options)
+        >>> list(load_grown(base, folder / "run" / "adapter").peft_config)
+        ['default']
     """
     root = Path(folder)
     if names is None:
