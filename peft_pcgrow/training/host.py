@@ -1,7 +1,7 @@
 """What training needs of torch that its documentation calls beta: operations on lists of tensors."""
 
-from torch import _foreach_add_ as foreach_add_
-from torch import _foreach_lerp_ as foreach_lerp_
-from torch import _foreach_mul_ as foreach_mul_
+import torch
 
-__all__ = ["foreach_add_", "foreach_lerp_", "foreach_mul_"]
+foreach_add_ = torch._foreach_add_  # type: ignore
+foreach_lerp_ = torch._foreach_lerp_  # type: ignore
+foreach_mul_ = torch._foreach_mul_  # type: ignore

@@ -136,7 +136,7 @@ class Muon(torch.optim.Optimizer):
         layouts = dict(
             zip(map(id, group["params"]), group.get("layouts") or [None] * len(group["params"]), strict=True)
         )
-        gradients, momenta = [p.grad for p in params], []
+        gradients, momenta = [p.grad for p in params if p.grad is not None], []
         for p in params:
             state = self.state[p]
             if not state:
@@ -179,7 +179,7 @@ class Muon(torch.optim.Optimizer):
         first, second = group["betas"]
         adamw(
             params,
-            [p.grad for p in params],  # type: ignore[misc]
+            [p.grad for p in params if p.grad is not None],
             means,
             squares,
             [],
