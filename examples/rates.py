@@ -15,16 +15,15 @@ from peft import get_peft_model
 
 import corpora
 from peft_pcgrow import PCGrowConfig, find_lr, measure_errors
-from peft_pcgrow.training.muon import banks_of, layouts_of, update_of
+from peft_pcgrow.training.muon import banks_of, update_of
 
 
 def by_weights(model: torch.nn.Module) -> float:
     """The rate at which a step is a thousandth of the weights' norm, on average over matrices."""
-    shares, layouts = [], layouts_of(model)
+    shares = []
     for bank in banks_of(model):
         weight = bank.detach()
-        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-        update = update_of(drawn, layouts.get(id(bank)))
+        update = update_of(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight))
         shares.append((weight.norm(dim=(1, 2)) / update.norm(dim=(1, 2))).mean())
     return 1e-3 * float(torch.stack(shares).mean())
 

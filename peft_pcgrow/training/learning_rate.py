@@ -17,7 +17,7 @@ from pcgrow_kernels.keep_off import keep_off
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
 from peft_pcgrow.maps.distributed import gathered, together
-from peft_pcgrow.training.muon import banks_of, layouts_of, update_of
+from peft_pcgrow.training.muon import banks_of, update_of
 
 # the rate as a share of the best single step
 SHARE = 1 / 8
@@ -112,7 +112,7 @@ def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) 
     model.train()
     for inputs, target, _ in batches:
         settle_batch(model, inputs, target)
-    found, layouts = {}, layouts_of(model)
+    found = {}
     for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
         for adapter in layer.active_banks():
             for stack, bank in layer.bank(adapter).items():
@@ -123,7 +123,7 @@ def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) 
                 transposed = layer.base_layer.is_transposed
                 if directions is not None:
                     keep_off(gradient, directions, None, transposed)
-                found[id(bank)] = update = update_of(gradient, layouts.get(id(bank)))
+                found[id(bank)] = update = update_of(gradient)
                 if directions is not None:
                     keep_off(update, directions, None, transposed)
     if not any(bool(update.any()) for update in found.values()):

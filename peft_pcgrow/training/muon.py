@@ -6,51 +6,37 @@ iteration orthogonalises all of them at once. The rest of the update follows Jor
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pcgrow_kernels.orthogonalize import orthogonalize, orthogonalize_, working_dtype
-from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.architectures.experts import stack_layouts
 from peft_pcgrow.training.host import foreach_add_, foreach_lerp_, foreach_mul_
 
-# how the matrices that one holds lie in it, see `StackLayout`: axis of a slice, how many, whether in turns
-Layout: TypeAlias = tuple[int, int, bool]
 # numbers that are orthogonalised at once, or one matrix: with those of the iteration, 256 MiB on a GPU (512 on a CPU)
 AT_ONCE = 2**25
 # of LoRA beside grown experts, rank 16: near the best on models of 6.6 and 135 million parameters
 LORA_LR = 3e-3
 
 
-def update_of(direction: Tensor, layout: Layout | None = None) -> Tensor:
+def update_of(direction: Tensor) -> Tensor:
     """What a stack `[..., O, I]` moves by at a rate of one: each matrix orthogonalised, times `sqrt(max(1, O / I))`."""
-    update = torch.empty_like(direction)
-    for matrices, moved in zip(_matrices(direction, layout), _matrices(update, layout), strict=True):
-        moved.copy_(orthogonalize(matrices)).mul_(_scale(matrices.shape))
-    return update
+    return orthogonalize(direction).mul_(_scale(direction.shape))
 
 
 def _scale(shape: torch.Size) -> float:
     return max(1.0, shape[-2] / shape[-1]) ** 0.5
 
 
-def _matrices(stack: Tensor, layout: Layout | None) -> Iterator[Tensor]:
+def _matrices(stack: Tensor) -> Iterator[Tensor]:
     """Views of a matrix or stack of them, `[n, O, I]` each, of at most `AT_ONCE` numbers or one matrix."""
     if stack.dim() != 3:
         for part in stack if stack.dim() > 3 else (stack[None],):
-            yield from _matrices(part, layout)
-        return
-    apart: Iterable[Tensor] = (stack,)
-    if layout is not None:
-        axis, copies, in_turns = layout
-        sizes = (-1, copies) if in_turns else (copies, -1)
-        apart = stack.unflatten(axis + 1, sizes).unbind(axis + 1 + in_turns)
-    for matrices in apart:
-        yield from matrices.split(max(1, AT_ONCE // max(1, matrices[0].numel())) if len(matrices) else 1)
+            yield from _matrices(part)
+    else:
+        yield from stack.split(max(1, AT_ONCE // max(1, stack.shape[1:].numel())))
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,8 +49,6 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters or groups; lr: learning rate of a group; momentum, nesterov: of orthogonal groups;
         betas, eps: of the others; weight_decay: decoupled, of both.
-        layouts: of an orthogonal group, for each of its parameters: None, or `(axis, copies, in_turns)` of matrices
-            that a slice holds side by side along its axis 0 or 1, and that are orthogonalised apart (gate and up).
 
     Raises:
         ValueError: a setting out of its range, or a parameter with fewer than two axes in an orthogonal group.
@@ -80,7 +64,6 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         orthogonal: bool = True,
-        layouts: list[Layout | None] | None = None,
     ):
         for name, value, valid in (
             ("lr", lr, lr >= 0),
@@ -100,21 +83,12 @@ class Muon(torch.optim.Optimizer):
                 "betas": betas,
                 "eps": eps,
                 "orthogonal": orthogonal,
-                "layouts": layouts,
             },
         )
         for group in self.param_groups:
-            if group["layouts"] is not None and len(group["layouts"]) != len(group["params"]):
-                raise ValueError(f"{len(group['layouts'])} layouts for {len(group['params'])} parameters of a group")
             flat = [tuple(p.shape) for p in group["params"] if group["orthogonal"] and p.dim() < 2]
             if flat:
                 raise ValueError(f"an orthogonal group needs matrices or stacks of them, got shapes {flat}")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        layouts = [group.get("layouts") for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, held in zip(self.param_groups, layouts, strict=True):
-            group["layouts"] = held  # of this model; files from before have none
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,9 +107,6 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _orthogonal(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        layouts = dict(
-            zip(map(id, group["params"]), group.get("layouts") or [None] * len(group["params"]), strict=True)
-        )
         gradients, momenta = [p.grad for p in params if p.grad is not None], []
         for p in params:
             state = self.state[p]
@@ -146,7 +117,7 @@ class Muon(torch.optim.Optimizer):
             foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         waiting: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for p, *others in zip(params, gradients, momenta, strict=True):
-            for matrices in zip(*(_matrices(held, layouts[id(p)]) for held in (p, *others)), strict=True):
+            for matrices in zip(*map(_matrices, (p, *others)), strict=True):
                 key = matrices[0].shape[1:], p.device, p.dtype
                 held = waiting.setdefault(key, [])
                 if held and sum(len(each[0]) for each in (*held, matrices)) * key[0].numel() > AT_ONCE:
@@ -214,19 +185,6 @@ def banks_of(model: nn.Module) -> list[nn.Parameter]:
     return banks
 
 
-def layouts_of(model: nn.Module) -> dict[int, Layout]:
-    """Of the banks that hold gate and up in one stack, by the parameter's id: how these lie in it."""
-    return {
-        id(weight): astuple(layout)
-        for layer in model.modules()
-        if isinstance(layer, PCGrowExperts)
-        for name, layout in stack_layouts(layer.base_layer).items()
-        if layout.copies > 1
-        for weight in getattr(layer, f"pcgrow_{name}").parameters()
-        if weight.dim() == 3
-    }
-
-
 def create_pcgrow_optimizer(
     model: nn.Module,
     *,
@@ -236,8 +194,7 @@ def create_pcgrow_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Muon:
-    """Optimizer for a model with a PCGrow adapter: Muon on the banks' matrices (gate and up apart, where they are one
-    stack), AdamW on all else that trains.
+    """Optimizer for a model with a PCGrow adapter: Muon on the banks' matrices, AdamW on all else that trains.
 
     Args:
         model: after `get_peft_model`.
@@ -255,13 +212,13 @@ def create_pcgrow_optimizer(
     Raises:
         ValueError: the model has no grown expert that trains.
     """
-    banks, layouts = banks_of(model), layouts_of(model)
+    banks = banks_of(model)
     chosen = {id(p) for p in banks}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
     lora = [p for name, p in trainable if ".lora_" in name]
     others = [p for name, p in trainable if ".lora_" not in name]
     groups = [
-        {"params": banks, "lr": lr, "orthogonal": True, "layouts": [layouts.get(id(p)) for p in banks]},
+        {"params": banks, "lr": lr, "orthogonal": True},
         {"params": lora, "lr": lora_lr, "orthogonal": False},
         {"params": others, "lr": lr / 10 if adam_lr is None else adam_lr, "orthogonal": False},
     ]
