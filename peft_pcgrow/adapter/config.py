@@ -29,7 +29,7 @@ ROUTERS = ("branch", "flat")
 BASE_QUANTIZATIONS = ("nf4", "int8")
 # fields by what they hold (whole numbers: from, to)
 _NUMBERS = ("budget", "gate_fpr", "protect")
-_WHOLE = {"settle_depth": 0, "gate_window": 0}
+_WHOLE = {"settle_depth": 0, "keep_activations": 0, "gate_window": 0}
 _FLAGS = ("init_weights", "inference_mode")
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "target_parameters", "layers_pattern")
@@ -102,6 +102,10 @@ class PCGrowConfig(PeftConfig):
         settle_depth (`int`, defaults to `0`):
             Of `settle="direct"`: top decoder layers that the error is carried through exactly, 0 or more; with all of
             them it is the sweep.
+        keep_activations (`int`, defaults to `0`):
+            Of `settle="sweep"`: top decoder layers whose activations are kept from the forward rather than computed
+            again in the backward. Gradients are the same; each layer takes its activations' memory and saves a forward
+            of its own. 0 keeps the inputs of layers only; as many as there are layers, or more, is as fast as backprop.
         base_quantization (`str`, *optional*):
             `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
             experts of the base are packed in so few bits (see `compress.quantize_experts`); loading the adapter packs
@@ -157,6 +161,7 @@ class PCGrowConfig(PeftConfig):
     parts: Optional[dict] = field(default=None, metadata={"help": "Parts to grow: layer -> expert -> [parts]."})
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
+    keep_activations: int = field(default=0, metadata={"help": "Top layers that settle='sweep' does not run again."})
     base_quantization: Optional[str] = field(
         default=None, metadata={"help": f"Pack the base's experts: {', '.join(BASE_QUANTIZATIONS)}."}
     )
@@ -223,6 +228,8 @@ class PCGrowConfig(PeftConfig):
         self._normalise()
         check_budget(self.budget)
         Way(depth=self.settle_depth)  # refuses what is out of range
+        if self.way is None and self.keep_activations:  # and `Way` refuses it beside what is no sweep
+            raise ValueError("keep_activations= is of settle='sweep', and 'backprop' keeps them all: leave it at 0")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")
         if self.parts is not None:
@@ -286,7 +293,7 @@ class PCGrowConfig(PeftConfig):
         """How to settle, without the settings of other ways; None for backprop."""
         if self.settle == "backprop":
             return None
-        return Way(self.settle, self.settle_depth if self.settle == "direct" else 0)
+        return Way(self.settle, self.settle_depth if self.settle == "direct" else 0, keep=self.keep_activations)
 
     def to_dict(self) -> dict[str, Any]:
         # a map held in memory does not belong in a config file; what it led to is in `locus`

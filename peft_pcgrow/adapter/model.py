@@ -219,7 +219,7 @@ class PCGrowModel(WholeSteps):
             listed = ", ".join(f"{name}: {way}" for name, way in ways.items())
             raise ValueError(
                 f"the active adapters settle in different ways ({listed}), and one forward has one way: give "
-                "them the same settle and settle_depth, or activate one of them"
+                "them the same settle, settle_depth and keep_activations, or activate one of them"
             )
         if in_forward_mode():
             raise RuntimeError(

@@ -4,6 +4,7 @@ Weights that are changed in another way than by the step of an optimizer (see `o
 hand, by an optimizer of another kind, from copies that an optimizer holds.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcgrow_kernels.project_out import project_out
@@ -161,14 +163,12 @@ class TrainingGuard(StepWatcher):
         self, optimizer: torch.optim.Optimizer, graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]
     ) -> None:
         """Raise FloatingPointError for a gradient of this model that is not finite, before anything has changed."""
-        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not held:
+        given = [(p, _dense(p.grad)) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # the largest number of all: one pass, and the one value that a step has to wait for
+        largest = get_total_norm([gradient for _, gradient in given if gradient.numel()], math.inf)
+        if math.isfinite(float(largest)):
             return
-        device = held[0].grad.device
-        finite = torch.stack([torch.isfinite(_dense(p.grad)).all().to(device) for p in held])
-        if bool(finite.all()):
-            return
-        broken = {id(p) for p, good in zip(held, finite.tolist(), strict=True) if not good}
+        broken = {id(p) for p, gradient in given if not bool(torch.isfinite(gradient).all())}
         for layer, adapter, weight, gradient in graded:
             if id(weight) in broken:
                 places = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()

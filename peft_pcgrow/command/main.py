@@ -5,10 +5,10 @@ import inspect
 import json
 import runpy
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from peft_pcgrow.command.corpus_file import read_corpus_file
@@ -29,10 +29,11 @@ app = typer.Typer(
     help="Grow mixture-of-experts models: measure where they err, grow there, compress what has converged.",
     epilog="Exit codes: 0 done, 1 failed on the way, 2 what was given cannot be used, 130 interrupted.",
 )
-Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
 Model = Annotated[str, typer.Argument(help="A model of the Hub, or a folder.")]
 Revision = Annotated[str | None, typer.Option(help="Of a model of the Hub.")]
-Precision = Annotated[Dtype, typer.Option(help="Of the weights; auto: the checkpoint's.")]
+Precision = Annotated[
+    str, typer.Option(click_type=click.Choice(list(DTYPES)), help="Of the weights; auto: the checkpoint's.")
+]
 Device = Annotated[str, typer.Option(help="auto: a GPU if there is one.")]
 Data = Annotated[Path, typer.Option(help="The domain's text: .jsonl (a text a line) or .txt (a text a paragraph).")]
 Length = Annotated[int, typer.Option(help="Tokens of a window.")]
@@ -69,7 +70,7 @@ def measure(
     length: Length = 256,
     batch_size: Batch = 8,
     revision: Revision = None,
-    dtype: Precision = Dtype.auto,  # type: ignore[attr-defined]
+    dtype: Precision = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -79,7 +80,7 @@ def measure(
         read = {name: read_corpus_file(path) for name, path in texts.items() if path is not None}
         if (out / "map").exists():
             raise Unusable(f"out {out} holds a map already: give a new folder")
-        loaded, tokenizer = load_model(model, revision, dtype.value, device)
+        loaded, tokenizer = load_model(model, revision, dtype, device)
         given: dict[str, Any] = {
             name: in_batches(windows(lines, name, tokenizer, length, batch_size), batch_size)
             for name, lines in read.items()
@@ -107,7 +108,7 @@ def grow(
     config: Annotated[Path | None, typer.Option(help="YAML with arguments of peft_pcgrow.grow.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and load no weight.")] = False,
     revision: Revision = None,
-    dtype: Precision = Dtype.auto,  # type: ignore[attr-defined]
+    dtype: Precision = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -126,7 +127,7 @@ def grow(
             count = ", ".join(f"{name} {len(lines):,} texts" for name, lines in read.items())
             shown(f"{found}\n{count}\n{given}", {**found.row(), "texts": count, "arguments": given}, as_json)
             return
-        loaded, tokenizer = load_model(model, revision, dtype.value, device)
+        loaded, tokenizer = load_model(model, revision, dtype, device)
         read |= {"retain": "self"} if retain == "self" else {}
         result = grow_model(loaded, read.pop("train_on"), output_dir=out, tokenizer=tokenizer, **read, **given)
         shown(result, result.row(), as_json)
@@ -148,7 +149,7 @@ def compress(
     length: Length = 256,
     batch_size: Batch = 8,
     revision: Revision = None,
-    dtype: Precision = Dtype.auto,  # type: ignore[attr-defined]
+    dtype: Precision = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -161,7 +162,7 @@ def compress(
         if not read:
             raise Unusable("compressing is measured on text: give --retain, or --data")
         emap = None if map_folder is None else ErrorMap.load(map_folder)
-        loaded, tokenizer = load_model(model, revision, dtype.value, device)
+        loaded, tokenizer = load_model(model, revision, dtype, device)
         texts: dict[str, Any] = {
             name: in_batches(windows(lines, name, tokenizer, length, batch_size), batch_size)
             for name, lines in read.items()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from peft_pcgrow.settling.host import keeps_graph
 from peft_pcgrow.settling.layer_run import LayerRun
 from peft_pcgrow.settling.relax import relax
 
@@ -31,21 +32,30 @@ class Way:
             cosines of 0.52 to 0.76 with the exact ones on a model of 6 layers, and near none in the lower two thirds of
             one of 30.
         depth: of `"direct"`: top layers that the error is carried through exactly; with all of them it is the sweep.
+        keep: of `"sweep"`: top layers whose activations are kept from the forward, rather than computed again.
         tol: of `"relax"`: change of a layer's error, as a share of its norm, at which it has settled.
 
     Raises:
-        ValueError: an unknown way, a depth that is not a whole number of layers, a tolerance that is not in (0, 1).
+        ValueError: an unknown way, a depth or a keep that is not a whole number of layers, a keep of another way than
+            the sweep, a tolerance that is not in (0, 1).
     """
 
     settle: str = "sweep"
     depth: int = 0
     tol: float = 0.01
+    keep: int = 0
 
     def __post_init__(self):
         if self.settle not in WAYS:
             raise ValueError(f"unknown way to settle: {self.settle!r}; choose from {', '.join(WAYS)}")
-        if not isinstance(self.depth, int) or isinstance(self.depth, bool) or self.depth < 0:
-            raise ValueError(f"settle_depth must be a whole number of layers, 0 or more; got {self.depth!r}")
+        for name, count in (("settle_depth", self.depth), ("keep_activations", self.keep)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"{name} must be a whole number of layers, 0 or more; got {count!r}")
+        if self.keep and self.settle != "sweep":
+            raise ValueError(
+                f"keep_activations={self.keep} is of settle='sweep', got settle={self.settle!r}: 'direct' runs again "
+                "little that could be kept, 'relax' many times what it kept; leave it at 0, or sweep"
+            )
         if not isinstance(self.tol, float) or not 0 < self.tol < 1:
             raise ValueError(f"settle_tol must be a share in (0, 1), got {self.tol!r}")
 
@@ -175,10 +185,13 @@ class Descent:
             return nothing
         watching = self.probe.watch(run.index) if self.probe is not None else nullcontext(list)
         with torch.enable_grad(), watching as listed:
-            # for a probe too: through x, what it watches has a gradient where nothing trains
-            x = stored.detach().requires_grad_(wants_below or self.probe is not None)
             extras = [extra.detach().requires_grad_(wants_below) for extra in run.extras]
-            outputs = run.again(x, extras)
+            if (kept := run.kept) is not None:
+                x, outputs = kept
+            else:
+                # for a probe too: through x, what it watches has a gradient where nothing trains
+                x = stored.detach().requires_grad_(wants_below or self.probe is not None)
+                outputs = run.again(x, extras)
             if self.probe is None:
                 run.conditions.refuse_strangers(outputs, (x, *extras))
             watched = listed()
@@ -192,7 +205,10 @@ class Descent:
             if not wanted or not reached:
                 return nothing
             handed, given = zip(*reached, strict=True)
-            errors = list(torch.autograd.grad(handed, wanted, given, allow_unused=True))
+            again = kept is not None and keeps_graph()
+            errors = list(torch.autograd.grad(handed, wanted, given, retain_graph=again, allow_unused=True))
+            if not again:
+                run.kept = None
         below, errors = errors[: len(inputs)], errors[len(inputs) :]
         for parameter, gradient in zip(parameters, errors, strict=False):
             if gradient is not None:

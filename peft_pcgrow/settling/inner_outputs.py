@@ -41,6 +41,11 @@ class Recorded:
         for name, start in self.began.items():
             lists[name][start:] = swap(lists[name][start:], mark)
 
+    def since(self) -> list[Tensor]:
+        """What has been recorded since, in the order of `again`."""
+        lists: Any = collector.get() or {}
+        return [held for name, start in self.began.items() for held in tensors(lists[name][start:])]
+
     @contextmanager
     def again(self) -> Iterator[Callable[[], list[Tensor]]]:
         """Around a layer that is run again: lists what it records, which no call that is under way will see."""

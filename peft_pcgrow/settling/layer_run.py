@@ -56,6 +56,7 @@ class LayerRun:
         random, drawn: the random states before and after it. conditions: what else its outputs depend on.
         handed: what the layer handed on in the forward, by the number of its mark, its output first; None: it went to
             hooks only.
+        kept: the input that it ran with, and what it handed on, as `again` gives it, with the graph between them.
     """
 
     layer: Any  # an nn.Module
@@ -71,6 +72,7 @@ class LayerRun:
     recorded: Any
     conditions: Conditions
     drawn: Random | None = None
+    kept: tuple[Tensor, list[Tensor]] | None = None
     handed: dict[int, Tensor | None] = field(default_factory=dict)
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -164,12 +166,21 @@ def tapped(layer: nn.Module, look: Callable[[Tensor], Tensor]) -> Iterator[None]
     handles = []
     try:
         for module in layer.modules():
-            if module is not layer and own_hooks(module._forward_hooks):
+            if _has_tap(module, layer):
                 handles.append(module.register_forward_hook(partial(_tap, look), prepend=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has_tap(module: nn.Module, layer: nn.Module) -> bool:
+    return module is not layer and bool(own_hooks(module._forward_hooks))
+
+
+def has_taps(layer: nn.Module) -> bool:
+    """Whether `tapped` would find something in a layer."""
+    return any(_has_tap(module, layer) for module in layer.modules())
 
 
 @torch.compiler.disable
@@ -188,17 +199,23 @@ def refuse_filled_cache(kwargs: dict[str, Any]) -> None:
             )
 
 
-def out_of_reach(kwargs: dict[str, Any], index: int) -> None:
-    """Let a loss that reads what layer `index` put into its KV cache fail, rather than miss its gradient."""
+def out_of_reach(kwargs: dict[str, Any], index: int, graph: bool) -> None:
+    """Let a loss that reads what layer `index` put into its KV cache fail, rather than miss its gradient; `graph`: the
+    layer ran with one."""
+    for entry in cache_entries(kwargs, index):
+        # those of a static cache are written to in place
+        kept = {} if getattr(entry, "is_compileable", False) else dict(vars(entry))
+        for key, held in kept.items():
+            if isinstance(held, Tensor) and held.is_floating_point() and (graph or not held.requires_grad):
+                anything = torch.zeros((), device=held.device, requires_grad=True)
+                setattr(entry, key, _Unreachable.apply(held.detach(), anything))
+
+
+def cache_entries(kwargs: dict[str, Any], index: int) -> list[Any]:
+    """Where layer `index` keeps what it puts into the KV caches that it is given."""
     place = index + kwargs.get("cache_offset", 0)
-    for name in CACHES:
-        for entry in (getattr(kwargs.get(name), "layers", None) or ())[place : place + 1]:
-            # those of a static cache are written to in place
-            kept = {} if getattr(entry, "is_compileable", False) else dict(vars(entry))
-            for key, held in kept.items():
-                if isinstance(held, Tensor) and held.is_floating_point() and not held.requires_grad:
-                    anything = torch.zeros((), device=held.device, requires_grad=True)
-                    setattr(entry, key, _Unreachable.apply(held, anything))
+    lists = [getattr(kwargs.get(name), "layers", None) or () for name in CACHES]
+    return [entry for held in lists for entry in held[place : place + 1]]
 
 
 class _Unreachable(torch.autograd.Function):

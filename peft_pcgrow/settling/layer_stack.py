@@ -32,10 +32,13 @@ from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.settling.descent import TOP, Descent, Probe, Way
 from peft_pcgrow.settling.host import Moved, node_of, set_grad_enabled
 from peft_pcgrow.settling.inner_outputs import Recorded
+from peft_pcgrow.settling.keep import Weighed, can_keep
 from peft_pcgrow.settling.layer_run import (
     LayerRun,
     Random,
     by_name,
+    cache_entries,
+    handed_beside,
     hidden_of,
     is_recomputed,
     out_of_reach,
@@ -81,6 +84,7 @@ class LayerStack:
         self.begin, self.probe, self.entered, self.left = begin, probe, entered, left
         self.attached = False
         self._open = _Open()
+        self._weighed = Weighed()
 
     def attach(self) -> "LayerStack":
         self.attached = True
@@ -139,10 +143,10 @@ class LayerStack:
         tape = self._open.tape
         assert tape is not None
         self._note(tape, index, layer, x, args, kwargs)
-        return (x.detach(), *args), kwargs, tape
+        return (x.detach() if tape.leaf is None else tape.leaf, *args), kwargs, tape
 
     def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-        kwargs = without_cache(kwargs)
+        cache, kwargs = cache_entries(kwargs, index), without_cache(kwargs)
         tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
         changed = index > 0 and not isinstance(x.grad_fn, HANDED_ON)
@@ -157,6 +161,10 @@ class LayerStack:
                     "PCGrowConfig(settle='backprop')"
                 )
             tape.runs.append(tape.current)
+            if index >= len(self.layers) - tape.way.keep and self.probe is None and can_keep(tape.current, cache):
+                tape.leaf = x.detach().requires_grad_(tape.bottom is not None or any(tape.wanted[:index]))
+                # of weights that another layer, without a graph, has cast
+                torch.clear_autocast_cache()
 
     def _check_linked(self, tape: Tape, index: int, layer: nn.Module, taken: list[Tensor]) -> None:
         if tape.way.settle == "relax" or (tape.way.settle == "direct" and tape.way.depth):
@@ -178,12 +186,17 @@ class LayerStack:
         if tape.current is not None:
             tape.current.drawn = Random.of(tape.current.x)
             tape.current.conditions.ran()
-        hidden = hidden_of(output, layer)
+        hidden, kept = hidden_of(output, layer), tape.leaf is not None
+        if tape.current is not None and tape.leaf is not None:
+            beside = *handed_beside(output, tape.before, kwargs), *tape.recorded.since()
+            tape.current.kept, hidden = (tape.leaf, [hidden, *beside]), hidden.detach()
         others = output[1:] if isinstance(output, tuple) else ()
         if index < len(self.layers) - 1:
             hidden = tape.mark(hidden)
         else:
             self._open.tape = None
+            if tape.way.keep:
+                self._weighed.tell()
             if tape.current is not None:
                 tape.current.handed[TOP] = hidden
             hidden = Top.apply(hidden, tape.ground, tape)
@@ -193,7 +206,7 @@ class LayerStack:
             mapping[key] = swap(mapping[key], tape.mark)
         tape.recorded.mark(tape.mark)
         tape.close_layer()
-        out_of_reach(kwargs, index)
+        out_of_reach(kwargs, index, kept)
         return (hidden, *others) if isinstance(output, tuple) else hidden
 
     @torch.compiler.disable
@@ -265,8 +278,9 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
     try:
         args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
         if tape is not None:
-            set_grad_enabled(False)
-        with nullcontext() if tape is None else tapped(layer, tape.tap):
+            set_grad_enabled(tape.leaf is not None)
+        weighed = stack._weighed.around(index, layer) if tape is not None and tape.leaf is not None else nullcontext()
+        with weighed, nullcontext() if tape is None else tapped(layer, tape.tap):
             output = forward(*args, **kwargs)
         if tape is not None:
             set_grad_enabled(enabled)

@@ -57,6 +57,8 @@ class Tape:
     before: dict[str, Any] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=lambda: Recorded({}))
     current: LayerRun | None = None
+    # its input, with a gradient to come, if its activations are kept
+    leaf: Tensor | None = None
     # and the numbers of what hooks of the user's saw in it
     tapped: list[int] = field(default_factory=list)
 
@@ -80,11 +82,11 @@ class Tape:
         """Called after all else that it hands on is marked."""
         if self.current is not None:
             self.current.handed |= dict.fromkeys(self.tapped)
-        self.tapped = []
+        self.tapped, self.leaf = [], None
 
     def _marked(self, held: Tensor) -> Tensor:
         self.marks += 1
-        return Mark.apply(held, self.ground, self.arrived, self.marks)  # type: ignore[return-value]
+        return Mark.apply(held.detach(), self.ground, self.arrived, self.marks)  # type: ignore[return-value]
 
     def hooked(self) -> dict[int, bool]:
         """Marks, by number, of what has hooks or retains its gradient; whether it has hooks."""

@@ -5,29 +5,46 @@ iteration orthogonalises all of them at once. The rest of the update follows Jor
 (https://kellerjordan.github.io/posts/muon/) with the quintic coefficients given there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from pcgrow_kernels.orthogonalize import orthogonalize
+from pcgrow_kernels.orthogonalize import orthogonalize, orthogonalize_, working_dtype
+from peft_pcgrow.training.host import foreach_add_, foreach_lerp_, foreach_mul_
 
+# numbers that are orthogonalised at once, or one matrix: with those of the iteration, 256 MiB on a GPU (512 on a CPU)
+AT_ONCE = 2**25
 # of LoRA beside grown experts, rank 16: near the best on models of 6.6 and 135 million parameters
 LORA_LR = 3e-3
 
 
 def update_of(direction: Tensor) -> Tensor:
     """What a stack `[..., O, I]` moves by at a rate of one: each matrix orthogonalised, times `sqrt(max(1, O / I))`."""
-    return orthogonalize(direction) * max(1.0, direction.shape[-2] / direction.shape[-1]) ** 0.5
+    return orthogonalize(direction).mul_(_scale(direction.shape))
+
+
+def _scale(shape: torch.Size) -> float:
+    return max(1.0, shape[-2] / shape[-1]) ** 0.5
+
+
+def _matrices(stack: Tensor) -> Iterator[Tensor]:
+    """Views of a matrix or stack of them, `[n, O, I]` each, of at most `AT_ONCE` numbers or one matrix."""
+    if stack.dim() != 3:
+        for part in stack if stack.dim() > 3 else (stack[None],):
+            yield from _matrices(part)
+    else:
+        yield from stack.split(max(1, AT_ONCE // max(1, stack.shape[1:].numel())))
 
 
 class Muon(torch.optim.Optimizer):
     """Muon on stacks of matrices, AdamW on everything else, in one optimizer.
 
     Groups with `orthogonal=True` hold parameters `[..., O, I]`: momentum, then each matrix's update is orthogonalised
-    and scaled by `sqrt(max(1, O / I))` (Jordan et al. 2024, see the module). The other groups are stepped as
-    `torch.optim.AdamW` does. An expert whose gradient has been zero so far does not move.
+    and scaled by `sqrt(max(1, O / I))` (Jordan et al. 2024, see the module); those of one shape are one batch. The
+    other groups are stepped as `torch.optim.AdamW` does. An expert whose gradient has been zero so far does not move.
 
     Args:
         params (iterable): parameters, or groups of them as dicts; a group may set any of the following.
@@ -94,33 +111,73 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._orthogonal if group["orthogonal"] else self._adam
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(p, p.grad, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not group["orthogonal"]:
+                self._adam(params, group)
+                continue
+            if group["weight_decay"] and params:
+                foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            self._orthogonal(params, group)
         return loss
 
-    def _orthogonal(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        direction = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        p.add_(update_of(direction), alpha=-group["lr"])
+    def _orthogonal(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        gradients, momenta = [p.grad for p in params if p.grad is not None], []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momenta.append(state["momentum"])
+        if params:
+            foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        waiting: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for p, *others in zip(params, gradients, momenta, strict=True):
+            for matrices in zip(*map(_matrices, (p, *others)), strict=True):
+                key = matrices[0].shape[1:], p.device, p.dtype
+                held = waiting.setdefault(key, [])
+                if held and sum(len(each[0]) for each in (*held, matrices)) * key[0].numel() > AT_ONCE:
+                    self._move(held, group)
+                    held.clear()
+                held.append(matrices)
+        for held in waiting.values():
+            self._move(held, group)
 
-    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), device="cpu")
-            state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += 1
+    def _move(self, held: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """Step matrices of one shape, `[n, O, I]` each, with their gradients and momenta."""
+        first = held[0][0]
+        counts = [len(weights) for weights, *_ in held]
+        x = torch.empty(sum(counts), *first.shape[1:], dtype=working_dtype(first.device), device=first.device)
+        for (_, gradient, momentum), direction in zip(held, x.split(counts), strict=True):
+            if group["nesterov"]:
+                torch.lerp(gradient, momentum, group["momentum"], out=direction)
+            else:
+                direction.copy_(momentum)
+        updates = orthogonalize_(x).split(counts)
+        foreach_add_([weights for weights, *_ in held], [*updates], alpha=-group["lr"] * _scale(first.shape))
+
+    def _adam(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                zeros = torch.zeros_like(p), torch.zeros_like(p)
+                self.state[p] |= {"step": torch.zeros((), device="cpu"), "mean": zeros[0], "square": zeros[1]}
+        states = [self.state[p] for p in params]
+        means, squares, steps = ([state[name] for state in states] for name in ("mean", "square", "step"))
         first, second = group["betas"]
-        step = float(state["step"])
-        state["mean"].lerp_(grad, 1 - first)
-        state["square"].mul_(second).addcmul_(grad, grad, value=1 - second)
-        denominator = (state["square"] / (1 - second**step)).sqrt_().add_(group["eps"])
-        p.addcdiv_(state["mean"], denominator, value=-group["lr"] / (1 - first**step))
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            means,
+            squares,
+            [],
+            steps,
+            foreach=True,
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def banks_of(model: nn.Module) -> list[nn.Parameter]:

@@ -4,12 +4,90 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from close import assert_close
-from pcgrow_kernels.orthogonalize import orthogonalize
+from pcgrow_kernels.orthogonalize import COEFFICIENTS, STEPS, orthogonalize
 from peft_pcgrow import Muon, PCGrowConfig, create_pcgrow_optimizer
-from tiny import build, tokens
+from peft_pcgrow.training import muon
+from tiny import build, grown, tokens, trainable
+
+
+def by_decomposition(matrix: torch.Tensor) -> torch.Tensor:
+    """What the iteration gives, in fp64: its polynomial of the singular values."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(STEPS):
+        s = sum(c * s ** (2 * power + 1) for power, c in enumerate(COEFFICIENTS))
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 40), (32, 32)])
+def test_it_is_a_polynomial_of_the_singular_values(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    assert_close("orthogonalized", orthogonalize(matrix), by_decomposition(matrix), "fp32")
+
+
+@pytest.mark.parametrize("at_once", [1, 1500, 2**25])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_batches_are_bounded(name, at_once, monkeypatch):
+    """However many matrices are one batch, of whichever banks, each moves by its own polynomial."""
+    monkeypatch.setattr(muon, "AT_ONCE", at_once)
+    model = grown(name=name).train()
+    optimizer, batches = create_pcgrow_optimizer(model, lr=0.5), []
+    iterate = muon.orthogonalize_
+    monkeypatch.setattr(muon, "orthogonalize_", lambda x: (batches.append(x), iterate(x))[1])
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    banks = {key: (p.detach().clone(), p) for key, p in trainable(model).items() if p.dim() == 3}
+    optimizer.step()
+    for key, (start, p) in banks.items():
+        for moved, gradient in zip(p.detach() - start, p.grad, strict=True):
+            scale = max(1.0, gradient.shape[0] / gradient.shape[1]) ** 0.5
+            # nesterov's first direction is the gradient, scaled
+            assert_close(key, moved, -0.5 * scale * by_decomposition(gradient), "fp32")
+    assert all(x.numel() <= max(at_once, x[0].numel()) for x in batches)
+    shapes = {p.shape[1:] for _, p in banks.values()}
+    assert len(batches) == {1: 10, 2**25: len(shapes)}.get(at_once, len(batches))
+
+
+def test_launches_of_a_step():
+    """Operations on the device, counted: one for each bank beside what does not grow with the layers."""
+
+    def launches(layers: int) -> int:
+        locus = {layer: [1, 4, 6] for layer in range(layers)}
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(build(num_hidden_layers=layers), PCGrowConfig(locus=locus, lora=lora))
+        optimizer = create_pcgrow_optimizer(model, lr=0.01)
+        for seed in range(3):
+            model.train()(input_ids=tokens(seed=seed), labels=tokens(seed=seed)).loss.backward()
+            with Launches() as counted:
+                optimizer.step()
+        return counted.number
+
+    few, many = launches(2), launches(6)
+    assert few <= 60
+    assert many - few <= 4 * 2  # gate and up, and down, into their batches
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are no views and look at something that is on the device on a GPU too."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = func is torch.ops.aten._local_scalar_dense.default  # of AdamW's steps, which are on the CPU
+        self.number += not (func.is_view or waits or "empty" in str(func) or "detach" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 6), (0, 4, 6)])
+def test_stacks_of_any_depth(shape):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape)
+    Muon([p], lr=1.0, nesterov=False).step()
+    for moved, gradient in zip(p.detach().view(-1, 4, 6), p.grad.view(-1, 4, 6), strict=True):
+        assert_close("moved", moved, -by_decomposition(gradient), "fp32")
 
 
 @pytest.mark.parametrize("shape", [(5, 24, 16), (3, 16, 40), (2, 32, 32)])
