@@ -97,7 +97,8 @@ def test_no_vague_names():
 def test_importing_registers_and_costs_little():
     """`import peft_pcgrow` makes PEFT know the method, twice is harmless, and no heavy optional package comes along."""
     code = (
-        "import sys, peft_pcgrow, importlib, peft;"
+        "import sys, peft_pcgrow, importlib, peft, pkgutil, pcgrow_kernels;"
+        "[importlib.import_module(f'pcgrow_kernels.{m.name}') for m in pkgutil.iter_modules(pcgrow_kernels.__path__)];"
         "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m;"
         "from peft_pcgrow.adapter.register import register;"
         "register(peft_pcgrow.PCGrowConfig, peft_pcgrow.PCGrowModel);"
