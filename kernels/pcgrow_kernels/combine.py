@@ -10,14 +10,12 @@ there and back; torch's embedding_bag reads as little and adds in another order)
 FLOPs: 2 R H, and 3 R H back.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pcgrow_kernels.dispatch import Kernel, block, constexpr, rows_of, use_triton
-
-tl: Any = None
+from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
 
 
 def combine(y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -81,7 +79,7 @@ class Combined(torch.autograd.Function):
 
 @Kernel
 def _sum_rows(
-    y, inverse, weight, out, y_stride, width, choices: constexpr, rounds: constexpr, columns: constexpr
+    y, inverse, weight, out, y_stride, width, choices: tl.constexpr, rounds: tl.constexpr, columns: tl.constexpr
 ) -> None:
     """Grid (T, H / columns): a program owns some columns of a token.
 
@@ -112,7 +110,7 @@ def _sum_rows(
 
 @Kernel
 def _spread_rows(
-    error, y, inverse, weight, dy, dw, error_stride, y_stride, width, choices: constexpr, columns: constexpr
+    error, y, inverse, weight, dy, dw, error_stride, y_stride, width, choices: tl.constexpr, columns: tl.constexpr
 ) -> None:
     """Grid (R,): a program owns one row, its token's place first; a token's error is read again from the cache."""
     at = tl.program_id(0).to(tl.int64)

@@ -11,8 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# what Triton compiles in; it reads parameters' annotations by this name
-constexpr: TypeAlias = int
 # numbers at once in a program, at most
 WIDEST = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
@@ -43,10 +41,21 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+class _Language(type):
+    def __getattr__(cls, name: str) -> Any:
+        raise AttributeError(f"triton.language.{name} before any kernel was launched: launch it, do not call it")
+
+
+class tl(metaclass=_Language):
+    """Stands for `triton.language` in a module of kernels until its first launch."""
+
+    constexpr: TypeAlias = Any
+
+
 class Kernel:
     """A function in Triton's language, compiled when it is first launched.
 
-    Its module names `tl` (and `libdevice`, CUDA's own functions, where it needs them) as globals, which are set then.
+    Its module's `tl` becomes Triton's language then, and `libdevice`, if it names that, CUDA's own functions.
     With TRITON_INTERPRET=1, set before anything imports Triton, it runs on CPUs: for tests, in fp32.
     """
 
@@ -65,14 +74,18 @@ class Kernel:
             held["libdevice"] = libdevice
         return triton.jit(self.function)
 
-    def launch(self, grid: tuple[int, ...], first: Tensor, *args: Any, columns: int, **constants: Any) -> None:
-        """Run a grid of programs of `columns` (times `rows`) numbers at once where the tensors are; of none, nothing.
+    @staticmethod
+    def options(constants: dict[str, Any]) -> dict[str, Any]:
+        """How it is compiled, for programs of `columns` (times `rows`) numbers at once.
 
         Products and sums are not fused: a kernel rounds where its definition does. No number is two warps': one could
         read what the other has overwritten.
         """
-        warps = columns * constants.get("rows", 1) // 256
-        options = {"num_warps": min(max(warps, 1), 4), "enable_fp_fusion": False}
-        with torch.cuda.device_of(first):
+        warps = constants["columns"] * constants.get("rows", 1) // 256
+        return {"num_warps": min(max(warps, 1), 4), "enable_fp_fusion": False}
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        """Run a grid of programs where the first argument, a tensor, is; nothing if it has none."""
+        with torch.cuda.device_of(args[0]):
             if all(grid):
-                self.compiled[grid](first, *args, columns=columns, **constants, **options)
+                self.compiled[grid](*args, **constants, **self.options(constants))

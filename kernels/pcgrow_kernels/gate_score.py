@@ -8,14 +8,12 @@ linear) on 1 / H of the numbers; those sums stay in torch, in fp64, because gene
 Bytes at 8192 tokens, H = 2048 in bf16: 34 MB (definition: 302 MB, a copy and a product of x in fp32). FLOPs: 2 T H.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pcgrow_kernels.dispatch import Kernel, block, constexpr, rows_of, use_triton
-
-tl: Any = None
+from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
 
 
 def gate_score(x: Tensor, direction: Tensor) -> Tensor:
@@ -43,7 +41,7 @@ def by_triton(x: Tensor, direction: Tensor) -> Tensor:
 
 
 @Kernel
-def _project(x, direction, scores, x_stride, width, columns: constexpr) -> None:
+def _project(x, direction, scores, x_stride, width, columns: tl.constexpr) -> None:
     """Grid (T,): a program owns one token."""
     token = tl.program_id(0).to(tl.int64)  # T H may pass 2^31
     total = tl.zeros([columns], tl.float32)

@@ -8,14 +8,12 @@ Bytes for each number, x in bf16: 14 (definition: 24, or 32 where torch rounds t
 about 8 GB of 19 for 774 M parameters. FLOPs: about 8 a number.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pcgrow_kernels.dispatch import Kernel, block, constexpr, use_triton
-
-tl: Any = None
+from pcgrow_kernels.dispatch import Kernel, block, tl, use_triton
 
 
 def muon_pre(gradient: Tensor, momentum: Tensor, out: Tensor, beta: float, nesterov: bool = True) -> Tensor:
@@ -73,8 +71,8 @@ def _average(
     out_stack,
     out_row,
     out_column,
-    nesterov: constexpr,
-    columns: constexpr,
+    nesterov: tl.constexpr,
+    columns: tl.constexpr,
 ) -> None:
     """Grid (N O,): a program owns one row of a matrix."""
     at = tl.program_id(0)

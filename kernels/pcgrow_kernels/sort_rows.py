@@ -8,14 +8,13 @@ Bytes: 24 R there and back, and 8 for each key and block. Launches: 5 (definitio
 64-bit keys takes several passes), which is what it costs: at R = 65536 and N = 73 a single pass over rows takes 1 us.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pcgrow_kernels.dispatch import Kernel, constexpr, use_triton
+from pcgrow_kernels.dispatch import Kernel, tl, use_triton
 
-tl: Any = None
 # rows times keys that a program compares at once, and its rows at most
 _TILE, _ROWS = 16384, 256
 
@@ -59,7 +58,7 @@ def by_triton(key: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @Kernel
-def _count(key, counts, total, keys, blocks, rows: constexpr, columns: constexpr) -> None:
+def _count(key, counts, total, keys, blocks, rows: tl.constexpr, columns: tl.constexpr) -> None:
     """Grid (blocks,): a program counts the keys of its rows."""
     at = tl.program_id(0) * rows + tl.arange(0, rows)
     found = tl.load(key + at, mask=at < total, other=-1)
@@ -69,7 +68,7 @@ def _count(key, counts, total, keys, blocks, rows: constexpr, columns: constexpr
 
 
 @Kernel
-def _place(key, ends, order, inverse, total, keys, blocks, rows: constexpr, columns: constexpr) -> None:
+def _place(key, ends, order, inverse, total, keys, blocks, rows: tl.constexpr, columns: tl.constexpr) -> None:
     """Grid (blocks,): a program places its rows."""
     at = tl.program_id(0) * rows + tl.arange(0, rows)
     found = tl.load(key + at, mask=at < total, other=-1)

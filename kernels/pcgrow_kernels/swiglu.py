@@ -13,15 +13,16 @@ Bytes at R = 65536, I = 1024 in bf16, where h is U = 0.27 GB: forward 3/2 U (def
 read once and overwritten (definition: 17 U in a dozen steps). FLOPs: about 5 R I, and 14 R I back.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pcgrow_kernels.dispatch import Kernel, block, constexpr, rows_of, use_triton
+from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
 
-tl: Any = None
 libdevice: Any = None
 
 
@@ -92,7 +93,7 @@ class Activated(torch.autograd.Function):
         _activate.launch(
             (len(h), -(-act.shape[1] // columns)),
             *(h, act, h.stride(0), act.shape[1]),
-            exact=h.is_cuda,
+            exact=h.device.type != "cpu",
             columns=columns,
         )
         ctx.save_for_backward(h)
@@ -106,7 +107,7 @@ class Activated(torch.autograd.Function):
 
 
 @Kernel
-def _activate(h, act, h_stride, width, exact: constexpr, columns: constexpr) -> None:
+def _activate(h, act, h_stride, width, exact: tl.constexpr, columns: tl.constexpr) -> None:
     """Grid (R, I / columns): a program owns some neurons of a row.
 
     exact: by the exponential that torch is compiled with, not the GPU's approximate one; there is none on CPUs.
@@ -134,7 +135,7 @@ def _activate_backward(
     dh_stride,
     act_stride,
     width,
-    columns: constexpr,
+    columns: tl.constexpr,
 ) -> None:
     """Grid (R,): a program owns one row, and reads each place before it writes there."""
     row = tl.program_id(0).to(tl.int64)  # R 2 I may pass 2^31

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pcgrow_kernels.gate_score import gate_score
+
 # false-positive rates that thresholds are kept for, from a half down; between them, their logarithm is interpolated
 RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
 # the rate that may be asked for, at most: less than a step of the table away
@@ -85,7 +87,7 @@ class Gate:
 
     def scores(self, x: Tensor) -> Tensor:
         """`[..., H]` -> `[...]`, in fp32 whatever the model and autocast compute in."""
-        return (x.detach().float() * self.direction.float()).sum(-1)
+        return gate_score(x, self.direction)
 
     def evidence(self, scores: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The log-likelihood ratio of domain to retain at each token, `[B, S]` fp32 in nats, and the running totals up
