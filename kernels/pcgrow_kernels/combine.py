@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
 
@@ -57,17 +58,18 @@ class Combined(torch.autograd.Function):
             rounds=weight is not None and y.dtype == weight.dtype,
             columns=columns,
         )
-        ctx.save_for_backward(None if weight is None else y, inverse, weight)
+        ctx.save_for_backward(y if ctx.needs_input_grad[2:] == (True,) else None, inverse, weight)
         ctx.like = y.shape, y.dtype
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, error: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
         y, inverse, weight = ctx.saved_tensors
         (rows, width), dtype = ctx.like
         error = rows_of(error)
         dy = torch.empty(rows, width, dtype=dtype, device=error.device)
-        dw = None if weight is None else torch.empty_like(weight)
+        dw = None if y is None else torch.empty_like(weight)
         _spread_rows.launch(
             (rows,),
             *(error, y, inverse, weight, dy, dw, error.stride(0), 0 if y is None else y.stride(0), width),

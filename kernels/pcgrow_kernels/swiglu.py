@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
@@ -28,6 +29,8 @@ libdevice: Any = None
 
 def swiglu(h: Tensor) -> Tensor:
     """act `[R, I]` of `h [R, 2 I]`, differentiable. A kernel rounds silu(g) as the definition does."""
+    if h.dim() != 2 or h.shape[1] % 2:
+        raise ValueError(f"gates and ups {tuple(h.shape)}: expected [R, 2 I]")
     return Activated.apply(h) if use_triton(h) else definition(h)  # type: ignore[return-value]
 
 
@@ -100,6 +103,7 @@ class Activated(torch.autograd.Function):
         return act
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, error: Tensor) -> Tensor:  # type: ignore[override]
         (h,) = ctx.saved_tensors
         dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)

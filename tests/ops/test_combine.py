@@ -121,6 +121,20 @@ def test_rows_far_apart():
         assert_close("far apart", one, other, "fp32")
 
 
+@needs_triton
+def test_one_gradient_alone():
+    """Of rows or of weights, where the other needs none; and none of a gradient, rather than a wrong one."""
+    y, inverse, weight = made(3, 4, 6)
+    error = drawn(3, 6)
+    _, dy, dw = autograd(op.definition, error, y, inverse, weight)
+    assert_close("dy", autograd(lambda y: op.Combined.apply(y, inverse, weight), error, y)[1], dy, "fp32")
+    assert_close("dw", autograd(lambda weight: op.Combined.apply(y, inverse, weight), error, weight)[1], dw, "fp32")
+    out, error = op.Combined.apply(y.requires_grad_(), inverse, weight), error.requires_grad_()
+    (first,) = torch.autograd.grad(out, y, error, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"places and weights \[\(2, 2\), \(2, 2\)\] of 3 rows: expected \[T, K\]"):
         op.combine(torch.zeros(3, 4), torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 2))

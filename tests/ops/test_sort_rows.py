@@ -12,7 +12,7 @@ from pcgrow_kernels import sort_rows as op
 @pytest.mark.parametrize("way", [op.definition, pytest.param(op.by_triton, marks=needs_triton)])
 def test_sorts(way, rows, keys):
     """Some rows are nobody's; of five keys or more, one has no row."""
-    key = torch.randint(0, keys + 1, (rows,))
+    key = torch.randint(0, keys + 1, (rows,)).cpu()
     key[key == 2] = keys
     with poisoned():
         order, inverse, ends = way(key.to(DEVICE), keys)

@@ -48,7 +48,7 @@ def test_activation_and_gradient(way, dtype, shape):
 def test_backward_is_that_of_an_expert(way, dtype, shape):
     """Of rows w (act W), from the error at what they add up to, in fp64, routing weights and all."""
     h, weight = drawn(shape[0], 2 * shape[1], dtype=dtype), drawn(shape[0], dtype=dtype)
-    down, error = torch.randn(shape[1], 3).double(), torch.randn(shape[0], 3).double()
+    down, error = in_fp64(torch.randn(shape[1], 3), torch.randn(shape[0], 3))
     # as the kernel is handed it, rounded
     q = (error @ down.mT).to(h)
 
@@ -73,7 +73,7 @@ def test_far_values():
     h = torch.stack([torch.cat([gate, torch.ones(7)])]).to(drawn(1).device)
     with poisoned():
         act, dh = autograd(op.Activated.apply, torch.ones_like(h[:, :7]), h)
-    want = autograd(lambda x: torch.nn.functional.silu(x[:, :7]) * x[:, 7:], torch.ones(1, 7).double(), *in_fp64(h))
+    want = autograd(closed_form, *in_fp64(torch.ones(1, 7), h))
     assert_close("act", act.cpu(), want[0], "fp32")
     assert_close("dh", dh.cpu(), want[1], "fp32")
     assert not act.isnan().any()
@@ -107,5 +107,7 @@ def test_overwrites_what_it_read():
 
 
 def test_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"gates and ups \(2, 5\): expected \[R, 2 I\]"):
+        op.swiglu(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"h \(2, 6\), q \(2, 4\), weights \(2,\): expected \[R, 2 I\], \[R, I\]"):
         op.swiglu_backward(torch.zeros(2, 6), torch.zeros(2, 4), torch.zeros(2))

@@ -23,7 +23,7 @@ def test_every_kernel_compiles(tmp_path):
     names = {value.function.__name__ for module in modules for value in vars(module).values() if type(value) is Kernel}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(ROOT / "examples" / "kernels.py"), "--compile", "90"]
+    command = [sys.executable, str(ROOT / "examples" / "check_kernels.py"), "--compile", "90"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert names

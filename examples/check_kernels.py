@@ -1,7 +1,7 @@
 """Every kernel against its definition in torch, at a layer of OLMoE-1B-7B: same numbers or not, and how fast.
 
-    python examples/kernels.py                      # on a GPU; prints a Markdown table
-    python examples/kernels.py --compile 90         # without one: compile for this compute capability, say how large
+    python examples/check_kernels.py                  # on a GPU; prints a Markdown table
+    python examples/check_kernels.py --compile 90     # without one: compile for this compute capability
 
 GB/s: the bytes that an op must move, each once, over the kernel's time; a copy's is the ceiling, first row. Errors are
 relative root mean squares from the definition in fp64, largest of an op's outputs. Bits: share of all numbers that are
@@ -99,7 +99,12 @@ def cases(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[]
 
     def scores() -> Case:
         inputs = [drawn(tokens, HIDDEN), drawn(HIDDEN, of=torch.float32)]
-        return Case(inputs, single(gate_score.by_triton), single(gate_score.definition), size(*inputs) + 4 * tokens)
+
+        def definition(x: Tensor, direction: Tensor) -> Tensor:
+            # which is in fp32 whatever it is given
+            return x @ direction if x.dtype == torch.float64 else gate_score.definition(x, direction)
+
+        return Case(inputs, single(gate_score.by_triton), single(definition), size(*inputs) + 4 * tokens)
 
     def sort() -> Case:
         key, count = torch.randint(0, EXPERTS + GROWN, (rows,), device=device), EXPERTS + GROWN
