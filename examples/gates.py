@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import corpora
+from pcgrow_kernels.window_mean import totals, window_means
 from peft_pcgrow import find_experts
-from peft_pcgrow.gates.gate import GATE_RIDGE, Gate, Moments, Rows, discriminant, fit_law, totals, window_means
+from peft_pcgrow.gates.gate import GATE_RIDGE, Gate, Moments, Rows, discriminant, fit_law
 
 RATES = (0.1, 0.05, 0.01, 0.002)
 # a gate: takes fitting features of domain and retain `[N, S, D]`, gives scores `[N, S]` of features
@@ -29,7 +30,7 @@ def whole(x: Tensor) -> Rows:
 
 
 def means(x: Tensor, window: int) -> Tensor:
-    return window_means(totals(x, whole(x)), whole(x), window)[0].float()
+    return window_means(totals(x, whole(x).real), x.shape[1], window)[0].float()
 
 
 def fisher(domain: Tensor, retain: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from checks import check, check_close, check_same, one_line
 from operations import domain, gradients, language_loss, logits, retain, tokens
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
 from peft_pcgrow.architectures.experts import read_experts
+from peft_pcgrow.architectures.find import adopt
 
 KINDS = ("dense", "shared")
 # parameters of what may count as a miniature
@@ -50,7 +51,7 @@ def miniature(name: str) -> tuple[Any, str]:
 def grow(model: Any, kind: str) -> None:
     """Raise unless MLPs of this kind grow as they should."""
     ids, before, untouched = tokens(), logits(model, tokens()), copy.deepcopy(model)
-    tree = find_experts(model, kind)
+    tree = adopt(find_experts(model, kind))
     check_same(logits(model, ids), before, "logits of the adopted model")
     language_loss(untouched.requires_grad_(True), ids).backward()
     for parameter in untouched.parameters():

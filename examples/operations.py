@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from architectures import EXPERTS, VOCABULARY, build, exact_dtype
 from checks import Departure, check, check_close, check_same
 from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts, measure_errors
+from peft_pcgrow.architectures.find import adopt
 
 # experts grown at every layer that has any
 GROWN = [1, 4, 6]
@@ -104,7 +105,7 @@ def discover(name: str) -> str:
     layers = max(lists, key=lambda held: len(list(held.modules())))
     want = [i for i, layer in enumerate(layers) if any(_holds_experts(*held) for held in layer.named_modules())]
     check(bool(want), "no layer has experts: the miniature is wrong")
-    tree = find_experts(model)
+    tree = adopt(find_experts(model))
     check(list(tree.layers) == list(layers), f"{len(tree.layers)} decoder layers found, the decoder has {len(layers)}")
     found = [site.layer for site in tree.sites]
     check(found == want, f"experts found at layers {found}, expected {want}")
@@ -125,7 +126,7 @@ def routed(model: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Ten
 
         return hook
 
-    for site in find_experts(model).sites:
+    for site in adopt(find_experts(model)).sites:
         site.module.register_forward_hook(keep(site.layer))
     model.eval().requires_grad_(True)
     out = model(input_ids=ids, use_cache=False).logits[:, :-1]

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="share of the experts to grow (default: 0.5)")
     parser.add_argument("--grow", choices=("deepen", "spawn", "auto"), default="deepen", help="how (default: deepen)")
     parser.add_argument("--gate-fpr", type=float, default=0.01, help="share of retain tokens that newborns may take")
-    parser.add_argument("--protect", type=float, default=0.0, help="share of the retain inputs' energy kept off")
+    parser.add_argument("--protect", type=float, default=0.0, help="share of the retain inputs' energy to protect")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Muon on the banks (default: 0.01)")
     parser.add_argument("--out", type=Path, default=Path("pcgrow-quickstart"), help="where map and adapter go")
     args = parser.parse_args()

@@ -35,7 +35,7 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_whole(path: str | os.PathLike, *pieces: bytes | memoryview) -> None:
+def write_whole(path: str | os.PathLike, *chunks: bytes | memoryview) -> None:
     """Write a file, and the folders above it. Whoever reads it meanwhile, or after an interruption, finds what was
     there before or all of this."""
     target = Path(path)
@@ -44,8 +44,8 @@ def write_whole(path: str | os.PathLike, *pieces: bytes | memoryview) -> None:
     staging = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         with staging.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(target)

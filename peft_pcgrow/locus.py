@@ -16,9 +16,19 @@ class Locus(Mapping[int, tuple[int, ...]]):
     Layers are positions in the model's list of decoder layers (not ordinals among its MoE layers), so they mean
     the same for models whose first layers are dense.
 
+    Args:
+        nodes (Mapping): decoder layer, from 0 -> its experts, from 0, as numbers or as text (JSON's keys).
+        name (str): what errors call it.
+
     Raises:
-        ValueError: empty, or a layer or expert that is not a whole number >= 0, or a layer named twice; `name` says of
-            what.
+        ValueError: empty, or a layer or expert that is not a whole number >= 0, or a layer named twice.
+
+    Example:
+        >>> locus = Locus({2: [7], 1: [4, 0]})
+        >>> locus.nodes
+        [(1, 0), (1, 4), (2, 7)]
+        >>> locus[1]
+        (0, 4)
     """
 
     def __init__(self, nodes: Mapping, name: str = "locus"):

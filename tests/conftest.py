@@ -5,6 +5,7 @@ Random numbers are drawn on the CPU all the same, so models and texts are those 
 why they run there only; those marked `gpu` run wherever there is one.
 """
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,10 +45,22 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--device {device}: tests compute with numbers, choose cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch sees no CUDA device here")
+    # files in the order below, not those of many tests first, as pytest-xdist has them
+    config.option.loadscopereorder = False
 
 
-# of these files one takes minutes: last, one process would work on it alone
-LONGEST = ("test_conformance", "test_routing", "test_compress_apply", "test_readme", "test_distributed")
+# of these files one takes a minute or more: last, one process would work on it alone
+LONGEST = (
+    "test_conformance",
+    "test_readme",
+    "test_compress_apply",
+    "test_trainer",
+    "test_routing",
+    "test_callback",
+    "test_distributed",
+    "test_interrupted",
+    "test_trl",
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -55,6 +68,17 @@ def pytest_collection_modifyitems(config, items):
     for item in items if config.getoption("--device") != "cpu" else ():
         if (mark := item.get_closest_marker("cpu")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"on the CPU only: {mark.args[0]}"))
+
+
+def pytest_collection_finish(session):
+    """Half a million objects of torch and transformers stay anyway: not to be searched at every collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    # Triton's bindings report what a process never frees
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py under torchrun, with accelerate, and imported by it for the same steps in one process."""
+"""Run by test_distributed.py with accelerate, twice, and imported by it for the same steps in one process."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, compress, measure_errors, order_by_surprisal
-from peft_pcgrow.maps.error_map import COUNTERS, SUMS
+from peft_pcgrow.maps.map_tensors import COUNTERS, to_tensors
+from peft_pcgrow.maps.newborns import SUMS
 from tiny import build, domain, mixed, retain, spawned, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
@@ -138,7 +139,7 @@ def tensors(emap: ErrorMap) -> dict[str, Tensor]:
 
 def parts(emap: ErrorMap) -> dict[str, Tensor]:
     """All tensors of a map and of its held-out text, and its counters."""
-    found, facts = emap._parts()
+    found, facts = to_tensors(emap)
     counters = [facts[name] for name in COUNTERS] + [facts["heldout"][name] for name in COUNTERS]
     return found | {"counters": torch.tensor(counters)}
 

@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator, set_seed
 
+import fresh
 from peft_pcgrow import measure_errors
 from tiny import build, domain, logits, retain, tokens
 
@@ -55,7 +54,7 @@ def test_program_of_the_readme(tmp_path, monkeypatch):
         "collator = default_data_collator\n"
         "args = TrainingArguments('out', max_steps=2, report_to='none', use_cpu=True, learning_rate=1e-3)\n" + program
     )
-    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, cwd=tmp_path)
+    done = fresh.run(tmp_path / "program.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Error map of olmoe" in done.stdout
     assert "trainable params" in done.stdout
@@ -161,13 +160,9 @@ def test_guides_have_programs():
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     """The main job on the embedded default, cut short: it must already learn, and keep every promise that is exact."""
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--json", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--steps", "16", "--lr", "0.02", "--eval-windows", "16"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    short = ["--steps", 16, "--lr", 0.02, "--eval-windows", 16, "--length", 96]
+    program = ROOT / "examples" / "quickstart.py"
+    done = fresh.run(program, "--json", "--out", tmp_path / "out", *short, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.strip().splitlines()
     row = json.loads(line)

@@ -112,8 +112,8 @@ class ShrunkBank(nn.Module):
 
     def matrices(self) -> Tensor:
         """What is stored, `[N, O, I]` in fp32."""
-        pieces = zip(self.get_buffer("packed").split(self.sizes), self.coding.numbers, strict=True)
-        return torch.stack([lowbit.decode(data, *self.matrix, width, dtype=torch.float32) for data, width in pieces])
+        slices = zip(self.get_buffer("packed").split(self.sizes), self.coding.numbers, strict=True)
+        return torch.stack([lowbit.decode(data, *self.matrix, width, dtype=torch.float32) for data, width in slices])
 
     def deltas(self) -> Tensor:
         """The same in the stack's shape and layout."""

@@ -23,7 +23,7 @@ class Birth:
         gate: the gate, and its threshold at each of `gate.RATES` `[F]`; None: unknown until an adapter file is loaded.
         entry: the same of the gate that LoRA beside newborns is behind. lora: whether there is such LoRA.
         gate_fpr: the rate in use.
-        directions: per stack, what updates are kept off, `[G, I, K]`: one for each piece.
+        directions: per stack, the protected directions of each piece, `[G, I, K]`.
         pieces: what the bank holds of the experts, by stack; None: all of them, whole.
         shrunk: how the bank is stored, by stack; None: in full width.
         identity: the adapter's fingerprint, "" if it has no newborns. elders: of the adapters whose newborns were

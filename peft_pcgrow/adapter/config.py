@@ -104,8 +104,9 @@ class PCGrowConfig(PeftConfig):
             them it is the sweep.
         base_quantization (`str`, *optional*):
             `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
-            experts of the base are packed in so few bits (see `compress.quantize`); loading the adapter packs the base
-            alike. transformers leaves experts in 16 bit where a `BitsAndBytesConfig` quantizes everything else.
+            experts of the base are packed in so few bits (see `compress.quantize_experts`); loading the adapter packs
+            the base alike. transformers leaves experts in 16 bit where a `BitsAndBytesConfig` quantizes everything
+            else.
         lora (`peft.LoraConfig`, *optional*):
             LoRA beside the grown experts, on the attention for example, as part of this adapter: it is created, saved,
             loaded, switched, disabled and merged with it. Beside newborns it is behind gates like theirs, in the layers
@@ -117,11 +118,26 @@ class PCGrowConfig(PeftConfig):
             Further modules to train and save, as in LoRA.
         init_weights (`bool`, defaults to `True`):
             `True`: grown experts start as exact copies. `False`: perturbed copies, for tests.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern:
-            Restrict which experts modules may grow, as in LoRA; by default all of them.
+        target_modules (`list[str]` or `str`, *optional*):
+            Experts modules that may grow, as in LoRA; by default all of them.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Experts modules that must not grow.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Decoder layers that may grow; by default all of them.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of layers that `layers_to_transform` counts in.
+        target_parameters (`list[str]`, *optional*):
+            Refused: an experts module grows as a whole.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Further tokens whose embeddings train, as in LoRA.
 
     Raises:
         ValueError: a setting out of its range; the text names it.
+
+    Example:
+        >>> config = PCGrowConfig(locus={1: [4, 0], 2: [7]})  # or error_map=, budget=
+        >>> get_peft_model(model, config).print_trainable_parameters()
+        trainable params: 4,608 || all params: 59,920 || trainable%: 7.6903
     """
 
     error_map: Optional[Any] = field(default=None, metadata={"help": "Error map, or the folder it was saved in."})
@@ -132,7 +148,7 @@ class PCGrowConfig(PeftConfig):
     )
     grow: str = field(default="deepen", metadata={"help": f"What growing does: {', '.join(GROWTHS)}."})
     gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
-    protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy kept off, in [0, 1)."})
+    protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy to protect, in [0, 1)."})
     router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})
     locus: Optional[dict] = field(default=None, metadata={"help": "Nodes to grow: decoder layer -> experts."})
@@ -173,7 +189,7 @@ class PCGrowConfig(PeftConfig):
     )
     gate_window: int = field(default=0, metadata={"help": "Tokens of context the gates look at. Set on creation."})
     protected: Optional[dict] = field(
-        default=None, metadata={"help": "Directions kept off, layer -> stack -> number. Set on creation."}
+        default=None, metadata={"help": "Protected directions, layer -> stack -> number. Set on creation."}
     )
     fingerprint: Optional[str] = field(
         default=None, metadata={"help": "Of the gates and directions that the map gave. Set on creation."}

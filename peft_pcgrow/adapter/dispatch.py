@@ -111,11 +111,11 @@ def run(
     taker = takers(branches, index, base.num_experts)
     left = (taker < 0) & (index < base.num_experts)
     taker = taker.reshape(-1)[order]
-    parts: list[run_rows.Part] = []
+    groups: list[run_rows.RowGroup] = []
     idle: list[Branch] = []
     source, computed = torch.full_like(order, -1), 0
     for number, branch in enumerate((*branches, None)):
-        if branch is None and not parts:
+        if branch is None and not groups:
             return _counted(base(hidden, index, weight), idle)
         if branch is None and not apart:
             break
@@ -129,10 +129,10 @@ def run(
         source = torch.where(mine, place, source)
         computed += len(found)
         own = chosen[found]
-        parts.append(
-            run_rows.Part(found, own) if branch is None else run_rows.Part(found, branch.slot[own], branch.bank)
+        groups.append(
+            run_rows.RowGroup(found, own) if branch is None else run_rows.RowGroup(found, branch.slot[own], branch.bank)
         )
-    ordered = run_rows.run_parts(base, hidden[order // choices], parts, source, joint=exact)
+    ordered = run_rows.run_row_groups(base, hidden[order // choices], groups, source, joint=exact)
     weighted = (ordered * weight.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
     total = run_rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
     total = total if apart else total + base(hidden, index, weight.masked_fill(~left, 0))

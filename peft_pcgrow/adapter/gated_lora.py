@@ -64,7 +64,10 @@ class BehindGate(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise ValueError(f"LoRA of adapter {active_adapter!r} holds for tokens behind a gate, so it cannot be merged")
+        raise ValueError(
+            f"LoRA of adapter {active_adapter!r} holds for tokens behind a gate, so it cannot be merged: keep the "
+            "adapter, or grow without lora="
+        )
 
     merge_unsafe = merge_safe  # type: ignore[assignment]
 

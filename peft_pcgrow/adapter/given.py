@@ -1,4 +1,4 @@
-"""What adapters have from a map beside their weights: branch gates, and directions that updates are kept off."""
+"""What adapters have from a map beside their weights: branch gates, and protected directions."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,11 +35,11 @@ class Given(nn.Module):
         return getattr(self, f"pcgrow_{name}")
 
     def directions(self, adapter_name: str, stack: str) -> Tensor | None:
-        """What updates of each slice of a stack are kept off, `[G, I, K]`; None for a bias."""
+        """Those that are protected of each slice of a stack, `[G, I, K]`; None for a bias."""
         return dict(self._buffers_of(f"protect_{stack}").items()).get(adapter_name)
 
-    def kept_off(self, adapter_name: str) -> dict[str, Tensor]:
-        """What an adapter's updates are kept off, by stack, as it is held."""
+    def protected_directions(self, adapter_name: str) -> dict[str, Tensor]:
+        """Those of an adapter, by stack, as they are held."""
         stacks = self.births[adapter_name].directions
         return {stack: self._buffers_of(f"protect_{stack}")[adapter_name] for stack in stacks}
 
@@ -90,7 +90,7 @@ class Given(nn.Module):
         if birth.spawned and self.gates_are_known(adapter_name):
             for kind in self.gates(adapter_name):
                 found[kind] = self.gate(adapter_name, kind), self._buffers_of(f"{kind}_threshold")[adapter_name]
-        return replace(birth, directions=self.kept_off(adapter_name), **found)
+        return replace(birth, directions=self.protected_directions(adapter_name), **found)
 
     def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True, kind: str = "gate") -> Tensor:
         """How far above a gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""

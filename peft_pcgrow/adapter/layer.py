@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,49 +14,20 @@ from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of, slots_of
 from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_to_merge
-from peft_pcgrow.adapter.merged import write_merged
+from peft_pcgrow.adapter.layer_call import Call
+from peft_pcgrow.adapter.merged import check_mergeable, write_merged
 from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
-from peft_pcgrow.gates.gate import Rows, unknown_gate
-from peft_pcgrow.gates.text_position import TextPosition
+from peft_pcgrow.gates.gate import unknown_gate
 from peft_pcgrow.locate import parts
-from peft_pcgrow.per_thread import PerThread
 from peft_pcgrow.say import ends
 
 # relative size of the perturbation that init_weights=False asks for
 PERTURBATION = 0.5
-
-
-class Call(PerThread):
-    """The run of a decoder layer that a thread is in the middle of; the model keeps it up to date.
-
-    Attributes:
-        sequence: how its tokens stand in their texts. entered: whether the decoder layer said so itself.
-        called: whether it has come to its grown experts yet.
-        passes: by adapter, which tokens the gate of what enters the attention lets pass, `[B, S]` bool.
-        waiting: what these gates are to remember, once the attention has made its entry in the KV cache.
-    """
-
-    sequence: TextPosition | None = None
-    entered = False
-    called = False
-    passes: Mapping[str, Tensor] = MappingProxyType({})
-    waiting: tuple[tuple[str, Tensor, Rows], ...] = ()
-
-    @torch.compiler.disable
-    def begin(self) -> None:
-        self.called = True
-        if self.sequence is not None:
-            for gate in self.waiting:
-                self.sequence.remember(*gate)
-        self.waiting = ()
-
-    def end(self) -> None:
-        self.entered, self.sequence, self.passes, self.waiting = False, None, MappingProxyType({}), ()
 
 
 class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
@@ -318,7 +288,7 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write what has grown over the base's; where several adapters grow the same expert, their changes add up."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.births]
-        self.check_merge(safe_merge, names)
+        check_mergeable(self, safe_merge, names)
         self._merge_only([*self.merged_adapters, *names])
 
     def unmerge(self) -> None:
@@ -337,31 +307,6 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     def merging(self) -> Callable[[], None]:
         """What merges again, from any state, exactly what is merged now."""
         return partial(write_merged, self, tuple(self.merged_adapters))
-
-    def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
-        """Raise ValueError if merging these adapters here would fail; writes nothing."""
-        names = [name for name in adapter_names if name in self.births and name not in self.merged_adapters]
-        for name in names:
-            if self.births[name].spawned:
-                raise ValueError(
-                    f"adapter {name!r} has newborns (layer {self.layer_index}: {list(self.births[name].spawned)}): "
-                    "they take only part of their donors' rows, so no expert of the base can hold them. Keep the "
-                    "adapter, or write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
-                )
-        if names and experts.is_packed(self.base_layer):
-            raise ValueError(
-                "the base's experts are packed, and what merges into them could not be kept in so few bits: load the "
-                "base in bf16 or fp32 and the adapter onto it with a config whose base_quantization is None, and merge "
-                "there"
-            )
-        if names and experts.is_quantized(self.base_layer):
-            raise ValueError(
-                "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "
-                "the base in bf16 or fp32, load the adapter onto it, and merge there"
-            )
-        for name in names if safe_merge else ():
-            if not all(bool(torch.isfinite(weight).all()) for weight in self.bank(name).values()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
         stack = next(iter(experts.expert_stacks(base_layer).values()))

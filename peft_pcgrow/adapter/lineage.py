@@ -17,9 +17,8 @@ def follows_newborns(config: PCGrowConfig) -> bool:
     return config.grow != "deepen" and config.resolution == "expert" and config.router == "branch"
 
 
-def check(config: PCGrowConfig) -> None:
-    """Raise ValueError unless `config.lineage` is as `noted` gives it."""
-    lineage = config.lineage
+def check(lineage: Mapping[str, Any] | None, spawned: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError unless what a config says is as `noted` gives it."""
     if lineage is None:
         return
     try:
@@ -27,7 +26,7 @@ def check(config: PCGrowConfig) -> None:
             (layer, int(donor)): who for layer, here in lineage["parents"].items() for donor, who in here.items()
         }
         names = [*lineage["elders"], *parents.values()]
-        strangers = [node for node in parents if node[1] not in (config.spawned or {}).get(node[0], ())]
+        strangers = [node for node in parents if node[1] not in spawned.get(node[0], ())]
         good = all(isinstance(name, str) for name in names) and not strangers and len(lineage) == 2
     except (KeyError, TypeError, AttributeError, ValueError):
         good = False

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.locate import parts
 
@@ -22,3 +24,30 @@ def write_merged(layer: Any, names: Sequence[str]) -> None:
     # not before: see `PCGrowExperts.unmerge`
     layer.merged_adapters[:] = names
     layer._originals = read
+
+
+def check_mergeable(layer: Any, safe_merge: bool, adapter_names: Sequence[str]) -> None:
+    """Raise ValueError if merging these adapters into a `PCGrowExperts` would fail; writes nothing."""
+    names = [name for name in adapter_names if name in layer.births and name not in layer.merged_adapters]
+    for name in names:
+        if layer.births[name].spawned:
+            without = "grow without lora= and " if layer.births[name].lora else ""
+            raise ValueError(
+                f"adapter {name!r} has newborns (layer {layer.layer_index}: {list(layer.births[name].spawned)}): "
+                "they take only part of their donors' rows, so no expert of the base can hold them. Keep the adapter, "
+                f"or {without}write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
+            )
+    if names and experts.is_packed(layer.base_layer):
+        raise ValueError(
+            "the base's experts are packed, and what merges into them could not be kept in so few bits: load the "
+            "base in bf16 or fp32 and the adapter onto it with a config whose base_quantization is None, and merge "
+            "there"
+        )
+    if names and experts.is_quantized(layer.base_layer):
+        raise ValueError(
+            "the base was loaded quantized, and what merges into it cannot be saved and served exactly: load "
+            "the base in bf16 or fp32, load the adapter onto it, and merge there"
+        )
+    for name in names if safe_merge else ():
+        if not all(bool(torch.isfinite(weight).all()) for weight in layer.bank(name).values()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -1,7 +1,6 @@
 """PCGrowModel: places grown banks on the experts of a model and settles their errors."""
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,27 +12,22 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter import adapter_file
 from peft_pcgrow.adapter.bank import SHRUNK
-from peft_pcgrow.adapter.birth import check_deletable, check_donors
+from peft_pcgrow.adapter.birth import check_deletable
 from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
 from peft_pcgrow.adapter.gated_lora import put_behind_gates
 from peft_pcgrow.adapter.host import LoraLayer
+from peft_pcgrow.adapter.injection import Injection, prepare
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.lora_beside import check_alone, injected, key_in_file, without_others
+from peft_pcgrow.adapter.merged import check_mergeable
 from peft_pcgrow.adapter.mixed_batch import adapters_named, check_samples
-from peft_pcgrow.adapter.resolve import birth, check_base, check_resolved, check_tokens, resolve
 from peft_pcgrow.adapter.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
 from peft_pcgrow.adapter.training_guard import TrainingGuard
 from peft_pcgrow.adapter.what_trains import what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
-from peft_pcgrow.architectures import experts, fingerprint
 from peft_pcgrow.architectures.decoder import UNPATCHED
-from peft_pcgrow.architectures.find import ExpertsSite, check_in_memory, check_unhooked, find_experts, forward_replaced
-from peft_pcgrow.architectures.plain_weight import check_whole
-from peft_pcgrow.architectures.router_capacity import check_flat
-from peft_pcgrow.locus import Locus
-from peft_pcgrow.maps.error_map import ErrorMap
-from peft_pcgrow.packed.quantize import check_quantizable, left_unpacked, quantize_sites
-from peft_pcgrow.say import say
+from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
+from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
 from peft_pcgrow.settling.descent import Way
 from peft_pcgrow.settling.host import in_forward_mode
 from peft_pcgrow.settling.layer_stack import LayerStack
@@ -44,13 +38,18 @@ class PCGrowModel(WholeSteps):
 
     Args:
         model (`torch.nn.Module`): a transformers model with experts (see [`find_experts`]).
-        config ([`PCGrowConfig`]): which nodes grow and how they settle.
+        peft_config ([`PCGrowConfig`]): which nodes grow and how they settle.
         adapter_name (`str`): name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`): create the banks on the meta device, for loading.
+        state_dict (`dict[str, Tensor]`, *optional*): as for PEFT's other tuners.
 
     Raises:
-        ValueError: no experts in the model, a locus or a map that does not fit it, or newborns asked for where the map
-            holds no branch gates or none that separates.
+        ValueError: no experts in the model, a locus or map that does not fit, or newborns without gates that separate.
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))  # base_model is a PCGrowModel
+        >>> [layer.layer_index for layer in grown.base_model.tuner_layers()]
+        [1]
     """
 
     prefix: str = "pcgrow_"
@@ -61,95 +60,21 @@ class PCGrowModel(WholeSteps):
     _stack: LayerStack | None = None
     _guard: TrainingGuard | None = None
     _grown: tuple[PCGrowExperts, ...] = ()
+    # while an adapter is put in: see `Injection`
+    _injection: Injection | None = None
     # ids of the base's parameters by name, until the first forward after an adapter was added
     _unchecked: dict[str, int] | None = None
 
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
-        return peft_config  # targets follow from the locus, in _prepare_model
+        """For PEFT, which reads targets from it, a copy: a config that is refused can be changed and used again."""
+        peft_config.check()  # settings may have been changed since it was made
+        return copy.copy(peft_config)
 
     def _prepare_model(self, peft_config: PCGrowConfig, model: nn.Module) -> None:  # type: ignore[override]
-        """Resolve the locus, so that the config alone tells every shape of the adapter."""
-        peft_config.check()  # settings may have been changed since it was made
-        measured = self._map(peft_config)
-        nodes = peft_config.nodes or (measured.base.get("nodes") if measured is not None else None)
-        tree = find_experts(model, nodes)
-        check_whole(model)
-        check_in_memory(tree)
-        check_unhooked(tree)
-        base = fingerprint.describe_base(model, tree)
-        if peft_config.error_map is not None and measured is not None:
-            measured.check_base(base)
-        allowed = [site for site in tree.sites if self._may_grow(peft_config, site)]
-        kept = (
-            f"target_modules={peft_config.target_modules}, exclude_modules={peft_config.exclude_modules}, "
-            f"layers_to_transform={peft_config.layers_to_transform}"
-        )
-        if not allowed:
-            raise ValueError(
-                f"{kept} leave no experts to grow; the model's experts are "
-                f"{', '.join(site.name for site in tree.sites[:3])}, ..."
-            )
-        by_hand = {str(layer) for layer in peft_config.parts or peft_config.locus or {}}
-        if out := [s.layer for s in tree.sites if s not in allowed and str(s.layer) in by_hand]:
-            raise ValueError(f"layer {out[0]}, where experts were chosen to grow, is left out by {kept}: change one")
-        if peft_config.base_quantization is None and peft_config.base is None and (line := left_unpacked(tree.sites)):
-            say(f"pcgrow: {line}")
-        if peft_config.base is None:
-            # on a copy: a config that is refused can be changed and used again
-            resolved = copy.copy(peft_config)
-            resolve(resolved, allowed, measured)
-            self._check_donors(resolved)
-            if resolved.router == "flat":
-                spawned = resolved.spawned or {}
-                newborns = {site.layer: len(spawned.get(str(site.layer), ())) for site in tree.sites}
-                check_flat(model, tree, newborns, uniform=True)
-            peft_config.__dict__.update(resolved.__dict__, base=base, nodes=tree.nodes)
-        if experts.was_cast_up(tree.sites[0].base) and peft_config.base_quantization is None:
-            warnings.warn(
-                "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "
-                "up and doubles their memory; cast them back, or leave that call out",
-                stacklevel=2,
-            )
-        check_resolved(peft_config, allowed)
-        check_tokens(peft_config, model)
-        locus = Locus(peft_config.locus or {})
-        check_base(peft_config, base)
-        # what remains of the map in the config file is what it led to
-        peft_config.error_map, peft_config._measured = None, measured
-        peft_config.target_modules = {site.name for site in allowed if site.layer in locus}
-        self._births = {site.name: birth(peft_config, site, measured) for site in allowed if site.layer in locus}
-        self._tree = tree
-
-    def _may_grow(self, config: PCGrowConfig, site: ExpertsSite) -> bool:
-        config = copy.copy(config)
-        if config.target_modules is None:
-            config.target_modules = {site.name.rpartition(".")[2]}
-        listed = config.layers_to_transform
-        if listed not in (None, []) and not config.layers_pattern:
-            # PEFT reads the layer out of the name, and finds none in that of a model without a head ("layers.0.mlp")
-            if site.layer not in ([listed] if isinstance(listed, int) else listed):
-                return False
-            config.layers_to_transform = None
-        # users know the MLP that was adopted, not its child
-        names = (site.name, site.name.rpartition(".")[0]) if experts.is_adopted(site.base) else (site.name,)
-        return any(self._check_target_module_exists(config, name) for name in names)
-
-    @staticmethod
-    def _map(config: PCGrowConfig) -> ErrorMap | None:
-        """The map that this config comes with, or came with when it was first used."""
-        if config._noted_map is not None and config.error_map == config._noted_map:
-            raise ValueError(
-                f"error_map={config.error_map!r} stands in a config file, which may be a stranger's, so it is not "
-                "followed: if you trust it, set config.error_map = ErrorMap.load(...) yourself"
-            )
-        given = ErrorMap.load(config.error_map) if isinstance(config.error_map, str) else config.error_map
-        return given or config._measured
-
-    def _check_donors(self, config: PCGrowConfig) -> None:
-        """A newborn with parts has the rest from the base: nobody may have deepened its donor meanwhile."""
-        for layer in self.tuner_layers() if config.parts is not None else ():
-            donors = (config.spawned or {}).get(str(layer.layer_index), ())
-            check_donors("the new adapter", donors, layer.deepened(), layer.layer_index)
+        injection = prepare(peft_config, model, self.tuner_layers(), self._check_target_module_exists)
+        # where PEFT looks for it from now on
+        self._injection = replace(injection, tree=adopt(injection.tree))
+        peft_config.target_modules = injection.resolved.target_modules
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -161,19 +86,21 @@ class PCGrowModel(WholeSteps):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        injection = self._injection
+        assert injection is not None
         if isinstance(target, PCGrowExperts):
             layer = target
         else:
-            site = next(site for site in self._tree.sites if site.name == current_key)
-            layer = PCGrowExperts(target, site.layer)  # type: ignore[arg-type]
+            index, decoder_layer = injection.layer_of(current_key)
+            layer = PCGrowExperts(target, index)  # type: ignore[arg-type]
             # layers that another tuner on this model wrapped are that tuner's to watch
-            self._created = {**self._created, site.layer: (*self._created.get(site.layer, ()), layer)}
-            self._handles += follow_inside(site.decoder_layer, layer)
-        birth = self._births[current_key]
-        if peft_config._measured is None and peft_config.fingerprint is not None:
+            self._created = {**self._created, index: (*self._created.get(index, ()), layer)}
+            self._handles += follow_inside(decoder_layer, layer)
+        birth, fingerprint = injection.births[current_key], injection.resolved.fingerprint
+        if injection.measured is None and fingerprint is not None:
             # its map is not at hand, but an adapter that it also made may be
             for name, other in self.peft_config.items():
-                if name != adapter_name and getattr(other, "fingerprint", None) == peft_config.fingerprint:
+                if name != adapter_name and getattr(other, "fingerprint", None) == fingerprint:
                     birth = layer.given_by(name, birth)
         layer.update_layer(
             adapter_name, birth, peft_config.init_weights, peft_config.inference_mode, peft_config.verify
@@ -196,25 +123,30 @@ class PCGrowModel(WholeSteps):
             if config.base_quantization is not None:
                 check_quantizable(find_experts(model).sites, config.base_quantization)
             with unmerged(model), self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:
-                super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
-                if lora is not None and config.spawned:
+                try:
+                    super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+                    injection = self._injection
+                    assert injection is not None
+                finally:
+                    self._injection = None
+                layers = injection.tree.layers
+                if lora is not None and injection.resolved.spawned:
                     grown = [m for m in model.modules() if isinstance(m, PCGrowExperts) and m.spawned(adapter_name)]
-                    put_behind_gates(model, adapter_name, self._tree.layers, {m.layer_index: m for m in grown})
-            config.lora = lora
+                    put_behind_gates(model, adapter_name, layers, {m.layer_index: m for m in grown})
             if (quantization := config.base_quantization) is not None:
                 # not before: the banks are copies of the experts as they were
-                quantize_sites(model, find_experts(model).sites, quantization)
-            self._watch(model)
+                quantize_sites(model, adopt(find_experts(model)).sites, quantization)
+            self._watch(model, layers)
+            injection.note(config, lora)
 
-    def _watch(self, model: nn.Module) -> None:
+    def _watch(self, model: nn.Module, layers: tuple[nn.Module, ...]) -> None:
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
         if self._stack is None:
-            self._stack = LayerStack(self._tree.layers, self._begin, entered=self._enter, left=self._leave)
+            self._stack = LayerStack(layers, self._begin, entered=self._enter, left=self._leave)
             self._stack.attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
-            self._handles += follow_whole_texts(model, self._tree.layers[0], self.tuner_layers)
-            lowest = self._tree.layers[0]
-            self._handles += (lowest.register_forward_pre_hook(check_samples, with_kwargs=True),)
+            self._handles += follow_whole_texts(model, layers[0], self.tuner_layers)
+            self._handles += (layers[0].register_forward_pre_hook(check_samples, with_kwargs=True),)
             self._handles += refuse_mixed_rows(model, self.tuner_layers)
             self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
             self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
@@ -257,8 +189,8 @@ class PCGrowModel(WholeSteps):
         """The layers that hold banks, bottom first."""
         return list(self._grown)
 
-    def _begin(self) -> bool:
-        """At the start of each forward: whether to settle, rather than let autograd go through the layers."""
+    def _begin(self) -> Way | None:
+        """At the start of each forward: how to settle; None: let autograd go through the layers."""
         if (patched := next(filter(forward_replaced, self.tuner_layers()), None)) is not None:
             raise RuntimeError(
                 f"the grown experts of layer {patched.layer_index} had their forward replaced after get_peft_model, by "
@@ -268,10 +200,10 @@ class PCGrowModel(WholeSteps):
             self._check_loaded()
             self._unchecked = None
         if not (torch.is_grad_enabled() and self.model.training):
-            return False
+            return None
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
             self._check_trains()
-            return False
+            return None
         if any(layer.merged for layer in self.tuner_layers()):
             raise RuntimeError(
                 "the adapter is merged, so its banks are not used: call unmerge_adapter() before training"
@@ -282,7 +214,7 @@ class PCGrowModel(WholeSteps):
             self._guard.training_forward()
         ways = {name: self.peft_config[name].way for name in self.active_adapters if name in self.peft_config}
         if None in ways.values():
-            return False
+            return None
         if len(set(ways.values())) > 1:
             listed = ", ".join(f"{name}: {way}" for name, way in ways.items())
             raise ValueError(
@@ -293,9 +225,7 @@ class PCGrowModel(WholeSteps):
             raise RuntimeError(
                 "forward-mode derivatives do not pass settled layers: model.eval(), or PCGrowConfig(settle='backprop')"
             )
-        if self._stack is not None:
-            self._stack.way = next((way for way in ways.values() if way is not None), Way())
-        return True
+        return next(iter(ways.values()), Way())
 
     def _check_loaded(self) -> None:
         """What transformers' own loader has brought is compared before it is used: it asks no tuner."""
@@ -314,7 +244,7 @@ class PCGrowModel(WholeSteps):
             for layer in layers:
                 if layer.spawned(name):
                     layer.check_gate(name)  # type: ignore
-            kept = [held for layer in layers for held in layer.kept_off(name).values()]
+            kept = [held for layer in layers for held in layer.protected_directions(name).values()]
             if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
                 raise RuntimeError(
                     f"what protect= keeps updates of adapter {name!r} off was never set: its config was resolved for "
@@ -379,7 +309,7 @@ class PCGrowModel(WholeSteps):
         """Refuse before any layer has been written."""
         self._check_loaded()
         for layer in self.tuner_layers():
-            layer.check_merge(safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
+            check_mergeable(layer, safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):

@@ -1,33 +1,26 @@
 """Say what trains, refuse steps that are not finite, and notice experts that silently do not move.
 
-torch calls the hooks for every optimizer of the process that is a torch.optim.Optimizer. Nothing is asked of one but
-which parameters it holds, until some of them are found to be this model's. Which those are is looked up at each step:
-models are copied, loaded and cast, and then have others. Weights that are changed in another way (by hand, by an
-optimizer of another kind, from copies that an optimizer holds) are nobody's step, and nothing here sees them.
+Weights that are changed in another way than by the step of an optimizer (see `optimizer_hooks`) are not seen here: by
+hand, by an optimizer of another kind, from copies that an optimizer holds.
 """
 
-import gc
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pcgrow_kernels.keep_off import keep_off
+from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.adapter.optimizer_hooks import StepWatcher, held_anywhere, moves
 from peft_pcgrow.adapter.without_rows import RowsMet
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.plain_weight import check_whole
 from peft_pcgrow.say import ends, say
 
-_guards: "weakref.WeakSet[TrainingGuard]" = weakref.WeakSet()
-_hooked = False
 # layer, expert, and what a slice of a bank is called
 Node: TypeAlias = tuple[int, int, str]
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,7 +49,7 @@ class _Watched:
         held: whether some optimizer holds it. start: until it is seen to move. checked: whether it was.
         left_out: its bits when an error had reached it, and the nodes reached, while an optimizer of this model stepped
             without it.
-        fixed: its part along the directions that updates are kept off.
+        fixed: its part along the protected directions.
     """
 
     held: bool = False
@@ -66,7 +59,7 @@ class _Watched:
     fixed: Tensor | None = None
 
 
-class TrainingGuard:
+class TrainingGuard(StepWatcher):
     """Watches one model's banks through the step hooks of whatever `torch.optim.Optimizer` holds them, in any loop.
 
     Args:
@@ -78,12 +71,8 @@ class TrainingGuard:
     def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
         self.model, self.layers, self.summary = model, layers, summary
         self.rows_met = RowsMet()
-        self._watch()
-
-    def _watch(self) -> None:
         self.rearm()
-        _guards.add(self)
-        _hook_optimizers()
+        self.watch()
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied model has parameters of its own: its guard starts afresh
@@ -91,7 +80,8 @@ class TrainingGuard:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch()
+        self.rearm()
+        self.watch()
 
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
@@ -118,7 +108,7 @@ class TrainingGuard:
 
     def _report_left_out(self) -> None:
         # another optimizer may have its turn later
-        anywhere = _held_anywhere()
+        anywhere = held_anywhere()
         banks = [(adapter, weight, self._of(weight)) for *_, adapter, weight in self._banks()]
         for _, weight, seen in banks:
             seen.held |= id(weight) in anywhere
@@ -137,11 +127,6 @@ class TrainingGuard:
                 "not train. Give an optimizer all parameters that require a gradient, or grow fewer nodes",
                 stacklevel=2,
             )
-
-    def is_mine(self, optimizer: Any) -> bool:
-        """Whether an optimizer holds a parameter of this model."""
-        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group.get("params", ())}
-        return any(id(p) in held for p in self.model.parameters())
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -163,7 +148,7 @@ class TrainingGuard:
             seen = self._of(weight)
             seen.left_out = None
             # a warm-up's first step may have a rate of zero: the check waits for one that moves something
-            if not seen.checked and _moves(groups[id(weight)]) is not False and weight.numel():
+            if not seen.checked and moves(groups[id(weight)]) is not False and weight.numel():
                 seen.start = seen.start or _Start(_bits(weight), _reached(gradient))
                 seen.start.reached |= _reached(gradient)
         for layer, adapter, weight, gradient in graded if len(mine) < len(graded) else ():
@@ -221,7 +206,7 @@ class TrainingGuard:
         if directions is None:
             gradient.zero_()  # a bias: its input is 1 for all text
         else:
-            keep_off(gradient, directions, None, transposed)
+            project_out(gradient, directions, None, transposed)
             if directions.shape[1] == directions.shape[2]:
                 # all directions that there are: what rounding leaves is no error that has to move anything
                 gradient[directions.any(dim=1).all(dim=1).to(gradient.device)] = 0
@@ -242,7 +227,7 @@ class TrainingGuard:
                 if directions is None:
                     weight.copy_(seen.fixed)
                 else:
-                    keep_off(weight, directions, seen.fixed, layer.base_layer.is_transposed)
+                    project_out(weight, directions, seen.fixed, layer.base_layer.is_transposed)
             if (start := seen.start) is not None:
                 started.append((layer, adapter, weight, seen, start, _bits(weight) == start.bits))
         checked = any(id(weight) in groups for weight, seen in self.watched.items() if seen.checked)
@@ -250,7 +235,7 @@ class TrainingGuard:
         still, waited = [], 0
         for layer, adapter, weight, seen, start, same in started:
             here = (start.reached & same).nonzero().flatten().tolist()
-            if here and bool(same.all()) and start.waited < PATIENCE and (some or _moves(groups[id(weight)]) is None):
+            if here and bool(same.all()) and start.waited < PATIENCE and (some or moves(groups[id(weight)]) is None):
                 start.waited += 1  # optimizers may take banks in turns
                 continue
             still += [layer.node(adapter, weight, place) for place in here]
@@ -267,24 +252,6 @@ class TrainingGuard:
                 for weight in layer.bank(adapter).values() if not layer.is_shrunk(adapter) else ():
                     if every or weight.requires_grad:
                         yield layer, adapter, weight
-
-
-def _held_anywhere() -> set[int]:
-    """Ids of the parameters of all optimizers that there are."""
-    found: set[int] = set()
-    for held in gc.get_objects():
-        if issubclass(type(held), torch.optim.Optimizer):
-            groups = getattr(held, "param_groups", ())
-            found |= {id(p) for group in groups for p in group.get("params", ())}
-    return found
-
-
-def _moves(group: dict[str, Any]) -> bool | None:
-    """Whether the rate of a group of parameters is above zero; None: it has none (Adafactor's relative steps, say)."""
-    try:
-        return float(group["lr"]) > 0
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        return None
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -312,48 +279,3 @@ def _names(nodes: list[Node]) -> str:
 
 def _raise_unmoved(nodes: list[Node], why: str, when: str = "the first optimizer step") -> None:
     raise RuntimeError(f"after {when}, located node(s) {_names(nodes)} that received error have not moved; {why}")
-
-
-def _hook_optimizers() -> None:
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        register_optimizer_step_pre_hook(_before)  # type: ignore
-        register_optimizer_step_post_hook(_after)  # type: ignore
-
-
-def _mine(optimizer: torch.optim.Optimizer) -> list[TrainingGuard]:
-    """The guards of the models whose optimizer this is."""
-    found = [guard for guard in list(_guards) if guard.is_mine(optimizer)]
-    # nothing can be read while a CUDA graph is recorded
-    recorded = found and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return [] if recorded else found
-
-
-@torch.compiler.disable
-def _before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    guards = _mine(optimizer)
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not (guards and callable(closure)):
-        _check(guards, optimizer)
-        return None
-    # gradients are only there once it has run
-    checked = partial(_checked, closure, guards, optimizer)
-    return ((args[0], checked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": checked})
-
-
-def _checked(closure: Callable[[], Any], guards: list[TrainingGuard], optimizer: torch.optim.Optimizer) -> Any:
-    loss = closure()
-    _check(guards, optimizer)
-    return loss
-
-
-def _check(guards: list[TrainingGuard], optimizer: torch.optim.Optimizer) -> None:
-    for guard in guards:
-        guard.before_step(optimizer)
-
-
-@torch.compiler.disable
-def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for guard in _mine(optimizer):
-        guard.after_step(optimizer)

@@ -20,8 +20,8 @@ def what_trains(layers: Sequence[PCGrowExperts], configs: Mapping[str, PCGrowCon
         parameters = sum(p.numel() for layer in mine for p in layer.bank(name).values())
         what = f"{len(locus.nodes)} experts ({newborns} of them newborns)"
         if config.parts is not None:
-            pieces = sum(parts.count(layer.births[name].pieces or {}) for layer in mine)
-            what = f"{pieces} parts (resolution={config.resolution!r}) of {what}"
+            count = sum(parts.count(layer.births[name].pieces or {}) for layer in mine)
+            what = f"{count} parts (resolution={config.resolution!r}) of {what}"
         lines.append(
             f"pcgrow: adapter {name!r} grows {what} in {len(locus)} layers, {parameters:,} parameters, "
             f"settle={config.settle!r}: {locus.describe()}"

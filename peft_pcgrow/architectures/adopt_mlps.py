@@ -1,23 +1,17 @@
-"""Find the blocks of a model that are nodes without following the experts contract, and adopt them (see `adopted`)."""
+"""MLPs of linear layers, which are nodes without following the experts contract: which there are, and how each is to be
+adopted.
+"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from peft_pcgrow.architectures.adopted_experts import (
-    AdoptedBlock,
-    LinearBlock,
-    LinearExperts,
-    adopt_block,
-    differ,
-    kind_of,
-    linear_sizes,
-    return_block,
-    tried,
-)
+from peft_pcgrow.architectures.adopted_experts import AdoptedBlock, kind_of
+from peft_pcgrow.architectures.adoption import Adoption, Change
 from peft_pcgrow.architectures.decoder import UNPATCHED, decoder_layers
 from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK, Conv1D
+from peft_pcgrow.architectures.linear_experts import LinearBlock, LinearExperts, linear_sizes
 from peft_pcgrow.architectures.node_weights import why_computed, why_hooked, why_own_forward
 from peft_pcgrow.architectures.plain_weight import way_out, why_not_linear
 
@@ -39,71 +33,54 @@ NO_MLPS = ("norm", "attn", "attention", "router")
 DROPOUTS = ("dropout", "resid_dropout")
 
 
-def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, nn.Module]:
+def marked(modules: Mapping[str, nn.Module], kind: str) -> dict[str, Any]:
     """The experts modules of a kind."""
     return {
         name: module for name, module in modules.items() if EXPERTS_MARK in module.__dict__ and kind_of(module) == kind
     }
 
 
-def adopt(model: nn.Module, modules: Mapping[str, nn.Module], nodes: str) -> dict[str, nn.Module]:
-    """The MLPs that are nodes of a kind, adopted."""
+def plain_mlps(
+    model: nn.Module, modules: Mapping[str, nn.Module], nodes: str, routed: Iterable[str]
+) -> dict[str, Adoption]:
+    """The MLPs that are nodes of a kind and are not adopted yet, by the names that their experts will have.
+
+    Args:
+        nodes: "dense": of layers without routed experts; "shared": those beside routed experts.
+        routed: names of the model's routed experts.
+
+    Raises:
+        ValueError: there are none, or some that look like one and cannot be.
+    """
     named, config = type(model).__name__, getattr(model, "config", None)
     path = decoder_layers(model, modules)
     if path is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{named} has no list of decoder layers, whose MLPs could be grown: use LoRA on this model")
     layers: Any = modules[path]
-    inside = {name.removeprefix(f"{path}." if path else "").split(".")[0] for name in marked(modules, "routed")}
-    routed = {index for index in range(len(layers)) if str(index) in inside}
-    refused = _adopt_mlps(layers, routed, nodes, config)
-    found = marked(dict(model.named_modules()), nodes)
-    if refused or not found:
+    prefix = f"{path}." if path else ""
+    inside = {name.removeprefix(prefix).split(".")[0] for name in routed}
+    found: dict[str, Adoption] = {}
+    seen: set[nn.Module] = set()
+    refused = []
+    for index, layer in enumerate(layers):
+        if (str(index) in inside) != (nodes == "shared"):
+            continue
+        for name, block, (entering, leaving) in _mlps(layer):
+            made = _why_not_linears(block, (*entering, leaving), config)
+            if made is None and not isinstance(block, AdoptedBlock) and block not in seen:
+                made = _adoption(block, entering, leaving, config, nodes)
+            seen.add(block)
+            if isinstance(made, str):
+                refused.append(f"{name} of layer {index} ({type(block).__name__}) {made}")
+            elif made is not None:
+                found[f"{prefix}{index}.{name}.experts"] = made
+    if refused or not (found or marked(modules, nodes)):
         known = "beside" if nodes == "shared" else "without"
         reasons = "; ".join(refused[:2]) or f"no MLP of linear layers was found in layers {known} routed experts"
         if not refused and getattr(config, "quantization_config", None) is not None:
             reasons += f", maybe for a quantizer that replaced them: {way_out(config)}"
         raise ValueError(f"{named} has no {nodes} nodes that can be grown: {reasons}. Use LoRA on them")
     return found
-
-
-def _adopt_mlps(layers: nn.ModuleList, routed: set[int], kind: str, config: Any) -> list[str]:
-    """Adopt the MLPs of decoder layers, in place.
-
-    Args:
-        layers: decoder layers. routed: indices of those that have routed experts.
-        kind: "dense": of layers without routed experts; "shared": those beside routed experts.
-
-    Returns:
-        Why blocks that look like one were not adopted, one line each.
-    """
-    refused = []
-    for index, layer in enumerate(layers):
-        if (index in routed) != (kind == "shared"):
-            continue
-        for name, block, names in list(_mlps(layer)):
-            where = f"{name} of layer {index} ({type(block).__name__})"
-            entering, leaving = names
-            if any(hasattr(getattr(block, each), "base_layer") for each in (*entering, leaving)):
-                # a bank is made of the weights alone, and would compute without it
-                refused.append(f"{where} has another adapter on its linear layers: leave them out of its targets")
-                continue
-            if (why := _why_not_linears(block, (*entering, leaving), config)) is not None:
-                refused.append(f"{where} has linear layers that {why}")
-                continue
-            if isinstance(block, AdoptedBlock):
-                continue
-            made = _adopted(block, entering, leaving, config, kind)
-            if isinstance(made, LinearExperts):
-                width, like = made.shape("down_proj")[2 if made.is_transposed else 1], made.like
-                before = tried(block, width, like)
-                block.__dict__["applied_last"] = _dropout(block)
-                adopt_block(block, LinearBlock, made)
-                if differ(before, tried(block, width, like)):
-                    return_block(block)
-                    made = "computes something else than its linear layers and activation do"
-            if isinstance(made, str):
-                refused.append(f"{where} {made}")
-    return refused
 
 
 def _mlps(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, ...], str]]]:
@@ -125,8 +102,8 @@ def _is_linear(module: nn.Module | None) -> bool:
     return isinstance(getattr(module, "base_layer", module), (nn.Linear, Conv1D))
 
 
-def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, kind: str) -> LinearExperts | str:
-    """Its experts module, or why there can be none."""
+def _adoption(block: Any, entering: tuple[str, ...], leaving: str, config: Any, kind: str) -> Adoption | str:
+    """How an MLP is adopted, or why it cannot be."""
     act_fn = next((getattr(block, name) for name in ACTIVATIONS if callable(getattr(block, name, None))), None)
     # none of its own: most that write it out gate by silu, and whether this one does is tried
     act_fn = act_fn or nn.functional.silu
@@ -142,16 +119,23 @@ def _adopted(block: Any, entering: tuple[str, ...], leaving: str, config: Any, k
     final = _dropout(block)
     if any(isinstance(m, nn.Dropout) and m.p and name != final for name, m in block.named_modules()):
         return "drops something out between its linear layers"
-    return LinearExperts(block, entering, leaving, gated, isinstance(layers[0], Conv1D), act_fn, config, kind)
+    experts = LinearExperts(block, entering, leaving, gated, isinstance(layers[0], Conv1D), act_fn, config, kind)
+    adoption = Adoption(Change(block, LinearBlock, {"applied_last": final, "experts": experts}))
+    if adoption.differs(experts.shape("down_proj")[2 if experts.is_transposed else 1], experts.like):
+        return "computes something else than its linear layers and activation do"
+    return adoption
 
 
 def _why_not_linears(block: nn.Module, names: tuple[str, ...], config: Any) -> str | None:
+    if any(hasattr(getattr(block, name), "base_layer") for name in names):
+        # a bank is made of the weights alone, and would compute without it
+        return "has another adapter on its linear layers: leave them out of its targets"
     for name in names:
         layer: Any = getattr(block, name)
         if (why := why_not_linear(layer)) is not None:
-            return f"{why}: {way_out(config)}"
+            return f"has linear layers that {why}: {way_out(config)}"
         if (why := why_computed(layer, ("weight", "bias")) or why_hooked(layer) or why_own_forward(layer)) is not None:
-            return f"are not their weights alone: of {name}, {why}"
+            return f"has linear layers that are not their weights alone: of {name}, {why}"
     return None
 
 

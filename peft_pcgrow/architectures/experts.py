@@ -65,9 +65,9 @@ class GrownExperts:
     @abstractmethod
     def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
-        nobody's is E + N.
+        E + N for rows that no expert is assigned to.
 
-        Asked by those who watch, within a call of the decoder layer; it remembers nothing of the text.
+        Asked by those who watch, within a call of the decoder layer; what a gate remembers of the text stays as it was.
         """
 
     @abstractmethod

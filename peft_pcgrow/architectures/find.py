@@ -1,12 +1,13 @@
 """Where a model's experts are: one site a decoder layer, and what is refused by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from peft_pcgrow.architectures.adopt_mlps import adopt, marked
-from peft_pcgrow.architectures.adopt_routed import adopt_routed, undecorated, why_none
+from peft_pcgrow.architectures.adopt_mlps import marked, plain_mlps
+from peft_pcgrow.architectures.adopt_routed import foreign_experts, undecorated, why_none
+from peft_pcgrow.architectures.adoption import Adoption, innermost
 from peft_pcgrow.architectures.decoder import UNPATCHED, in_decoder, layer_list
 from peft_pcgrow.architectures.experts import (
     ExpertsModule,
@@ -35,6 +36,9 @@ class ExpertsSite:
         name: qualified name of `module`, the experts module or the outermost wrapper around it.
         base: the experts module itself.
         router: the module beside it that chooses experts, or None if it could not be told.
+        adoption: of a block that does not follow the contract and was not adopted yet (see `adopt`), how it would be.
+            `name` is then the name that its experts will have, and `base` stands for them: it reads the block's own
+            weights, wherever they go, but nothing in the model calls it.
     """
 
     layer: int
@@ -43,6 +47,7 @@ class ExpertsSite:
     base: ExpertsModule
     decoder_layer: nn.Module
     router: nn.Module | None
+    adoption: Adoption | None = field(default=None, repr=False)
 
     @property
     def experts(self) -> int:
@@ -68,34 +73,41 @@ class Tree:
 
 
 def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
-    """Find decoder layers, experts modules and routers by contract.
+    """Find decoder layers, experts modules and routers by contract. The model stays as it is.
 
-    Blocks that do not follow the contract by themselves are adopted on the way (see `adopted`): their class becomes a
-    subclass with a child named `experts`, while parameters, their names, and what is computed stay as they are.
+    Blocks that do not follow the contract by themselves are tried, on a few random tokens, and their sites say how they
+    would be made to (see `ExpertsSite.adoption`). What measures, grows or packs them does that first (see `adopt`).
 
     Args:
-        nodes: "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them; "dense":
-            the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer. None:
-            routed where there are some, else dense.
+        model (nn.Module): a transformers model, or one with adapters.
+        nodes (str): "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them;
+            "dense": the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer.
+            None: routed where there are some, else dense.
+
+    Returns:
+        The decoder layers, and a site for each that has experts: its module, its router and how many there are.
 
     Raises:
         ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, weights that are
             no plain ones (quantized, sharded; see `plain_weight`), or a block replaced by a hub kernel.
+
+    Example:
+        >>> [(site.layer, site.experts) for site in find_experts(model).sites]
+        [(0, 8), (1, 8), (2, 8)]
     """
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
-    adopt_routed(model)
     modules = dict(model.named_modules())
-    found = marked(modules, "routed")
+    waiting = foreign_experts(model, modules)
+    routed = {*marked(modules, "routed"), *waiting}
     if nodes is None:
-        nodes = "routed" if found or undecorated(modules) else "dense"
-    if nodes == "routed":
-        if not found:
-            raise ValueError(why_none(model, modules))
-    else:
-        found = adopt(model, modules, nodes)
-        modules = dict(model.named_modules())
-    found = in_decoder(model, modules, found)
+        nodes = "routed" if routed or undecorated(modules) else "dense"
+    if nodes != "routed":
+        waiting = plain_mlps(model, modules, nodes, routed)
+    elif not routed:
+        raise ValueError(why_none(model, modules))
+    found = marked(modules, nodes) | {name: adoption.twin.experts for name, adoption in waiting.items()}
+    found = in_decoder(model, modules | {name: each.block.module for name, each in waiting.items()}, found)
     lists = {layer_list(name, modules) for name in found}
     if len(lists) > 1 or None in lists:
         raise ValueError(
@@ -114,17 +126,40 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
             outer = outer.removesuffix(".base_layer")
             _check_wrapper(outer, modules[outer])
         index = int(name.removeprefix(f"{path}." if path else "").split(".")[0])
-        block = modules[outer.rpartition(".")[0]]
+        adoption = waiting.get(name)
+        block = modules[outer.rpartition(".")[0]] if adoption is None else adoption.twin
         _check_block(outer, block)
-        sites.append(ExpertsSite(index, outer, modules[outer], base, layers[index], _router(block, base)))
+        module = modules[outer] if adoption is None else base
+        sites.append(ExpertsSite(index, outer, module, base, layers[index], _router(block, base), adoption))
     sites.sort(key=lambda site: site.layer)
     if len({site.layer for site in sites}) < len(sites):
         raise ValueError(
             f"a decoder layer of {type(model).__name__} has two experts modules of one kind ({nodes}): it cannot be "
             "grown yet"
         )
-    check_unshared(model, {site.name: _holders(site.base) for site in sites if not is_packed(site.base)})
+    twins = {each.twin.experts: each.own.module for each in waiting.values() if each.own is not None}
+    holders = {site.name: _holders(site.base) for site in sites if not is_packed(site.base)}
+    check_unshared(model, {name: [twins.get(held, held) for held in holding] for name, holding in holders.items()})
     return Tree(tuple(layers), tuple(sites), nodes)
+
+
+def adopt(tree: Tree) -> Tree:
+    """Make the blocks at a tree's sites follow the contract, in place, those that do not yet.
+
+    Their class becomes a subclass whose forward calls a child named `experts`. Parameters, their names, and the bits of
+    what is computed stay. A block is adopted once, whoever asks.
+
+    Returns:
+        The tree as it is then: every `base` is a module of the model, which it calls.
+    """
+    return replace(tree, sites=tuple(map(_adopted, tree.sites)))
+
+
+def _adopted(site: ExpertsSite) -> ExpertsSite:
+    if site.adoption is None:
+        return site
+    module = site.adoption.perform().experts
+    return replace(site, module=module, base=innermost(module), adoption=None)
 
 
 def forward_replaced(module: nn.Module) -> bool:

@@ -30,8 +30,8 @@ FAST_PATHS = {grouped_mm_experts_forward: "grouped_mm", batched_mm_experts_forwa
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some rows and who computes them.
+class RowGroup:
+    """Rows that the same weights compute.
 
     Attributes:
         rows: their places among all R, ascending, `[N]`.
@@ -54,34 +54,34 @@ def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
     return rows.view(index.shape).mT.reshape(-1) if way == "eager" else rows
 
 
-def run_parts(base: ExpertsModule, x: Tensor, parts: Sequence[Part], source: Tensor, joint: bool) -> Tensor:
+def run_row_groups(base: ExpertsModule, x: Tensor, groups: Sequence[RowGroup], source: Tensor, joint: bool) -> Tensor:
     """The experts' outputs for all rows, not yet weighted, computed as `base` computes.
 
     Args:
         x: inputs `[R, H]`, in `row_order`.
-        parts: a row may be in several.
-        source: of each row, which of the parts' rows, one part after the other, is its own, `[R]`; -1: none, its output
-            is zeros.
+        groups: a row may be in several.
+        source: of each row, which of the rows of all groups, one after the other, is its own, `[R]`; -1: none, and its
+            output is zeros.
         joint: apply activations (and the products of batched_mm) to all rows at once, as the fast paths do.
 
     Returns:
         `[R, H]`.
     """
-    modules: list[Any] = [with_bank(base, part.bank) for part in parts]
+    modules: list[Any] = [with_bank(base, group.bank) for group in groups]
 
     def together(outputs: list[Tensor]) -> Tensor:
         return torch.cat([*outputs, torch.zeros_like(outputs[0][:1])])[source]
 
     if joint and implementation(base) == "spread":
-        return together([m.spread(x, part.rows, part.chosen) for m, part in zip(modules, parts, strict=True)])
+        return together([m.spread(x, g.rows, g.chosen) for m, g in zip(modules, groups, strict=True)])
     if joint and implementation(base) == "batched_mm":
         # one product of all rows, as the base's own call: kernels are chosen by the number of rows
-        return _chain(base, x, lambda inputs, name: _batched(base, inputs, modules, parts, source, name))
+        return _chain(base, x, lambda inputs, name: _batched(base, inputs, modules, groups, source, name))
     if not joint or implementation(base) in ("eager", None):
-        return together([_run(m, x[part.rows], part) for m, part in zip(modules, parts, strict=True)])
+        return together([_run(m, x[g.rows], g) for m, g in zip(modules, groups, strict=True)])
 
     def linear(inputs: Tensor, name: str) -> Tensor:
-        return together([_linear(m, inputs[p.rows], p.chosen, name) for m, p in zip(modules, parts, strict=True)])
+        return together([_linear(m, inputs[g.rows], g.chosen, name) for m, g in zip(modules, groups, strict=True)])
 
     return _chain(base, x, linear)
 
@@ -131,12 +131,12 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> Experts
     return module
 
 
-def _run(module: ExpertsModule, x: Tensor, part: Part) -> Tensor:
+def _run(module: ExpertsModule, x: Tensor, group: RowGroup) -> Tensor:
     if implementation(module) in ("grouped_mm", "sorted"):
         # not by its own forward, whose sort would reorder equals
-        return _chain(module, x, lambda inputs, name: _linear(module, inputs, part.chosen, name))
-    run = module if part.bank is None else partial(type(module).forward, module)
-    return run(x, part.chosen[:, None], torch.ones_like(x[:, :1]))
+        return _chain(module, x, lambda inputs, name: _linear(module, inputs, group.chosen, name))
+    run = module if group.bank is None else partial(type(module).forward, module)
+    return run(x, group.chosen[:, None], torch.ones_like(x[:, :1]))
 
 
 def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
@@ -162,21 +162,21 @@ def _batched(
     base: ExpertsModule,
     inputs: Tensor,
     modules: Sequence[ExpertsModule],
-    parts: Sequence[Part],
+    groups: Sequence[RowGroup],
     source: Tensor,
     name: str,
 ) -> Tensor:
-    """transformers' batched product of all rows `[R, I]`, each with the matrix of the part that it is taken from."""
+    """transformers' batched product of all rows `[R, I]`, each with the matrix of the group that it is taken from."""
 
     def gathered(stack: str) -> Tensor:
         first = getattr(base, stack)
-        # rows that a part computes for others only go to the end, which is cut off
+        # rows that a group computes for others only go to the end, which is cut off
         held, computed = first.new_zeros(len(source) + 1, *first.shape[1:]), 0
-        for module, part in zip(modules, parts, strict=True):
-            places = torch.arange(computed, computed + len(part.rows), device=source.device)
-            own = torch.where(source[part.rows] == places, part.rows, len(source))
-            held.index_put_((own,), getattr(module, stack)[part.chosen])
-            computed += len(part.rows)
+        for module, group in zip(modules, groups, strict=True):
+            places = torch.arange(computed, computed + len(group.rows), device=source.device)
+            own = torch.where(source[group.rows] == places, group.rows, len(source))
+            held.index_put_((own,), getattr(module, stack)[group.chosen])
+            computed += len(group.rows)
         return held[:-1]
 
     bias = gathered(f"{name}_bias") if base.has_bias else None

@@ -1,6 +1,12 @@
 """Compress: collapse what has converged. Quantizing, thinning, sparsifying and skipping by one budget.
 
 May import everything below; nothing imports it but the user.
+
+Example:
+    >>> plan = compress.plan(model, target=0.5, retain=retain, progress=False)
+    >>> model, report = compress.apply(model, plan, max_loss_rise=0.05, progress=False)
+    >>> report.bytes_after <= 0.5 * report.bytes_before
+    True
 """
 
 from peft_pcgrow.compress.apply_plan import CompressionReport, apply

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pcgrow_kernels import lowbit
 from peft_pcgrow.architectures import experts, fingerprint, same_base
-from peft_pcgrow.architectures.find import Tree, find_experts
+from peft_pcgrow.architectures.find import Tree, adopt, find_experts
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import candidates, check_whole, neurons_at
@@ -33,12 +33,23 @@ class CompressionReport:
     """What was done.
 
     Attributes:
-        bytes_before, bytes_after: of the experts, in 16 bit before, and as stored now (real, from the buffers).
+        bytes_before: of the experts, in 16 bit.
+        bytes_after: of the experts as they are stored now (real, from the buffers).
         model_bytes: of all parameters and buffers of the model now.
-        names: of the texts. before, after: their losses, nats per token; empty if there was no text to measure on.
-        predicted: change of the mean loss that the plan predicted of what was done; see `CompressionPlan`.
-        done: nodes that were changed, of `planned`. skipped: layers that were taken out.
+        names: of the texts; empty if there was no text to measure on.
+        before: their losses before, nats per token.
+        after: their losses now, nats per token.
+        predicted: change of the mean loss that the plan predicted of what was done, nats per token.
+        done: nodes that were changed.
+        planned: nodes that the plan would change.
+        skipped: layers that were taken out.
         stopped: why before the end, or None.
+
+    Example:
+        >>> plan = compress.plan(model, target=0.5, retain=retain, progress=False)
+        >>> model, report = compress.apply(model, plan, progress=False)
+        >>> report.done, report.stopped, report.names  # all 24 experts
+        (24, None, ('retain',))
     """
 
     bytes_before: int
@@ -77,8 +88,8 @@ def apply(
     """Give every expert the form that a plan chose, in place.
 
     The least harmful changes come first. After each of up to `STAGES` stages the losses of the packed model are
-    measured (see `compress.packed`), and a stage that would exceed the limit is taken back. Until the end the model's
-    own weights are kept beside what is stored: after an error or an interruption it is as it was.
+    measured, and a stage that would exceed the limit is taken back. Until the end the model's own weights are kept
+    beside what is stored: after an error or an interruption it is as it was.
 
     Layers of which nothing changes stay as they are in 16-bit models; in wider ones all experts are stored in 16 bits
     from the first stage on.
@@ -87,9 +98,13 @@ def apply(
 
     Args:
         model: the model that the plan was made on.
-        max_loss_rise: the most that the loss of any of the texts may rise, nats per token; None: no limit.
-        retain, domain: text to measure and to calibrate on, as for `plan`. By default what the plan was made on, which
-            a plan read from a file does not hold; without any, rounding is plain and nothing is measured.
+        plan (CompressionPlan): what to do.
+        max_loss_rise (float): the most that the loss of any of the texts may rise, nats per token; None: no limit.
+        retain: text to measure and to calibrate on, as for `plan`. By default what the plan was made on, which a plan
+            read from a file does not hold; without any, rounding is plain and nothing is measured.
+        domain: the same, of the domain.
+        max_tokens (int): of each of these texts, at most; None: all.
+        progress (bool): show progress bars.
 
     Returns:
         The model and a `CompressionReport`.
@@ -97,6 +112,12 @@ def apply(
     Raises:
         ValueError: a plan for another model, experts that are packed or have adapters, a limit without text to measure
             it on, or losses that exceed the limit before anything is done. The model is as it was then.
+
+    Example:
+        >>> plan = compress.plan(model, target=0.5, retain=retain, progress=False)
+        >>> model, report = compress.apply(model, plan, max_loss_rise=0.05, progress=False)
+        >>> report.after[0] <= report.before[0] + 0.05
+        True
     """
     tree = find_experts(model)
     _check_model(model, tree, plan)
@@ -115,7 +136,7 @@ def apply(
                 f"the {name} loss is {loss:.4f} already, {loss - noted[name]:.4f} above what the plan was made at "
                 f"({noted[name]:.4f}), and max_loss_rise is {max_loss_rise}: plan again on this model"
             )
-    writer = _Writer(model, tree, plan, calibration)
+    writer = _Writer(model, adopt(tree), plan, calibration)
     limit = [loss + max_loss_rise for loss in before] if max_loss_rise is not None else None
     after, stopped, done, predicted, skipped = before, None, [], 0.0, ()
     stages = _stages(plan, 1 if limit is None else STAGES)

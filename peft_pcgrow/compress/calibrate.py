@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_pcgrow.architectures.find import Tree, find_experts
+from peft_pcgrow.architectures.find import Tree, adopt, find_experts
 from peft_pcgrow.maps.batches import IGNORED, Batch, check_gradients, held_still, settle_batch
 from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.distributed import check_same, read_everywhere
@@ -133,12 +133,12 @@ def calibrate(
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, "tokens")
     check_gradients(model)
-    tree = find_experts(model)
-    probe = _NodeProbe(tree)
     labels, losses, read, row = [], [], [], 0
     check_same("calibrating", {"the texts": tuple(texts)})
     if not texts:
         raise ValueError("no text to calibrate on: give domain= or retain= batches")
+    tree = adopt(find_experts(model))
+    probe = _NodeProbe(tree)
     with held_still(model), LayerStack(tree.layers, probe=probe):
         for number, (name, batches) in enumerate(texts.items()):
             held = read_everywhere(model, batches, max_tokens)

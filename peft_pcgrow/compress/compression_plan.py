@@ -21,8 +21,17 @@ class NodePlan:
     """What becomes of one expert.
 
     Attributes:
-        before, after: bytes of its matrices, in 16 bit and in its form.
+        layer: its decoder layer.
+        expert: its number there.
+        form: how it will be stored.
+        before: bytes of its matrices in 16 bit.
+        after: bytes of them in that form.
         predicted: expected change of the mean loss of the texts, nats per token; see `CompressionPlan`.
+
+    Example:
+        >>> node = compress.plan(model, target=0.5, retain=retain, progress=False).nodes[0]
+        >>> node.layer, node.expert, node.after < node.before
+        (0, 0, True)
     """
 
     layer: int
@@ -48,12 +57,22 @@ class CompressionPlan:
     `apply(max_loss_rise=)`.
 
     Attributes:
-        nodes: of all experts that are left. skipped: decoder layers that are taken out.
-        target: share of the experts' bytes in 16 bit that was asked for. total: those bytes.
+        nodes: of all experts that are left.
+        skipped: decoder layers that are taken out.
+        target: share of the experts' bytes in 16 bit that was asked for.
+        total: those bytes.
         select: the statistic that forms were chosen by.
-        names, losses: the texts it was made on, and their mean losses, nats per token.
+        names: the texts it was made on.
+        losses: their mean losses, nats per token.
         base: what tells the model from another.
         skipping: predicted change of the loss by the layers that are taken out, nats per token.
+        calibration: what those texts looked like at every node; None: the plan was read from a file.
+
+    Example:
+        >>> plan = compress.plan(model, target=0.5, retain=retain, progress=False)
+        >>> plan.save(folder / "plan.json")
+        >>> compress.CompressionPlan.load(folder / "plan.json").bytes <= 0.5 * plan.total
+        True
     """
 
     nodes: list[NodePlan]

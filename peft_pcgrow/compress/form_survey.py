@@ -30,12 +30,21 @@ class Survey:
     """What every form of every expert would do, on some texts. Shapes: L layers, E experts, F forms, S texts.
 
     Attributes:
-        layers: decoder layer of each row. forms: F of them, the first one is the whole expert.
-        bytes: `[L, F]`. damage: by statistic, per label token, `[L, E, F, S]` (see `candidates.Candidates`).
+        layers: decoder layer of each row.
+        forms: F of them, the first one is the whole expert.
+        bytes: of an expert in each form, `[L, F]`.
+        damage: by statistic, per label token, `[L, E, F, S]` (units: see `candidates.Candidates`).
         by_map: predicted from the error map in place of the domain's text, `[L, E, F]`; None: there was a text, or no
             map.
         skips: predicted damage of leaving out each layer, `[L]`; None: not asked for, or not possible.
-        calibration: what the texts looked like. methods: that were asked for. base: what tells the model from another.
+        calibration: what the texts looked like.
+        methods: that were asked for.
+        base: what tells the model from another.
+
+    Example:
+        >>> tried = compress.survey(model, retain=retain, progress=False)
+        >>> [tried.plan(target).bytes <= target * 73_728 for target in (0.5, 0.25)]  # of two bytes a parameter
+        [True, True]
     """
 
     layers: tuple[int, ...]
@@ -135,9 +144,35 @@ def survey(
     max_tokens: int | None = 65_536,
     progress: bool = True,
 ) -> Survey:
-    """Try every form of every expert on calibration text, for `Survey.plan`; arguments and errors as of `plan`.
+    """Try every form of every expert on calibration text, for `Survey.plan`.
 
     Under torch.distributed all processes must call; the survey is the same on all.
+
+    Args:
+        model (nn.Module): a transformers causal LM with experts in full precision; other modules may be quantized. Not
+            changed.
+        emap (ErrorMap): its error map on the domain; used for the domain's share where `domain` gives no text: the map
+            knows how much squared error reaches each node, the retain text how far each form moves its output.
+        methods (sequence of str): of `METHODS`: "quantize" and "sparsify" (GPTQ, arXiv:2210.17323; SparseGPT,
+            arXiv:2301.00774), "thin" (of its neurons or all of an expert), "skip" (whole decoder layers).
+        retain: text whose loss must stay, batches as for `measure_errors`; it or `domain`.
+        domain: text of the domain, likewise.
+        max_tokens (int): of each text, at most; None: all.
+        progress (bool): show progress bars.
+
+    Returns:
+        A `Survey`.
+
+    Raises:
+        ValueError: no text, a map of another model, an unknown method, experts that are packed or quantized already,
+            offloaded, or different from layer to layer, or a model with grown experts.
+    Warns:
+        UserWarning: layers of this model cannot be skipped.
+
+    Example:
+        >>> tried = compress.survey(model, methods=("quantize",), retain=retain, progress=False)
+        >>> [str(form) for form in tried.forms], tuple(tried.damage["fisher"].shape)
+        (['16 bit', '8 bit', '4 bit', '3 bit', '2 bit'], (3, 8, 5, 1))
     """
     tree = _check(model, emap, methods)
     texts = {name: batches for name, batches in (("domain", domain), ("retain", retain)) if batches is not None}
@@ -185,25 +220,24 @@ def plan(
     counts, and the plan is the same on all.
 
     Args:
-        model: a transformers causal LM with experts in full precision; other modules may be quantized. Not changed.
-        emap: its error map on the domain; used for the domain's share where `domain` gives no text: the map knows how
-            much squared error reaches each node, the retain text how far each form moves its output.
-        target: share of the experts' bytes in 16 bit, in (0, 1].
-        select: the statistic to choose by, of `FORM_SELECTIONS`.
-        methods: of `METHODS`, "quantize" and "thin" by default. "thin" may remove experts altogether; "skip" takes out
-            whole decoder layers.
-        retain, domain: batches as for `measure_errors`, at least one of them.
-        max_tokens: of each text, at most, 65,536 by default. progress: show progress bars.
+        model (nn.Module): as for `survey`.
+        emap (ErrorMap): as for `survey`.
+        target (float): share of the experts' bytes in 16 bit, in (0, 1].
+        select (str): the statistic to choose by, of `FORM_SELECTIONS`. "fisher" is sum (dy . delta)^2 / 2 over a node's
+            rows, for the change dy of its output and the error delta there (empirical Fisher), in nats.
+        **options: of `survey`: methods, retain, domain, max_tokens, progress.
 
     Returns:
         A `CompressionPlan`.
 
     Raises:
-        ValueError: a target that the methods cannot reach (the nearest is named), no text, a map of another model,
-            an unknown method or statistic, experts that are packed or quantized already, offloaded, or different from
-            layer to layer, or a model with grown experts.
-    Warns:
-        UserWarning: layers of this model cannot be skipped.
+        ValueError: a target that the methods cannot reach (the nearest is named), an unknown statistic, or what
+            `survey` refuses.
+
+    Example:
+        >>> plan = compress.plan(model, target=0.5, retain=retain, progress=False)
+        >>> plan.bytes <= 0.5 * plan.total, len(plan.nodes)  # 3 layers of 8 experts
+        (True, 24)
     """
     check_target(target)
     if select not in FORM_SELECTIONS:

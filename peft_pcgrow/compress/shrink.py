@@ -57,11 +57,19 @@ class ShrinkReport:
 
     Attributes:
         form: how the deltas are stored.
-        before, after: bytes of the banks, in bf16 and as they are stored now.
+        before: bytes of the banks in bf16.
+        after: bytes of the banks as they are stored now.
         kept: bytes of the adapter's other tensors, which stay as they are: gates, directions.
         error: norm of what was lost of all deltas, as a share of their norm.
-        loss_base, loss_before, loss_after: of the text given, nats per token: without adapters, with the adapter as it
-            was, and as it is now; None without text.
+        loss_base: of the text given without adapters, nats per token; None without text, as the two others.
+        loss_before: the same with the adapter as it was.
+        loss_after: the same with the adapter as it is now.
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))
+        >>> report = compress.shrink_adapter(grown, bits=4, batches=batches)
+        >>> report.form, report.error, report.loss_before == report.loss_base  # nothing was learned yet
+        ('4 bits', 0.0, True)
     """
 
     form: str
@@ -108,30 +116,38 @@ def shrink_adapter(
 ) -> ShrinkReport:
     """Replace an adapter's banks, in place, by what they add to the base, stored small.
 
-    The adapter computes, merges, saves and loads as before, with files of the new size; it can no longer be trained.
-    It adds what it stores to the experts of whatever base it is loaded on, so a base in fewer bits shows through.
-    Biases are stored as deltas in bf16. Gates, thresholds and protected directions stay as they are.
+    The adapter computes, merges, saves and loads as before, with files of the new size; it can no longer be trained. It
+    adds what it stores to the experts of whatever base it is loaded on, so a base in fewer bits shows through. Biases
+    are stored as deltas in bf16. Gates, thresholds and protected directions stay as they are. With text, rounding makes
+    up for its own errors (GPTQ, arXiv:2210.17323).
 
     Args:
-        model: with the adapter, not merged: a `PeftModel`, or a transformers model that loaded the adapter itself.
-        bits: 8, 4, 3 or 2 for all matrices.
-        target: instead, the share of the banks' bytes in bf16 to come out under: two neighbouring widths (4 and 3 bits
-            at 0.25), the wider where it saves most of the squared error that rounding makes per byte: at the outputs
-            if there are `batches`, and otherwise of the weights. 0.25 if neither is given.
+        model (nn.Module): with the adapter, not merged: a `PeftModel`, or a transformers model that loaded the adapter
+            itself.
+        adapter_name (str): which adapter.
+        bits (int): 8, 4, 3 or 2 for all matrices.
+        target (float): instead, the share of the banks' bytes in bf16 to come out under: two neighbouring widths (4 and
+            3 bits at 0.25), the wider where it saves most of the squared error that rounding makes per byte: at the
+            outputs if there are `batches`, and otherwise of the weights. 0.25 if neither is given.
         batches: text of the domain, as for `measure_errors`, to measure the loss on before and after and, if
             `compensate`, to fit the rounding to. Needs the adapter to be active, and the memory of one fp32 matrix
             `[I, I]` for each matrix that grew. Under torch.distributed all processes must call; that of all counts.
-        compensate: whether to use the text for rounding. On a small model that halved the divergence of the
+        compensate (bool): whether to use the text for rounding. On a small model that halved the divergence of the
             predictions from what they were, at 4, 3 and 2 bits; on the domain's loss it only showed at 2.
 
     Returns:
-        Bytes, errors and losses.
+        A `ShrinkReport`: bytes, errors and losses.
 
     Raises:
         TypeError: energy=, which is gone.
         ValueError: no such adapter, one that is shrunk or merged already, a setting out of its range or two of them, a
             target that 2 bits do not reach, no tokens in the text, or weights that are not finite. The adapter is then
             as it was.
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}, init_weights=False))
+        >>> compress.shrink_adapter(grown, bits=4).share < 0.27  # of bf16: 4 bits a weight, and scales
+        True
     """
     refuse_gone("shrink_adapter", gone, {"energy": "deltas are stored in few bits, give bits= or target="})
     layers, config = _adapter(model, adapter_name)

@@ -25,7 +25,7 @@ from peft_pcgrow.adapter.lora_beside import lora_layers
 from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.adopted_experts import kind_of
-from peft_pcgrow.architectures.find import ExpertsSite, Tree, find_experts
+from peft_pcgrow.architectures.find import ExpertsSite, Tree, adopt, find_experts
 from peft_pcgrow.architectures.host import implementation_name
 from peft_pcgrow.architectures.router_capacity import COUNTS, check_flat, logit_bias, selection_bias
 from peft_pcgrow.files import check_empty, staged
@@ -41,7 +41,8 @@ class FlatReport:
     """How far flat routing departs from branch routing on the text given.
 
     Attributes:
-        loss_branch, loss_flat: mean loss of the grown model and of the checkpoint, nats per token.
+        loss_branch: mean loss of the grown model, nats per token.
+        loss_flat: mean loss of the checkpoint, nats per token.
         kl: mean Kullback-Leibler divergence of the checkpoint's predictions from the grown model's, nats per token.
         agreement: share of tokens with the same most likely next token.
         reload_difference: largest difference of the reloaded checkpoint's logits from those of the model it was written
@@ -68,14 +69,25 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     """Write the active adapters and the base as one plain checkpoint.
 
     Args:
-        model: with newborns of one adapter or of several; it is left as it was. Needs the memory of a second model.
-        folder: must not exist, or be empty; it appears when the checkpoint has been reloaded and compared.
+        model (PeftModel): with newborns of one adapter or of several; it is left as it was. Needs the memory of a
+            second model.
+        folder (path): must not exist, or be empty; it appears when the checkpoint has been reloaded and compared.
         batches: text like the domain's and the retain text, as for `measure_errors`, to fit rows and compare on.
 
+    Returns:
+        A `FlatReport`: how far the checkpoint departs from the model on that text.
+
     Raises:
-        ValueError: no newborns, a quantized base, or an architecture whose format cannot hold them.
+        ValueError: no newborns, LoRA behind gates, a quantized base, or an architecture whose format cannot hold them.
         FileExistsError: `folder` has something in it.
         RuntimeError: the reloaded checkpoint computes something else.
+
+    Example:
+        >>> emap = measure_errors(model, batches, retain=retain, progress=False)
+        >>> config = PCGrowConfig(error_map=emap, grow="spawn", router="flat", budget=0.1, gate_fpr=0.1)
+        >>> report = export_flat(get_peft_model(model, config), folder / "flat", batches + retain)
+        >>> report.experts, report.reload_difference  # 8, and a newborn in each layer
+        (9, 0.0)
     """
     target = check_empty(folder)
     tuner = getattr(model, "base_model", None)
@@ -84,7 +96,7 @@ def export_flat(model: PeftModel, folder: str | os.PathLike, batches: Iterable[A
     if any(layer.merged for layer in tuner.tuner_layers()):
         raise ValueError("an adapter is merged, which switches newborns off: call unmerge_adapter() before export_flat")
     base: Any = tuner.model
-    tree = find_experts(base)
+    tree = adopt(find_experts(base))
     for name, lora in lora_layers(base):
         if not lora.disable_adapters and any(is_gated(lora, adapter) for adapter in lora.active_adapters):
             raise ValueError(

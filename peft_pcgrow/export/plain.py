@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.find import ExpertsSite, find_experts
+from peft_pcgrow.architectures.find import ExpertsSite, adopt, find_experts
 from peft_pcgrow.architectures.host import implementation_name
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
 from peft_pcgrow.architectures.router_capacity import COUNTS, selection_bias
@@ -36,12 +36,21 @@ class PlainReport:
     """What a plain checkpoint holds, and how far it departs from the compressed model on the text given.
 
     Attributes:
-        experts, neurons: of each layer, and of each expert. removed: experts of each layer that were left out.
-        bytes: of the weights in the checkpoint. compressed_bytes: of the compressed model's.
+        experts: of each layer.
+        neurons: of each expert.
+        removed: experts of each layer that were left out.
+        bytes: of the weights in the checkpoint.
+        compressed_bytes: of those of the compressed model.
         reload_difference: largest difference of the reloaded checkpoint's logits from those of the model it was written
             from.
         difference: largest difference of the checkpoint's logits from the compressed model's.
         kl: mean Kullback-Leibler divergence of the checkpoint's predictions from the compressed model's, nats a token.
+
+    Example:
+        >>> quantized = compress.quantize_experts(model, "int8")
+        >>> report = compress.export_plain(model, folder / "plain", retain, dequantize=True)
+        >>> isinstance(report, compress.PlainReport), report.compressed_bytes < report.bytes
+        (True, True)
     """
 
     experts: int
@@ -79,15 +88,26 @@ def export_plain(
     """Write a compressed model as a plain checkpoint.
 
     Args:
-        model: with packed experts, and without adapters; it is left as it was. Needs the memory of two plain models.
-        folder: must not exist, or be empty; it appears when the checkpoint has been reloaded and compared.
+        model (PreTrainedModel): with packed experts, and without adapters; it is left as it was. Needs the memory of
+            two plain models.
+        folder (path): must not exist, or be empty; it appears when the checkpoint has been reloaded and compared.
         batches: text to compare on, as for `measure_errors`.
-        dequantize: write experts of fewer than 16 bits, and sparse ones, out as whole matrices in the model's dtype.
+        dequantize (bool): write experts of fewer than 16 bits, and sparse ones, out as whole matrices in the model's
+            dtype.
+
+    Returns:
+        A `PlainReport`.
 
     Raises:
         ValueError: the plain format cannot hold these experts; nothing is packed; adapters; another quantization.
         FileExistsError: `folder` has something in it.
         RuntimeError: the reloaded checkpoint computes something else.
+
+    Example:
+        >>> quantized = compress.quantize_experts(model, "nf4")
+        >>> report = compress.export_plain(model, folder / "plain", retain, dequantize=True)
+        >>> report.experts, report.removed, report.reload_difference
+        (8, 0, 0.0)
     """
     target = check_empty(folder)
     held: Any = model
@@ -119,7 +139,7 @@ def export_plain(
 
 
 def _layers(model: Any) -> list[_Layer]:
-    sites = find_experts(model).sites
+    sites = adopt(find_experts(model)).sites
     named = type(model).__name__
     if not isinstance(model, PreTrainedModel) or any(site.module is not site.base for site in sites):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Keep updates off the directions in which other text enters a node.
+"""Directions in which other text enters a node, to protect them from updates.
 
 A weight change dW moves the output for an input x by dW x: text whose inputs lie in the span of V feels nothing of a
 dW with dW V = 0. V holds the main eigenvectors of the retain text's second moment at the node, sum_r x_r x_r^T, down to

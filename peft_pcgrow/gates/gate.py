@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pcgrow_kernels.gate_score import gate_score
+from pcgrow_kernels.window_mean import totals, window_means
 
 # false-positive rates that thresholds are kept for, from a half down; between them, their logarithm is interpolated
 RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
@@ -50,27 +51,6 @@ class Rows:
     past: Tensor | None = None
 
 
-def totals(values: Tensor, rows: Rows) -> Tensor:
-    """Running sums of `values [B, S, D]` and, last, the running count of real tokens, `[B, P + S, D + 1]` fp64."""
-    counted = torch.cat([values.double(), torch.ones_like(values[..., :1], dtype=torch.float64)], dim=-1)
-    new = torch.where(rows.real.unsqueeze(-1), counted, 0.0).cumsum(dim=1)
-    return new if rows.past is None else torch.cat([rows.past, rows.past[:, -1:] + new], dim=1)
-
-
-def window_means(running: Tensor, rows: Rows, window: int) -> tuple[Tensor, Tensor]:
-    """Means `[B, S, D]` over the real tokens in each token's window (0: all so far), and their number n `[B, S]`."""
-    tokens = rows.real.shape[1]
-    at = torch.arange(running.shape[1] - tokens, running.shape[1], device=running.device)
-    # the last place before the window
-    before = (at - window if window else torch.full_like(at, -1)).expand(len(running), -1)
-    if rows.start is not None:
-        before = torch.maximum(before, rows.start - 1)
-    earlier = torch.gather(running, 1, before.clamp_min(0).unsqueeze(-1).expand(-1, -1, running.shape[2]))
-    inside = running[:, -tokens:] - torch.where((before >= 0).unsqueeze(-1), earlier, 0.0)
-    n = inside[..., -1]
-    return inside[..., :-1] / n.clamp_min(1).unsqueeze(-1), n
-
-
 @dataclass(frozen=True)
 class Gate:
     """One layer's gate.
@@ -92,8 +72,8 @@ class Gate:
     def evidence(self, scores: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The log-likelihood ratio of domain to retain at each token, `[B, S]` fp32 in nats, and the running totals up
         to it, `[B, P + S, 2]`, that the next call needs as `rows.past`."""
-        running = totals(scores.unsqueeze(-1), rows)
-        mean, n = window_means(running, rows, self.window)
+        running = totals(scores.unsqueeze(-1), rows.real, rows.past)
+        mean, n = window_means(running, rows.real.shape[1], self.window, rows.start)
         middle, distance, between, within = self.law.double()
         scatter = (between + within / n.clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)
         return ((mean.squeeze(-1) - middle) * distance / scatter).float(), running
@@ -153,8 +133,7 @@ def fit_law(domain: list[tuple[Tensor, Tensor]], retain: list[tuple[Tensor, Tens
         every = torch.cat([scores[real] for scores, real in batches]).double()
         residual, counts, windows, sizes = [], [], [], []
         for scores, real in batches:
-            rows = Rows(real)
-            mean, n = window_means(totals(scores.unsqueeze(-1), rows), rows, window)
+            mean, n = window_means(totals(scores.unsqueeze(-1), real), real.shape[1], window)
             own = torch.where(real, scores, 0.0).double().sum(1) / real.sum(1).clamp_min(1)
             residual.append(torch.where(real, (scores - own.unsqueeze(1)) ** 2, 0.0).sum(dtype=torch.float64))
             counts.append((real.sum(1) - 1).clamp_min(0).sum())

@@ -52,7 +52,10 @@ class TextPosition:
         return cls(shape, Told.by(kwargs, chunk), cache, place, _held(cache, place, shape[1]))
 
     def rows(self, name: str, device: torch.device) -> Rows:
-        """With what gate `name` remembers of the tokens before these.
+        """With what a gate remembers of the tokens before these.
+
+        Args:
+            name: an adapter's, for the gate of its newborns; with `.entry` behind it, for that of LoRA beside them.
 
         Raises:
             RuntimeError: it does not remember the tokens that the KV cache holds.
@@ -65,10 +68,12 @@ class TextPosition:
         count = 0 if past is None else past.shape[1]
         if count != self.held or (past is not None and count and len(past) != self.shape[0]):
             rows = f" of {self.shape[0]} rows" if past is None else f" of {self.shape[0]} rows (it: of {len(past)})"
+            adapter, _, entry = name.partition(".")
             raise RuntimeError(
-                f"the gate of adapter {name!r} at layer {self.index} remembers {count} tokens, and the KV cache holds "
-                f"{'others' if self.held == SOME else self.held}{rows}: it was filled without this adapter, or made of "
-                "another cache's tensors. Give the whole text with an empty cache, or use_cache=False"
+                f"the gate of {'LoRA in ' if entry else ''}adapter {adapter!r} at layer {self.index} remembers {count} "
+                f"tokens, and the KV cache holds {'others' if self.held == SOME else self.held}{rows}: it was filled "
+                "without this adapter, or made of another cache's tensors. Give the whole text with an empty cache, or "
+                "use_cache=False"
             )
         past = past if count else None
         rows = self.told.rows(self.shape, count, past)

@@ -37,13 +37,17 @@ def choose(scores: Tensor, budget: float, layers: Sequence[int] | None = None) -
     """The nodes that score highest, by any rule, as many as the budget allows, at least one: for PCGrowConfig(locus=).
 
     Args:
-        scores: `[L, E]`, the higher the better; -inf: never chosen. Of equal ones, the first in reading order.
-        budget: share of the nodes, and so of the expert parameters, in (0, 1].
-        layers: decoder layers of the L rows, `emap.layers` for what a map gave; None: 0 to L - 1.
+        scores (Tensor): `[L, E]`, the higher the better; -inf: never chosen. Of equal ones, the first in reading order.
+        budget (float): share of the nodes, and so of the expert parameters, in (0, 1].
+        layers (sequence of int): decoder layers of the L rows, `emap.layers` for what a map gave; None: 0 to L - 1.
 
     Raises:
         ValueError: scores that are no `[L, E]` numbers, NaN, or -inf everywhere; a budget outside (0, 1]; layers that
             are not L different ones.
+
+    Example:
+        >>> choose(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), budget=0.5, layers=(1, 3))
+        Locus({1: (1,), 3: (0,)})
     """
     check_budget(budget)
     scores = torch.as_tensor(scores, dtype=torch.float64, device="cpu").detach()
@@ -65,7 +69,7 @@ def located(
     layers: tuple[int, ...],
     experts: int,
     budget: float,
-    select: str = "error",
+    select: str,
     error_map: ErrorMap | None = None,
     seed: int = 0,
     uniform: bool = False,
@@ -151,15 +155,15 @@ def _ranked(scores: Tensor) -> list[int]:
 
 def _fitting(scores: Tensor, sizes: Tensor, budget: float) -> list[int]:
     """The best that fit into the budget, smaller ones in the gap that a larger one leaves."""
-    held, total = sizes.flatten().tolist(), float(sizes.sum())
+    wanted, total = sizes.flatten().tolist(), float(sizes.sum())
     best, left = [], budget * total + 1e-9
     for place in _ranked(scores):
-        if held[place] <= left:
+        if wanted[place] <= left:
             best.append(place)
-            left -= held[place]
+            left -= wanted[place]
     if not best:
         raise ValueError(
-            f"budget={budget} is less than the smallest part, {min(held) / total:.2g} of the expert parameters"
+            f"budget={budget} is less than the smallest part, {min(wanted) / total:.2g} of the expert parameters"
         )
     return best
 

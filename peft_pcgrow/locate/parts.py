@@ -107,7 +107,7 @@ def placed(pieces: Mapping[str, Pieces], slot: Tensor) -> dict[str, Pieces]:
 
 
 def directions_of(separation: Separation, row: int, pieces: Mapping[str, Pieces], share: float) -> dict[str, Tensor]:
-    """Directions of the retain text's inputs to keep off at one layer, by stack `[B, I, K]`."""
+    """Directions of the retain text's inputs to protect at one layer, by stack `[B, I, K]`."""
     return {
         stack: separation.directions(row, stack, pieces[stack].experts.tolist(), share)
         for stack in separation.moment

@@ -42,14 +42,21 @@ class Diagnosis:
     Attributes:
         verdict: "covered", "concentrated", "distributed", "memorised" or "unlearned" (see the module).
         loss: mean loss of the text that the verdict is about, nats per label token.
-        statistic: what was compared with `covered_below`, in words, and `value`, what it is.
+        statistic: what was compared with `covered_below`, in words.
+        value: what that is.
+        covered_below: value up to which the text counts as covered.
         concentration: smallest share of all nodes that holds half of what could be recovered (without gradients: half
             of the error mass).
         concentrated_below: share up to which it counts as concentrated.
-        nodes: the (layer, expert) pairs of that share, most first.
+        nodes: the (layer, expert) pairs of `concentration`, most first.
         text: what the verdict is about, `HELD_OUT` or `CORPUS`.
-        context_free: loss of predicting that text by how often its words occur; None: not known.
-        corpus_loss: mean loss of the corpus, if the verdict is about held-out text.
+        context_free: loss of predicting that text by how often its words occur, nats per label token; None: not known.
+        corpus_loss: mean loss of the corpus, nats per label token, if the verdict is about held-out text.
+
+    Example:
+        >>> diagnosis = measure_errors(model, batches, progress=False).diagnosis
+        >>> diagnosis.verdict, diagnosis.loss > diagnosis.context_free  # random weights know less than word counts
+        ('unlearned', True)
     """
 
     verdict: str
@@ -83,7 +90,7 @@ def judge(
     mass: Tensor,
     recoverable: Tensor | None = None,
     removed: float | None = None,
-    mastered: float | None = None,
+    covered: float | None = None,
     concentrated_below: float | None = None,
     frequencies: float | None = None,
 ) -> Diagnosis:
@@ -100,7 +107,7 @@ def judge(
         recoverable: `[L, E]`, removable^2 / rows: at its best length a step recovers slope^2 / (2 curvature), and
             curvature grows with the node's rows.
         removed: nats per label token that a step of unit spectral norm at every node removes.
-        mastered: loss of text that counts as covered, instead of the rules above.
+        covered: loss of text that counts as covered, nats per label token, instead of the rules above.
         concentrated_below: instead of the shares above. frequencies: loss of a prediction without context.
     """
     if recoverable is not None and removed is not None:
@@ -110,8 +117,8 @@ def judge(
     else:
         statistic, value, limit = "loss", loss, COVERED_SHARE * math.log(vocabulary)
         weighed, share = mass, CONCENTRATED_SHARE
-    if mastered is not None:
-        statistic, value, limit = "loss", loss, mastered
+    if covered is not None:
+        statistic, value, limit = "loss", loss, covered
     ordered, order = torch.sort(weighed.flatten(), descending=True, stable=True)
     total = ordered.sum()
     half = int((ordered.cumsum(0) < total / 2).sum()) + 1 if total > 0 else ordered.numel()
@@ -119,7 +126,7 @@ def judge(
     threshold = share if concentrated_below is None else concentrated_below
     chance = math.log(vocabulary) if frequencies is None else frequencies
     verdict = "covered" if value <= limit else "concentrated" if held <= threshold else "distributed"
-    if loss >= chance > 0 and mastered is None:
+    if loss >= chance > 0 and covered is None:
         verdict = "unlearned"
     nodes = tuple((layers[i // experts], i % experts) for i in order[:half].tolist()) if total > 0 else ()
     return Diagnosis(verdict, loss, statistic, value, limit, held, threshold, nodes, context_free=frequencies)

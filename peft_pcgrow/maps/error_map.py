@@ -20,14 +20,13 @@ from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps import draw, draw_html, lifecycle, map_file, node_table
 from peft_pcgrow.maps.diagnosis import Diagnosis, context_free, judge, on_heldout
+from peft_pcgrow.maps.map_tensors import COUNTERS, OPTIONAL, from_tensors, to_tensors
 from peft_pcgrow.maps.newborns import SUMS, Newborns
 from peft_pcgrow.maps.node_table import NodeError
 from peft_pcgrow.maps.removable import Removable, coherent, removable
 
 # gradients are summed in so many folds, batches in turn: see `removable`
 FOLDS = 4
-OPTIONAL = ("hops", "words")
-COUNTERS = ("loss", "labels", "tokens", "batches")
 # what `score` can rank nodes by
 STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 
@@ -36,16 +35,22 @@ STATISTICS = ("error", "square", "coherent", "removable", "gate", "frequency")
 class ErrorMap:
     """Sums over a corpus, one per node: those of the experts by (layer, expert), those of newborns beside them.
 
+    Of the error of each row r, a token t at an expert: eps_r = p_r dLoss/dy_t, with the routing weight p_r, and y_t
+    what the layer's experts together put out.
+
     Attributes:
-        layers: decoder layer index of each of the L rows.
+        layers: decoder layer of each of the L rows, counted from 0.
         count: rows that an expert computes, `[L, E]`; what newborns took from it is theirs.
         weight: sum of routing weights, `[L, E]`.
-        mass: sum of |eps_r|, the gate-weighted norm of the error at the node, `[L, E]`, nats per unit of output.
+        mass: sum of |eps_r|, `[L, E]`, nats per unit of output.
         square: sum of |eps_r|^2 (twice the node's energy), `[L, E]`.
         gradient: per expert tensor, fold sums of the weight gradient or its sketch, `[F, L, E, a, b]`; batch b of the
             corpus is in fold b mod F.
         fold_labels: label tokens of each fold, `[F]`.
-        loss: summed token loss, nats; labels: label tokens; tokens: tokens that were not padding; batches read.
+        loss: summed token loss, nats.
+        labels: label tokens.
+        tokens: tokens that were not padding.
+        batches: batches read.
         hops: with settle="relax", how many tokens needed h hops at each of the D decoder layers, `[D, D + 1]`.
         newborns: the same sums of the newborns that were active.
         words: how often each word of the vocabulary is a label, `[V]`.
@@ -53,6 +58,16 @@ class ErrorMap:
         run: what a measurement goes on by (see `resume`).
         base: what the map was measured on (model type, shapes, fingerprint of the routers, sketch, way of settling).
         separation: what tells the corpus from the retain text, if one was given.
+
+    Example:
+        >>> emap = measure_errors(model, batches, progress=False)
+        >>> emap.layers, tuple(emap.mass.shape)
+        ((0, 1, 2), (3, 8))
+        >>> bool((emap.score("frequency").sum(1) == 3 * emap.tokens).all())  # 3 experts for each token in each layer
+        True
+        >>> emap.save(folder / "map")
+        >>> torch.equal(ErrorMap.load(folder / "map").mass, emap.mass)
+        True
     """
 
     layers: tuple[int, ...]
@@ -77,7 +92,7 @@ class ErrorMap:
 
     @property
     def coherent(self) -> Tensor:
-        """Norm of the summed weight gradient of each node, `[L, E]` fp64 (see `energy.GradientSketch`)."""
+        """Norm of the summed weight gradient of each node, `[L, E]` fp64 (see `GradientSketch`)."""
         return coherent(self.gradient) if self.gradient else torch.zeros_like(self.count)
 
     @property
@@ -157,13 +172,15 @@ class ErrorMap:
         With held-out text the verdict is about that, and says whether the corpus itself was memorised.
 
         Args:
-            reference: map of text that the model has mastered: covered is what has at most its loss; what its nodes
-                could recover does not count. The same corpus before damage, for example.
+            reference: map of text that the model knows as well as it should: covered is what has at most its loss; what
+                its nodes could recover does not count. The same corpus before damage, for example.
+            concentrated_below: share of the nodes in (0, 1] up to which half of what could be recovered counts as
+                concentrated, instead of the defaults.
         """
         if self.heldout is not None:
-            mastered = (reference.heldout or reference) if reference is not None else None
-            held = self.heldout.diagnose(mastered, concentrated_below=concentrated_below)
-            return on_heldout(held, self._judge())
+            known = (reference.heldout or reference) if reference is not None else None
+            unseen = self.heldout.diagnose(known, concentrated_below=concentrated_below)
+            return on_heldout(unseen, self._judge())
         return self._judge(reference, concentrated_below)
 
     def _judge(self, reference: "ErrorMap | None" = None, concentrated_below: float | None = None) -> Diagnosis:
@@ -240,29 +257,7 @@ class ErrorMap:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `error_map.safetensors` into the folder `path`: whole, or not at all."""
-        map_file.write(Path(path), *self._parts())
-
-    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and all else."""
-        tensors = {name: getattr(self, name) for name in (*SUMS, "fold_labels")}
-        tensors |= {name: held for name in OPTIONAL if (held := getattr(self, name)) is not None}
-        tensors |= {f"gradient.{name}": gradient for name, gradient in self.gradient.items()}
-        if self.newborns.nodes:
-            tensors |= {f"newborns.{name}": tensor for name, tensor in self.newborns.tensors().items()}
-        if self.separation is not None:
-            tensors |= self.separation.to_tensors()
-        facts = {
-            "layers": list(self.layers),
-            **{name: getattr(self, name) for name in COUNTERS},
-            "base": self.base,
-            "newborns": [list(node) for node in self.newborns.nodes],
-            "separation": self.separation.facts if self.separation else None,
-            "run": self.run,
-        }
-        if self.heldout is not None:
-            held, facts["heldout"] = self.heldout._parts()
-            tensors |= {f"heldout.{name}": tensor for name, tensor in held.items()}
-        return tensors, facts
+        map_file.write(Path(path), *to_tensors(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ErrorMap":
@@ -273,35 +268,9 @@ class ErrorMap:
         """
         tensors, facts = map_file.read(Path(path))
         try:
-            return cls._from_parts(tensors, facts)
+            return from_tensors(cls, tensors, facts)
         except (KeyError, TypeError) as error:
             raise ValueError(map_file.damaged(Path(path), f"missing or unreadable entry: {error}")) from error
-
-    @classmethod
-    def _from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "ErrorMap":
-        """What `_parts` gave, taken out of `tensors`."""
-        held = {name: tensors.pop(name) for name in list(tensors) if name.startswith("heldout.")}
-        heldout = None
-        if "heldout" in facts:
-            named = {name.removeprefix("heldout."): tensor for name, tensor in held.items()}
-            heldout = cls._from_parts(named, facts["heldout"])
-        separated = facts.get("separation")
-        separation = Separation.from_tensors(tensors, separated) if separated else None
-        theirs = {name: tensors.pop(name) for name in list(tensors) if name.startswith("newborns.")}
-        born = {name.removeprefix("newborns."): tensor for name, tensor in theirs.items()}
-        for name in map_file.UNREAD:
-            tensors.pop(name, None)
-        return cls(
-            layers=tuple(facts["layers"]),
-            **{name: tensors.pop(name) for name in (*SUMS, "fold_labels")},
-            **{name: tensors.pop(name, None) for name in OPTIONAL},
-            gradient={name.removeprefix("gradient."): tensor for name, tensor in tensors.items()},
-            **{name: facts[name] for name in (*COUNTERS, "base")},
-            separation=separation,
-            newborns=Newborns().changed(born, facts["newborns"]) if facts.get("newborns") else Newborns(),
-            heldout=heldout,
-            run=facts.get("run", {}),
-        )
 
     def plot(self, path: str | os.PathLike | None = None, by: str = "error", locus: Locus | None = None):
         """Draw layer x expert as a heat map, newborns with their donors; with `path`, save it there. Returns the

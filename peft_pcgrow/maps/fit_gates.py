@@ -9,21 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pcgrow_kernels.window_mean import totals, window_means
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import Tree
 from peft_pcgrow.gates.directions import MomentSketch
-from peft_pcgrow.gates.gate import (
-    ENOUGH,
-    RATES,
-    Gate,
-    Moments,
-    Rows,
-    discriminant,
-    fit_law,
-    totals,
-    unknown_gate,
-    window_means,
-)
+from peft_pcgrow.gates.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, unknown_gate
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
 from peft_pcgrow.gates.text_position import entering, modules_inside
@@ -128,9 +118,9 @@ def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int)
     rows = torch.zeros(experts_here, device="cpu")
     passed = torch.zeros(experts_here, len(limits), device="cpu")
     for choice in index.mT.long():
-        somebodys = choice < experts_here
-        rows.index_add_(0, choice[somebodys], torch.ones(int(somebodys.sum()), device="cpu"))
-        passed.index_add_(0, choice[somebodys], above[somebodys])
+        assigned = choice < experts_here
+        rows.index_add_(0, choice[assigned], torch.ones(int(assigned.sum()), device="cpu"))
+        passed.index_add_(0, choice[assigned], above[assigned])
     return torch.where(rows.unsqueeze(1) > 0, passed / rows.clamp_min(1).unsqueeze(1), above.mean(0))
 
 
@@ -202,7 +192,7 @@ class _FeatureMoments:
         moments = self.held.setdefault(key, Moments(x.shape[-1]))
         if bool(held.all()):
             return
-        mean, n = window_means(totals(x, rows), rows, self.window)
+        mean, n = window_means(totals(x, rows.real), x.shape[1], self.window)
         use = rows.real & (n >= n.amax(dim=1, keepdim=True).clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
         moments.add(mean[use])
 

@@ -15,8 +15,6 @@ from peft_pcgrow.maps.map_check import check_map
 
 MAP_FORMAT = 4
 FILE = "error_map.safetensors"
-# what maps of version 0.1 hold beside: how far nodes' errors lie at the same tokens
-UNREAD = ("shared",)
 # where format 2 kept its facts
 OLD = "error_map.json"
 
@@ -29,7 +27,7 @@ def write(target: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any])
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; an error map is saved as a folder, give another name")
     text = json.dumps({"format": MAP_FORMAT, **facts}, allow_nan=False)
-    header, body = _parts(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    header, body = _split(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     noted = {"facts": text, "sha256": _digest(text, header, body)}
     head = json.dumps({"__metadata__": noted, **header}).encode()
     head += b" " * (-len(head) % 8)
@@ -51,7 +49,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"no error map in {folder}: expected {FILE} there")
     blob = (folder / FILE).read_bytes()
     try:
-        header, body = _parts(blob)
+        header, body = _split(blob)
         noted = header.pop("__metadata__", None) or {}
         facts = json.loads(noted["facts"], parse_constant=_no_number) if "facts" in noted else {"format": 2}
     except (ValueError, AttributeError, TypeError) as error:
@@ -75,7 +73,7 @@ def damaged(folder: Path, why: str) -> str:
     return f"the error map in {folder} is damaged ({why}); measure it again"
 
 
-def _parts(blob: bytes) -> tuple[dict[str, Any], memoryview]:
+def _split(blob: bytes) -> tuple[dict[str, Any], memoryview]:
     """The header of a safetensors file, and what follows."""
     size = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + size])

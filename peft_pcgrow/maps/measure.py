@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
-from peft_pcgrow.architectures.find import Tree, check_in_memory, check_unhooked, find_experts
+from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
@@ -78,35 +78,40 @@ def measure_errors(
     map of all of them together; all processes must call, with the same model.
 
     Args:
-        model: a transformers causal LM with experts, in any floating dtype and on any device; with or without adapters.
+        model (nn.Module): a transformers causal LM with experts, in any floating dtype and on any device; with or
+            without adapters.
         batches: the corpus: batches `[B, S]` of token ids, or mappings with `input_ids` and, if there are any,
             `attention_mask`, `labels` (-100 is ignored) and whatever else the model takes; or texts that are not
             batched yet: a tokenized `datasets.Dataset`, a Trainer's data set, token ids `[N, S]`, lists of token ids of
             any lengths, or, with a tokenizer, strings. Without labels every token that is not padding is predicted from
             those before it.
-        max_tokens: stop after the batch that reaches this many tokens (of all processes), padding not counted.
-        batch_size: texts a batch, of those that are not batched yet.
-        tokenizer: makes token ids of strings, or of a data set's column "text" (or its only one of strings).
-        settle: how errors reach the nodes: "sweep" (exact); "relax" (exact to `settle_tol`, and the map holds how many
-            hops each layer's tokens needed); "direct" (the top error for all layers below the top `settle_depth`: a
-            forward pass and the output head, for a map that ranks nearly alike).
-        gradients: also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients and the
-            memory to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless settle="direct".
-        sketch_dim: longest hidden side of a gradient that is kept whole (see `GradientSketch`); None decides by size.
-            Second moments of the retain text are kept alike.
+        max_tokens (int): stop after the batch that reaches this many tokens (of all processes), padding not counted.
+        batch_size (int): texts a batch, of those that are not batched yet.
+        tokenizer (callable): makes token ids of strings, or of a data set's column "text" (or its only one of strings).
+        settle (str): how errors reach the nodes: "sweep" (exact); "relax" (in parallel hops); "direct" (the top error
+            for the layers below: a forward pass and the output head, for a map that ranks nearly alike).
+        settle_depth (int): of "direct", top decoder layers that the error is carried through exactly, 0 or more.
+        settle_tol (float): of "relax", change of an error in a hop, as a share of its norm, at which it has settled, in
+            (0, 1); the map holds how many hops each layer's tokens needed.
+        gradients (bool): also sum the weight gradients, which `removable` needs. Costs the experts' weight gradients
+            and the memory to hold them: whole up to 2^26 expert parameters, beyond that sketched. None: unless
+            settle="direct".
+        sketch_dim (int): longest hidden side of a gradient that is kept whole (see `GradientSketch`); None decides by
+            size. Second moments of the retain text are kept alike.
         heldout: text of the same domain that nothing was, or will be, trained on, as a corpus like `batches`, at most
             `max_tokens` of it: the verdict is then about this text (see `diagnosis`). It is measured like the corpus,
             at the same cost a token, and kept apart (`ErrorMap.heldout`).
         retain: text whose behaviour must not change, as batches like the corpus's, at most `max_tokens` of it; or
             "self": the model writes as many texts itself (see `sample_text`). Then the map also holds branch gates and
             what retain text looks like at every node (`ErrorMap.separation`), for two more forward passes over all.
-        window: tokens of context that a gate looks at, the token itself included; 0: all of the text so far.
-        nodes: what is measured, "routed", "shared" or "dense" (see `find_experts`).
-        checkpoint: folder that the map so far is saved in every `checkpoint_every` batches. What it holds already is
-            not measured again: an interrupted measurement goes on, a finished one is returned. That takes the same
-            weights, the same way of measuring and the same text up to there, which digests tell: one pass over the
-            weights, and over the text.
-        progress: show a progress bar on standard error.
+        window (int): tokens of context that a gate looks at, the token itself included; 0: all of the text so far.
+        nodes (str): what is measured, "routed", "shared" or "dense" (see `find_experts`).
+        checkpoint (path): folder that the map so far is saved in every `checkpoint_every` batches. What it holds
+            already is not measured again: an interrupted measurement goes on, a finished one is returned. That takes
+            the same weights, the same way of measuring and the same text up to there, which digests tell: one pass over
+            the weights, and over the text.
+        checkpoint_every (int): batches between two saves of it, 1 or more.
+        progress (bool): show a progress bar on standard error.
 
     Raises:
         TypeError: no model, no corpus, or an argument that it does not have.
@@ -116,6 +121,14 @@ def measure_errors(
             models on other processes.
         FloatingPointError: a loss, or an error at a node, that is NaN or infinite.
         RuntimeError: another process failed.
+
+    Example:
+        >>> emap = measure_errors(model, batches, retain=retain, progress=False)
+        >>> emap.tokens, emap.labels  # the first token of a text is not predicted
+        (768, 736)
+        >>> node = emap.top(1, by="error")[0]
+        >>> node.error == float(emap.mass.max())
+        True
     """
     refuse_gone("measure_errors", gone, GONE)
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -150,7 +163,7 @@ def measure_errors(
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
     limit = None if limit is None else -(-limit // processes())
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
-    how = _How(model, tree, way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
+    how = _How(model, adopt(tree), way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
     seen: list[Batch] | None = None if retain is None else []
     with together("measure_errors"):
         resumed = saving.load()
@@ -218,7 +231,7 @@ def _sweep(
         tqdm(total=how.max_tokens, unit="tok", **options) as bar,
         held_still(how.model),
         probe.routing(),
-        LayerStack(how.tree.layers, probe=probe, way=how.way),
+        LayerStack(how.tree.layers, lambda: how.way, probe),
     ):
         for number, pieces in enumerate(_batches(source, how.max_tokens), start=1):
             for piece in pieces:

@@ -23,17 +23,23 @@ def sample_text(
     """Texts drawn from `model` as it stands (adapters that are active included), each from its beginning.
 
     Args:
-        model: a transformers causal LM; generation is batched and cached.
-        texts: how many; length: tokens of each, the first one included.
-        temperature: 1 draws from the model's own distribution.
-        batch: texts generated at a time.
-        seed: of the draws; the random state of the caller is left as it was.
+        model (nn.Module): a transformers causal LM; generation is batched and cached.
+        texts (int): how many.
+        length (int): tokens of each, the first one included; 2 or more.
+        temperature (float): what logits are divided by, above 0; 1 draws from the model's own distribution.
+        batch (int): texts generated at a time.
+        seed (int): of the draws; the random state of the caller is left as it was.
+        progress (bool): show a progress bar on standard error.
 
     Returns:
         Token ids, `[at most batch, length]` each.
 
     Raises:
         ValueError: a model without `generate`, or numbers out of their range.
+
+    Example:
+        >>> [tuple(ids.shape) for ids in sample_text(model, texts=4, length=8, batch=3, progress=False)]
+        [(3, 8), (1, 8)]
     """
     # adapters sit inside the base model, and its own generate uses them
     unwrap: Any = getattr(model, "get_base_model", None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.find import find_experts
+from peft_pcgrow.architectures.find import adopt, find_experts
 from peft_pcgrow.architectures.host import LOADED
 from peft_pcgrow.architectures.plain_weight import PACKED_METHOD, loaded_quantized
 from peft_pcgrow.packed.forms import Form
@@ -137,7 +137,7 @@ class PackedQuantizer(HfQuantizer):
         # None: tensors that the caller has
         if checkpoint_files is not None:
             verify(checkpoint_files, self.quantization_config.tensors, self.quantization_config.facts)
-        sites = {site.layer: site for site in find_experts(model).sites}
+        sites = {site.layer: site for site in adopt(find_experts(model)).sites}
         noted = self.quantization_config.layers
         for layer, forms in self.quantization_config.forms().items():
             if layer not in sites or sites[layer].experts != len(forms):

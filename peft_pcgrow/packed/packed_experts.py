@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from pcgrow_kernels import lowbit
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.adopted_experts import change_class
+from peft_pcgrow.architectures.adoption import change_class
 from peft_pcgrow.architectures.experts import ExpertsModule
 from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
@@ -74,10 +74,10 @@ class PackedExperts(ViewedExperts):
         shape = self._shape(stack, form)
         size = lowbit.size(*shape, form.width, form.sparsity)
         # bytes that lie side by side are not copied
-        pieces = [
+        spans = [
             data[offsets[first] : offsets[last - 1] + size] for first, last in joined([(e, e + 1) for e in chosen])
         ]
-        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        found = spans[0] if len(spans) == 1 else torch.cat(spans)
         return lowbit.decode(found.view(len(chosen), size), *shape, form.width, form.sparsity, dtype, self.pcgrow_half)
 
     def _chunks(self, stack: str, ends: Sequence[int], dtype: torch.dtype) -> Iterator[list[int]]:
@@ -102,7 +102,7 @@ class PackedExperts(ViewedExperts):
         experts lack; back: gradients `[R, O]` times the matrices, `[R, I]`.
 
         Args:
-            ends: where the rows of each expert end, `[E]`. Rows beyond are nobody's.
+            ends: where the rows of each expert end, `[E]`. Rows beyond belong to no expert.
         """
         outputs, inputs = self._shape(stack, WHOLE)
         made = x.new_empty(len(x), inputs if back else outputs)
@@ -188,7 +188,7 @@ class PackedExperts(ViewedExperts):
         """The product of rows with their experts' matrices, and the bias, `[R, O]`.
 
         Args:
-            x: `[R, I]`. chosen: expert of each, ascending, `[R]`; from `num_experts` on, nobody's. ends: see `ends_of`.
+            x: `[R, I]`. chosen: expert of each, ascending, `[R]`; from `num_experts` on: none. ends: see `ends_of`.
         """
         module: Any = self
         ends = self.ends_of(chosen) if ends is None else ends
@@ -198,7 +198,7 @@ class PackedExperts(ViewedExperts):
             weights = self.dense[stack].to(x.dtype)
             # laid out as decoded ones are: few rows are multiplied in another order otherwise
             weights = weights.mT.contiguous() if module.is_transposed else weights
-            # rows that are nobody's would be left as they are found in memory
+            # rows of no expert would be left as they are in memory
             y = grouped_product(x[: ends[-1]], weights, ends, turned=True)
             y = pad(y, (0, 0, 0, len(x) - ends[-1])) if ends[-1] < len(x) else y
         else:

@@ -58,29 +58,27 @@ class _Open(PerThread):
 
 
 class LayerStack:
-    """The decoder layers of one model, settled instead of backpropagated through where `begin()` says so.
+    """The decoder layers of one model, settled instead of backpropagated through as `begin()` says.
 
     Args:
         layers: decoder layers in the order they run; each takes the residual stream `[..., H]` first and returns it,
             alone or first in a tuple. What else they hand to each other, see `handover`, settles too.
-        begin: called at the bottom layer of every forward; whether to settle this one (if gradients are enabled).
+        begin: called at the bottom layer of every forward: how to settle it (if gradients are enabled), None: not.
         probe: watches each layer while it is settled, down to the bottom.
         entered: called with (layer index, layer, args, kwargs) before each run of a layer's own code, settled or not.
         left: called with (layer index, whether it ran to its end) after each.
-        way: how to settle; may be changed, and holds for the forwards that begin from then on.
     """
 
     def __init__(
         self,
         layers: Iterable[nn.Module],
-        begin: Callable[[], bool] = lambda: True,
+        begin: Callable[[], Way | None] = Way,
         probe: Probe | None = None,
         entered: Callable[[int, nn.Module, tuple, dict[str, Any]], None] | None = None,
         left: Callable[[int, bool], None] | None = None,
-        way: Way | None = None,
     ):
         self.layers = list(layers)
-        self.begin, self.probe, self.entered, self.left, self.way = begin, probe, entered, left, way or Way()
+        self.begin, self.probe, self.entered, self.left = begin, probe, entered, left
         self.attached = False
         self._open = _Open()
 
@@ -119,9 +117,10 @@ class LayerStack:
             return args, kwargs, None
         if index == 0:
             self._open.tape = None
-            settling = self.begin() and torch.is_grad_enabled()
+            way = self.begin()
+            settling = way is not None and torch.is_grad_enabled()
         else:
-            settling = self._open.tape is not None
+            way, settling = None, self._open.tape is not None
         if not settling:
             return args, kwargs, None
         args, kwargs = by_name(layer, args, kwargs)
@@ -129,9 +128,9 @@ class LayerStack:
             x, args = args[0], args[1:]
         else:
             x, kwargs = kwargs["hidden_states"], {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        if index == 0:
+        if way is not None:
             refuse_filled_cache(kwargs)
-            self._open.tape = self._begin_tape(x)
+            self._open.tape = self._begin_tape(x, way)
         elif not x.requires_grad:
             raise TypeError(
                 f"{type(layer).__name__} {index} does not take the output of the layer before it: errors cannot be "
@@ -204,8 +203,8 @@ class LayerStack:
         if self.left is not None:
             self.left(index, ran)
 
-    def _begin_tape(self, x: Tensor) -> Tape:
-        tape = Tape(self.way, self._layers_wanted(x.grad_fn is not None), x)
+    def _begin_tape(self, x: Tensor, way: Way) -> Tape:
+        tape = Tape(way, self._layers_wanted(way, x.grad_fn is not None), x)
         parameters = list({id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}.values())
         if self.probe is not None and not parameters and tape.bottom is None:
             # nothing trains: an input of our own makes autograd call the ground's backward all the same
@@ -214,14 +213,14 @@ class LayerStack:
         tape.ground = Ground.apply(self, tape, tape.bottom, *parameters)  # type: ignore[assignment]
         return tape
 
-    def _layers_wanted(self, wants_bottom: bool) -> list[bool]:
+    def _layers_wanted(self, way: Way, wants_bottom: bool) -> list[bool]:
         """Which layers run again in the backward of a forward that begins now."""
         total = len(self.layers)
         if self.probe is not None:
-            return [self.probe.again or index >= self.way.lowest_exact(total) for index in range(total)]
+            return [self.probe.again or index >= way.lowest_exact(total) for index in range(total)]
         holding = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
         lowest = holding.index(True) if any(holding) else total
-        exact = max(0 if wants_bottom else lowest, self.way.lowest_exact(total))
+        exact = max(0 if wants_bottom else lowest, way.lowest_exact(total))
         return [index >= exact or holding[index] for index in range(total)]
 
     def settle(

@@ -45,23 +45,34 @@ class ErrorMapCallback(TrainerCallback):
     Args:
         batches: what `measure_errors` takes, in a form that can be read again at every refresh: a list, a data set, a
             DataLoader, or a function that returns an iterator anew.
-        every: steps between two maps, from 1; or a share of all steps, between 0 and 1, as in TrainingArguments.
-        at_start: also measure before the first step (not when training resumes).
-        at_end: also measure after the last step, with `load_best_model_at_end` the model that was put back.
-        keep: how many maps to hold in memory: the first one, and the newest `keep`.
-        save_to: a folder; each map is saved to its `step-N`, and found there again when training resumes.
-        max_share: a refresh that is due is skipped while measuring has taken more than this share of the time since
-            training began; 1 never skips. `at_start` and `at_end` are not skipped.
-        measure: keyword arguments of `measure_errors`; without them no weight gradients and no progress bar. With
+        every (int or float): steps between two maps, from 1; or a share of all steps, between 0 and 1, as in
+            TrainingArguments.
+        at_start (bool): also measure before the first step (not when training resumes).
+        at_end (bool): also measure after the last step, with `load_best_model_at_end` the model that was put back.
+        keep (int): how many maps to hold in memory: the first one, and the newest `keep`.
+        save_to (path): a folder; each map is saved to its `step-N`, and found there again when training resumes.
+        max_share (float): a refresh that is due is skipped while measuring has taken more than this share of the time
+            since training began, in (0, 1]; 1 never skips. `at_start` and `at_end` are not skipped.
+        **measure: keyword arguments of `measure_errors`; without them no weight gradients and no progress bar. With
             `heldout`, the verdict of each map tells whether the model learns the domain or memorises the text.
 
     Attributes:
-        maps: (step, map), newest last. seconds: spent in measuring. skipped: refreshes that `max_share` skipped.
+        maps: (step, map), newest last.
+        seconds: spent in measuring.
+        skipped: refreshes that `max_share` skipped.
 
     Raises:
         TypeError: batches that can be read only once, or an argument that `measure_errors` does not have.
         ValueError: no batches, or a number out of its range.
         FloatingPointError: in training, if the loss of a batch is NaN or infinite.
+
+    Example:
+        >>> callback = ErrorMapCallback(batches, every=2, max_share=1.0)
+        >>> trainer.add_callback(callback)
+        >>> done = trainer.train()  # prints what it logs
+        {'pcgrow/loss': ...}
+        >>> [step for step, emap in callback.maps]
+        [0, 2, 4]
     """
 
     def __init__(
@@ -250,7 +261,11 @@ def _report(
 
 
 def _caller() -> CallbackHandler | None:
-    """The handler whose event is being handled: a Trainer hands its callbacks neither itself nor its handler."""
+    """The handler whose event is being handled, which alone reaches the reporters; None: no Trainer called."""
+    # Of what transformers 5.24 gives to events (args, state, control, model, processing class, optimizer, scheduler,
+    # data loaders) nothing leads to the Trainer or its handler, and accelerate's trackers are not those of a Trainer.
+    # `control.should_log` logs the training loss instead (see `_report`), what `on_log` adds reaches no reporter before
+    # this callback, new reporters would begin runs of their own, and Trainer(callbacks=) is before there is a Trainer.
     frame = inspect.currentframe()
     while frame is not None:
         handler = frame.f_locals.get("self")

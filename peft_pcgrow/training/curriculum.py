@@ -54,20 +54,20 @@ def order_by_surprisal(
         dataset: N examples by index: a `datasets.Dataset`, a list, token ids `[N, S]`, or a torch map-style dataset. An
             example is a mapping with `input_ids` and, if there are any, `attention_mask` and `labels` (-100 is
             ignored), token ids alone, or a string. Without labels every token is predicted from those before it.
-        model: a transformers causal LM in any floating dtype and on any device; with or without adapters.
-        descending: most surprising first.
-        relative: where a PCGrow adapter is active, the loss with it minus the loss with all adapters off: below zero is
-            what the branch has learnt, so least first means best learnt first. At birth it is 0 for every example.
-            Where none is active, plain surprisal.
-        window: sort inside windows of so many examples and keep the windows in the dataset's order, as surprisals age
-            while the model learns; None: one window for all. Shuffle the dataset first, so that windows are mixed.
-        batch_size: examples a forward pass.
-        collator: makes model inputs of a list of examples, one row each: give the one you train with where it sets
-            labels, or the model takes more than the three columns above. None pads on the right and leaves other
-            columns out.
-        tokenizer: makes token ids of strings, or of a data set's column "text" (or its only one of strings).
-        return_surprisal: also return the surprisals, fp64 `[N]`, in the order of the examples returned.
-        progress: show a progress bar on standard error.
+        model (nn.Module): a transformers causal LM in any floating dtype and on any device; with or without adapters.
+        descending (bool): most surprising first.
+        relative (bool): where a PCGrow adapter is active, the loss with it minus the loss with all adapters off: below
+            zero is what the branch has learnt, so least first means best learnt first. At birth it is 0 for every
+            example. Where none is active, plain surprisal.
+        window (int): sort inside windows of so many examples and keep the windows in the dataset's order, as surprisals
+            age while the model learns; None: one window for all. Shuffle the dataset first, so that windows are mixed.
+        batch_size (int): examples a forward pass.
+        collator (callable): makes model inputs of a list of examples, one row each: give the one you train with where
+            it sets labels, or the model takes more than the three columns above. None pads on the right and leaves
+            other columns out.
+        tokenizer (callable): makes token ids of strings, or of a data set's column "text" (or its only one of strings).
+        return_surprisal (bool): also return the surprisals, fp64 `[N]`, in the order of the examples returned.
+        progress (bool): show a progress bar on standard error.
 
     Returns:
         `dataset.select(order)` where the dataset has that method, a list of a list, a `torch.utils.data.Subset` of
@@ -78,6 +78,12 @@ def order_by_surprisal(
         ValueError: an example without label tokens, an option out of its range, or other models on other processes.
         FloatingPointError: a loss that is NaN or infinite.
         RuntimeError: another process failed.
+
+    Example:
+        >>> texts = torch.cat(batches)
+        >>> ordered, surprisal = order_by_surprisal(texts, model, return_surprisal=True, progress=False)
+        >>> len(ordered), bool((surprisal.diff() >= 0).all())
+        (32, True)
     """
     refuse_gone("order_by_surprisal", gone, GONE)
     with together("order_by_surprisal"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcgrow_kernels.keep_off import keep_off
+from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
 from peft_pcgrow.maps.distributed import gathered, together
@@ -44,14 +44,24 @@ def find_lr(
     each process searches with its own batches, and all get the geometric mean; all must call.
 
     Args:
-        model: after `get_peft_model(model, PCGrowConfig(...))`.
+        model (nn.Module): after `get_peft_model(model, PCGrowConfig(...))`.
         batches: text of the domain, as for `measure_errors`; 2 batches at least, each as large as those of a training
-            step. batch_size: texts a batch, of those that are not batched yet. tokenizer: makes token ids of strings.
+            step.
+        batch_size (int): texts a batch, of those that are not batched yet.
+        tokenizer (callable): makes token ids of strings.
+
+    Returns:
+        The rate, what a matrix's update of unit spectral norm is multiplied by.
 
     Raises:
         ValueError: nothing grown trains, fewer than two batches, nothing to predict in them, no token of theirs that
             reaches what trains, or no step along the update that lowers the loss (the batches have nothing in common,
             or there is nothing left to learn from them).
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))
+        >>> 0.001 < find_lr(grown, batches) < 1
+        True
     """
     with together("find_lr"):
         check_causal(model)
@@ -65,7 +75,7 @@ def find_lr(
                 )
             half = len(read) // 2
             if not all(
-                any(bool((target != IGNORED).any()) for _, target, _ in part) for part in (read[:half], read[half:])
+                any(bool((target != IGNORED).any()) for _, target, _ in some) for some in (read[:half], read[half:])
             ):
                 raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
             updates = _updates(model, banks, read[:half])
@@ -122,10 +132,10 @@ def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) 
                 directions = layer.directions(adapter, stack) if layer.is_protected(adapter) else None
                 transposed = layer.base_layer.is_transposed
                 if directions is not None:
-                    keep_off(gradient, directions, None, transposed)
+                    project_out(gradient, directions, None, transposed)
                 found[id(bank)] = update = update_of(gradient)
                 if directions is not None:
-                    keep_off(update, directions, None, transposed)
+                    project_out(update, directions, None, transposed)
     if not any(bool(update.any()) for update in found.values()):
         raise ValueError(
             "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "

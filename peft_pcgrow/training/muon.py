@@ -26,15 +26,29 @@ class Muon(torch.optim.Optimizer):
     """Muon on stacks of matrices, AdamW on everything else, in one optimizer.
 
     Groups with `orthogonal=True` hold parameters `[..., O, I]`: momentum, then each matrix's update is orthogonalised
-    and scaled by `sqrt(max(1, O / I))`. The other groups are stepped as `torch.optim.AdamW` does. An expert whose
-    gradient has been zero so far does not move.
+    and scaled by `sqrt(max(1, O / I))` (Jordan et al. 2024, see the module). The other groups are stepped as
+    `torch.optim.AdamW` does. An expert whose gradient has been zero so far does not move.
 
     Args:
-        params: parameters or groups; lr: learning rate of a group; momentum, nesterov: of orthogonal groups;
-        betas, eps: of the others; weight_decay: decoupled, of both.
+        params (iterable): parameters, or groups of them as dicts; a group may set any of the following.
+        lr (float): learning rate, 0 or more: about the spectral norm of a matrix's update.
+        momentum (float): of orthogonal groups, in [0, 1).
+        nesterov (bool): of orthogonal groups, whether the momentum looks ahead.
+        weight_decay (float): decoupled, 0 or more.
+        betas (tuple of float): of the other groups, as in AdamW, in [0, 1).
+        eps (float): of the other groups, as in AdamW.
+        orthogonal (bool): whether a group's updates are orthogonalised.
 
     Raises:
         ValueError: a setting out of its range, or a parameter with fewer than two axes in an orthogonal group.
+
+    Example:
+        >>> bank = torch.nn.Parameter(torch.zeros(5, 4, 8))  # five matrices
+        >>> optimizer = Muon([bank], lr=0.02)
+        >>> (bank * torch.randn(5, 4, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> bool((torch.linalg.matrix_norm(bank, 2) < 1.25 * 0.02).all())
+        True
     """
 
     def __init__(
@@ -140,13 +154,13 @@ def create_pcgrow_optimizer(
     """Optimizer for a model with a PCGrow adapter: Muon on the banks' matrices, AdamW on all else that trains.
 
     Args:
-        model: after `get_peft_model`.
-        lr: of the banks' matrices. What is best differs by factors of ten between models: `find_lr(model, batches)`
-            finds one.
-        lora_lr: of LoRA beside (`PCGrowConfig(lora=...)`).
-        adam_lr: of biases and `modules_to_save`; `lr / 10` if None.
-        weight_decay: decoupled. A bank holds whole weights, so decay pulls them to zero, not to the base: leave it at 0
-            unless that is wanted.
+        model (nn.Module): after `get_peft_model`.
+        lr (float): of the banks' matrices. What is best differs by factors of ten between models: `find_lr(model,
+            batches)` finds one.
+        lora_lr (float): of LoRA beside (`PCGrowConfig(lora=...)`).
+        adam_lr (float): of biases and `modules_to_save`; `lr / 10` if None.
+        weight_decay (float): decoupled. A bank holds whole weights, so decay pulls them to zero, not to the base: leave
+            it at 0 unless that is wanted.
         **kwargs: further settings of [`Muon`].
 
     Returns:
@@ -154,6 +168,14 @@ def create_pcgrow_optimizer(
 
     Raises:
         ValueError: the model has no grown expert that trains.
+
+    Example:
+        >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))
+        >>> optimizer = create_pcgrow_optimizer(grown, lr=0.02)
+        >>> [(group["orthogonal"], group["lr"]) for group in optimizer.param_groups]  # nothing but banks trains
+        [(True, 0.02)]
+        >>> grown(input_ids=batches[0], labels=batches[0]).loss.backward()
+        >>> optimizer.step()
     """
     banks = banks_of(model)
     chosen = {id(p) for p in banks}

@@ -19,6 +19,7 @@ import peft_pcgrow
 from peft_pcgrow import PCGrowConfig, compress, find_experts
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.find import adopt
 from peft_pcgrow.atomic import all_or_nothing, completed
 from peft_pcgrow.packed.forms import Form
 from tiny import LOCUS, build, dense, grown, logits, tokens, train
@@ -110,9 +111,9 @@ def with_forms(model: nn.Module) -> Any:
 
 
 def adopted() -> nn.Module:
-    """Its MLPs are made nodes of when they are first looked for."""
+    """Its MLPs are nodes."""
     model = dense()
-    find_experts(model)
+    adopt(find_experts(model))
     return model
 
 

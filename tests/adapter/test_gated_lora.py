@@ -352,14 +352,25 @@ def test_a_map_without_entry_gates():
     assert get_peft_model(model, spawning(error_map=emap)) is not None
 
 
+def test_a_cache_filled_without_the_adapter():
+    """Which gate lacks the tokens is said in words."""
+    model, ids = gated().eval(), mixed()
+    with torch.no_grad(), model.disable_adapter():
+        held = model(input_ids=ids[:, :8], use_cache=True).past_key_values
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"the gate of LoRA in adapter 'default' at layer \d+ rem"):
+        model(input_ids=ids[:, 8:], past_key_values=held, use_cache=True)
+
+
 def test_merging_and_exporting_are_refused(tmp_path):
+    """Neither text advises the other."""
     model = gated("gpt_oss", router="branch")
-    with pytest.raises(ValueError, match="a plain checkpoint has it for all tokens or none"):
+    with pytest.raises(ValueError, match="for all tokens or none: keep the adapter, or grow without lora="):
         export_flat(model, tmp_path / "flat", [domain(), retain()])
-    with pytest.raises(ValueError, match="newborns"):
+    with pytest.raises(ValueError, match=r"newborns.*Keep the adapter, or grow without lora= and") as refusal:
         model.merge_adapter()
+    assert "export_flat" in str(refusal.value)
     index, module = adapted(model)[0]
-    with pytest.raises(ValueError, match="behind a gate, so it cannot be merged"):
+    with pytest.raises(ValueError, match="cannot be merged: keep the adapter, or grow without lora="):
         module.merge()
     assert index in LOCUS
     model.eval()

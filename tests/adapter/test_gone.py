@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft_pcgrow import ErrorMap, Locus, PCGrowConfig, choose, measure_errors
 from peft_pcgrow.adapter import model as adapter_model
 from peft_pcgrow.maps.map_file import FILE, write
+from peft_pcgrow.maps.map_tensors import to_tensors
 from tiny import LOCUS, assert_same, build, contrast, logits, snapshot, spawned, tokens, train
 
 # the fields that are gone, as version 0.1 wrote them where nobody asked for them
@@ -132,7 +133,7 @@ def rewrite(folder, config: PCGrowConfig | None, held: dict) -> None:
 
 def older(emap: ErrorMap, folder) -> None:
     """The folder that version 0.1 wrote: with how far nodes' errors lie at the same tokens, of held-out text too."""
-    tensors, facts = emap._parts()
+    tensors, facts = to_tensors(emap)
     nodes = emap.count.numel() + len(emap.newborns.nodes)
     for prefix in ("", "heldout.") if emap.heldout is not None else ("",):
         tensors[f"{prefix}shared"] = torch.rand(nodes, nodes)

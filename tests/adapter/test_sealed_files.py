@@ -3,8 +3,6 @@
 import copy
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from test_seal import DAMAGE, change, change_config, keep, load
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import fresh
 from peft_pcgrow.compress.shrink import shrink_adapter
 from tiny import LOCUS, assert_same, build, grown, logits, snapshot, train
 
@@ -125,8 +124,7 @@ def test_files_say_what_to_import(saved):
         "from peft import AutoPeftModelForCausalLM as Auto",
         "from transformers import AutoModelForCausalLM as Auto",
     ):
-        code = f"{statement}; Auto.from_pretrained({str(saved / 'adapter')!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = fresh.run(f"{statement}; Auto.from_pretrained({str(saved / 'adapter')!r})")
         assert done.returncode
         assert "pip install peft-pcgrow" in done.stderr.splitlines()[-1]
         assert "import peft_pcgrow" in done.stderr.splitlines()[-1]

@@ -185,7 +185,7 @@ def stacks(model: nn.Module) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     return found
 
 
-def assert_kept_off(before: dict, after: dict) -> None:
+def assert_protected(before: dict, after: dict) -> None:
     """All has moved, and nothing of it along the directions that were there before."""
     assert len(before) == 4
     for key, (weight, directions) in before.items():
@@ -207,12 +207,12 @@ def test_updates_stay_off_protected_directions(name, grow, optimizer, tmp_path):
     model = spawned(name, grow=grow, protect=0.6)
     start = stacks(model)
     stepped(model, optimizer)
-    assert_kept_off(start, stacks(model))
+    assert_protected(start, stacks(model))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(name), tmp_path, is_trainable=True)
     between = stacks(loaded)
     stepped(loaded, optimizer)
-    assert_kept_off(start, stacks(loaded))
+    assert_protected(start, stacks(loaded))
     assert all(not torch.equal(weight, stacks(loaded)[key][0]) for key, (weight, _) in between.items())
 
 
@@ -257,7 +257,7 @@ def test_protected_by_two_steps_at_once(settle):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-    assert_kept_off(start, stacks(model))
+    assert_protected(start, stacks(model))
 
 
 @pytest.mark.slow

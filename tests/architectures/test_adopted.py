@@ -17,6 +17,7 @@ from close import assert_all_close, assert_close
 from loaders import LOADERS
 from mlp_models import every_case, gpt2, grown, linears, made
 from peft_pcgrow import ErrorMapCallback, Locus, PCGrowConfig, export_flat, find_experts, measure_errors
+from peft_pcgrow.architectures.find import adopt
 from tiny import assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train
 
 
@@ -26,7 +27,7 @@ def test_adoption_changes_nothing(name):
     """Neither what is computed nor what is saved, nor what a copy of the model computes."""
     model, nodes = made(name)
     before, weights, kinds = logits(model), snapshot(model), {type(m) for m in model.modules()}
-    tree = find_experts(model, nodes)
+    tree = adopt(find_experts(model, nodes))
     assert tree.nodes == nodes
     assert tree.experts_at == dict.fromkeys(linears(model, name), 1)
     assert torch.equal(logits(model), before)
@@ -247,7 +248,7 @@ def test_beside_lora(adopted):
     """On the attention it is trained along; on the MLPs' own layers a bank would compute without it."""
     model = dense()
     if adopted:
-        find_experts(model)
+        adopt(find_experts(model))
     wrapped = inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), copy.deepcopy(model))
     with pytest.raises(ValueError, match=r"mlp of layer 0 \(LlamaMLP\) has another adapter on its linear layers"):
         find_experts(wrapped)

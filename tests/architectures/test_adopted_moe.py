@@ -20,6 +20,7 @@ from foreign import FOREIGN, LAYERS, foreign, llama4, own_stacks
 from peft_pcgrow import PCGrowConfig, export_flat, find_experts, measure_errors
 from peft_pcgrow.architectures.adopted_experts import AdoptedBlock
 from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.architectures.find import adopt
 from peft_pcgrow.maps.error_map import SUMS
 from peft_pcgrow.packed.quantize import quantize_experts
 from tiny import EXPERTS, assert_same, build, domain, logits, mixed, retain, snapshot, taken, tokens, train
@@ -59,7 +60,7 @@ def test_adopted_model_is_the_same(name, dtype):
     """Parameters, names and logits keep their bits; stacks show what the architecture holds."""
     model = foreign(name, dtype)
     before, out = snapshot(model), logits(model)
-    tree = find_experts(model)
+    tree = adopt(find_experts(model))
     assert [site.layer for site in tree.sites] == LAYERS[name]
     assert all(site.experts == EXPERTS for site in tree.sites)
     assert all(len(next(site.router.parameters())) >= EXPERTS for site in tree.sites)
@@ -80,7 +81,7 @@ def test_training_base_is_the_same(name):
     for adopted in (False, True):
         model = foreign(name, torch.float64).train()
         if adopted:
-            find_experts(model)
+            adopt(find_experts(model))
         of_text(model, ids).backward()
         found.append({label: p.grad for label, p in model.named_parameters() if p.grad is not None})
     assert_all_close(found[1], found[0], "fp64 gradient")
@@ -91,7 +92,7 @@ def test_adopted_while_it_trains():
     model = foreign("dbrx").train()
     for block in model.transformer.blocks:
         block.ffn.router.moe_jitter_eps = 0.3
-    assert len(find_experts(model).sites) == 3
+    assert len(adopt(find_experts(model)).sites) == 3
     assert all(module.training for module in model.modules())
 
 

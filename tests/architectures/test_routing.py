@@ -168,15 +168,18 @@ def looped(layer: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, pass
         passes: tokens that the layer's gate lets pass, `[T]`; None: all, or there is none.
     """
     base, bank, grown = layer.base_layer, layer.bank("default"), layer.grown["default"]
-    every = {name: stack[torch.arange(base.num_experts)].detach() for name, stack in expert_stacks(base).items()}
+    every = {
+        name: stack[torch.arange(base.num_experts)].detach().double() for name, stack in expert_stacks(base).items()
+    }
+    bank = {name: stack.detach().double() for name, stack in bank.items()}
+    hidden, weight = hidden.double(), weight.double()
     total = torch.zeros(hidden.shape, dtype=torch.float64)
     for token, choice in (index < EXPERTS).nonzero().tolist():
         expert = int(index[token, choice])
         mine = expert in grown and (passes is None or bool(passes[token]))
         place, stacks = (grown.index(expert), bank) if mine else (expert, every)
-        matrices = {name: stack[place].detach().double() for name, stack in stacks.items()}
-        output = expert_output(base, matrices, hidden[token].double())
-        total[token] += weight[token, choice].double() * output
+        matrices = {name: stack[place] for name, stack in stacks.items()}
+        total[token] += weight[token, choice] * expert_output(base, matrices, hidden[token])
     return total
 
 

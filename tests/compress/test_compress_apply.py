@@ -1,9 +1,6 @@
 """Applying plans: what is stored and computed, when it stops, and that nothing is left of what is taken back."""
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+import fresh
 from close import assert_close
 from pcgrow_kernels import lowbit
 from peft_pcgrow import compress, find_experts
@@ -381,12 +379,7 @@ plan = compress.plan(model, target=0.3, retain=[tokens()], progress=False)
 model, report = compress.apply(model, plan, max_loss_rise=0.5, progress=False)
 print(report.bytes_after, round(report.after[0], 2))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    done = fresh.run(script)
     assert done.returncode == 0, done.stderr
     model = build("qwen3_moe", torch.bfloat16)
     plan = compress.plan(model, target=0.3, retain=[tokens()], progress=False)

@@ -1,8 +1,5 @@
 """export_flat: a plain checkpoint that loads without this package, and a report of how far its function is off."""
 
-import os
-import subprocess
-import sys
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
+import fresh
 from close import assert_close
 from peft_pcgrow import ErrorMap, PCGrowConfig, export_flat, find_experts, measure_errors
 from peft_pcgrow.architectures.router_capacity import COUNTS
@@ -135,7 +133,6 @@ def chosen(flat: nn.Module, ids: Tensor) -> dict[int, Tensor]:
 LOADING = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
 given = torch.load(sys.argv[1])
 with torch.no_grad():
     found = [AutoModelForCausalLM.from_pretrained(f).eval()(input_ids=given["ids"]).logits for f in given["folders"]]
@@ -149,8 +146,7 @@ def test_loads_without_the_package(cases, tmp_path):
     """In a process of its own: the logits of the model loaded here, and close to none of the base's."""
     folders = [str(case.folder) for case in cases.values()]
     torch.save({"ids": mixed(), "folders": folders}, tmp_path / "given")
-    command = [sys.executable, "-c", LOADING, str(tmp_path / "given"), str(tmp_path / "found")]
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    fresh.run(LOADING, tmp_path / "given", tmp_path / "found", folder=tmp_path).check_returncode()
     for case, found in zip(cases.values(), torch.load(tmp_path / "found"), strict=True):
         here = AutoModelForCausalLM.from_pretrained(case.folder).eval()
         assert torch.equal(found, logits(here, mixed())), case.name

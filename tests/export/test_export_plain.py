@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import fresh
 from close import assert_close
 from peft_pcgrow import PCGrowConfig, find_experts
 from peft_pcgrow.architectures.experts import expert_stacks, intermediate_size
@@ -153,7 +152,8 @@ def test_loads_without_this_package(tmp_path):
         "assert not {'peft_pcgrow', 'pcgrow_kernels'} & set(sys.modules);"
         "print(float(logits.double().square().sum()))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = fresh.run(code)
+    assert run.returncode == 0, run.stderr
     want = float(logits(reloaded(tmp_path), tokens()).double().square().sum())
     assert float(run.stdout) == pytest.approx(want, rel=1e-5)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_window_mean import by_hand
 from torch.distributions import Normal
 from torch.nn.functional import cosine_similarity, pad
 
@@ -18,11 +19,9 @@ from peft_pcgrow.gates.gate import (
     at_rate,
     discriminant,
     fit_law,
-    totals,
-    window_means,
 )
 
-TEXTS, TOKENS, WIDTH = 3, 10, 2
+TEXTS, TOKENS = 3, 10
 WINDOWS = (0, 1, 3, 50)
 
 
@@ -56,57 +55,6 @@ ROWS = {
 }
 
 
-def by_hand(values, rows, window):
-    """Means and numbers of tokens, one place after the other."""
-    means, numbers = torch.zeros(values.shape, dtype=torch.float64), torch.zeros(values.shape[:2], dtype=torch.float64)
-    for text in range(values.shape[0]):
-        for token in range(values.shape[1]):
-            place = 0 if rows.start is None else int(rows.start[text, token])
-            if window:
-                place = max(place, token - window + 1)
-            inside = [values[text, i].double() for i in range(place, token + 1) if rows.real[text, i]]
-            numbers[text, token] = len(inside)
-            if inside:
-                means[text, token] = sum(inside) / len(inside)
-    return means, numbers
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("case", ROWS)
-def test_window_means_are_those_of_a_loop(case, window):
-    rows, values = ROWS[case](), torch.randn(TEXTS, TOKENS, WIDTH)
-    values[~rows.real] = float("nan")  # what padding holds must not matter
-    mean, n = window_means(totals(values, rows), rows, window)
-    want_mean, want_n = by_hand(values, rows, window)
-    assert torch.equal(n[rows.real], want_n[rows.real])
-    assert_close("means", mean[rows.real], want_mean[rows.real], "fp64")
-
-
-def calls(values, rows, window, sizes):
-    """Means and numbers of a sequence that comes in several calls."""
-    past, found = None, []
-    for part, real in zip(values.split(sizes, 1), rows.real.split(sizes, 1), strict=True):
-        here = Rows(real, None, past)
-        past = totals(part, here)
-        found.append(window_means(past, here, window))
-    return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("case", ["whole", "left padding"])
-@pytest.mark.parametrize("sizes", [[9, 1], [4, 1, 1, 1, 3], [1] * TOKENS], ids=str)
-def test_calls_continue_each_other(case, window, sizes):
-    rows = ROWS[case]()
-    exact = torch.randint(-9, 9, (TEXTS, TOKENS, WIDTH)).float()  # sums of small integers have no rounding
-    for got, want in zip(calls(exact, rows, window, sizes), calls(exact, rows, window, [TOKENS]), strict=True):
-        assert torch.equal(got, want)
-    values = torch.randn(TEXTS, TOKENS, WIDTH)
-    mean, n = calls(values, rows, window, sizes)
-    want_mean, want_n = by_hand(values, rows, window)
-    assert torch.equal(n[rows.real], want_n[rows.real])
-    assert_close("means", mean[rows.real], want_mean[rows.real], "fp64")
-
-
 def a_gate(window, hidden=6):
     return Gate(torch.randn(hidden), torch.tensor([0.4, 1.7, 0.3, 2.5]), window)
 
@@ -114,7 +62,7 @@ def a_gate(window, hidden=6):
 def likelihood_ratio(gate, rows, x):
     """log p(m | domain) - log p(m | retain) of each mean, from two normal densities."""
     scores = (x.double() * gate.direction.double()).sum(-1, keepdim=True)
-    mean, n = by_hand(scores, rows, gate.window)
+    mean, n = by_hand(scores, rows.real, rows.start, gate.window)
     middle, distance, between, within = gate.law.double()
     spread = (between + within / n.clamp_min(1)).sqrt()
     domain, retain = (Normal(middle + sign * distance / 2, spread) for sign in (1, -1))

@@ -1,10 +1,10 @@
-"""Directions that updates keep off: against full eigendecompositions and plain matrix products."""
+"""Directions that are protected from updates: against full eigendecompositions and plain matrix products."""
 
 import pytest
 import torch
 
 from close import assert_close
-from pcgrow_kernels.keep_off import keep_off
+from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.gates.directions import MomentSketch, main_directions
 from peft_pcgrow.gates.separation import Separation
 
@@ -135,7 +135,7 @@ def projected_off(weight, v):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("aim", [False, True], ids=["zero", "target"])
 @pytest.mark.parametrize("unused", [0, 3])
-def test_keep_off_sets_the_image_and_nothing_else(transposed, aim, unused):
+def test_project_out_sets_the_image_and_nothing_else(transposed, aim, unused):
     weight = torch.randn(3, 7, 10, dtype=torch.float64)
     v = torch.linalg.qr(torch.randn(3, 10, 4, dtype=torch.float64)).Q
     target = torch.randn(3, 7, 4, dtype=torch.float64)
@@ -143,23 +143,23 @@ def test_keep_off_sets_the_image_and_nothing_else(transposed, aim, unused):
     # nodes with fewer directions than others are filled up with zeros
     filled = torch.nn.functional.pad(v, (0, unused))
     aimed = torch.nn.functional.pad(target, (0, unused)) if aim else None
-    keep_off(held, filled, aimed, transposed)
+    project_out(held, filled, aimed, transposed)
     after = held.mT if transposed else held
     assert after.shape == weight.shape
     want = target if aim else torch.zeros_like(target)
     assert float((after @ v - want).abs().max()) < 1e-13
     assert_close("the rest", projected_off(after, v), projected_off(weight, v), "fp64")
     again = held.clone()
-    keep_off(again, filled, aimed, transposed)
+    project_out(again, filled, aimed, transposed)
     assert_close("twice", again, held, "fp64")
 
 
-def test_keep_off_keeps_a_16_bit_weight_near():
+def test_project_out_leaves_a_16_bit_weight_near():
     weight, v = torch.randn(2, 7, 32), torch.linalg.qr(torch.randn(2, 32, 4)).Q
     target = weight @ v
     held = (weight + 0.1 * torch.randn_like(weight)).bfloat16()
     moved = held.float()
-    keep_off(held, v, target, False)
+    project_out(held, v, target, False)
     assert held.dtype == torch.bfloat16
     assert_close("image", held.float() @ v, target, "bf16")
     assert_close("the rest", projected_off(held.float(), v), projected_off(moved, v), "bf16")

@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, measure_errors
+from peft_pcgrow.maps.map_tensors import to_tensors
 from peft_pcgrow.maps.resume import CHUNK, weights_in_use
 from tiny import LOCUS, build, domain, spawned, tokens
 
@@ -23,7 +24,7 @@ def interrupted(batches, after):
 
 
 def assert_same(got: ErrorMap, want: ErrorMap) -> None:
-    one, other = got._parts()[0], want._parts()[0]
+    one, other = to_tensors(got)[0], to_tensors(want)[0]
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name

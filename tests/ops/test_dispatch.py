@@ -1,4 +1,7 @@
-"""Where kernels run."""
+"""Where kernels run, and what importing them brings."""
+
+import ast
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,3 +30,12 @@ def test_kernels_run_on_gpus(monkeypatch):
 @pytest.mark.parametrize(("size", "numbers"), [(0, 1), (1, 1), (5, 8), (64, 64), (5000, dispatch.WIDEST)])
 def test_blocks(size, numbers):
     assert dispatch.block(size) == numbers
+
+
+def test_importing_brings_no_triton():
+    """From the source: transformers imports it itself where it is installed."""
+    for path in Path(dispatch.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "triton"], path.name

@@ -1,11 +1,8 @@
 """Packed checkpoints are sealed: what changed in their files is refused, and nobody reads them as something else."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_packed_saving import compressed, saved, written
 from transformers import AutoModel, AutoModelForCausalLM
 
+import fresh
 from peft_pcgrow import PCGrowConfig, find_experts
 from peft_pcgrow.packed.packed_experts import PREFIX
 from peft_pcgrow.packed.quantize import quantize_experts
@@ -170,12 +168,7 @@ def test_without_this_package(tmp_path):
     for number, model in enumerate(models):
         quantize_experts(model)
         model.save_pretrained(tmp_path / str(number))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    folders = [str(tmp_path / str(number)) for number in range(len(models))]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *folders], env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = fresh.run(WITHOUT, *(tmp_path / str(number) for number in range(len(models))))
     assert done.stdout.split() == ["refused"] * len(models), done.stderr[-4000:]
     assert done.stderr.count("import_peft_pcgrow") == len(models)
     assert "import peft_pcgrow" in (tmp_path / "0" / "config.json").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abilities
 import corpora
+import fresh
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -247,9 +247,8 @@ def test_the_program(model, tokenizer, tmp_path):
     """With an adapter, each question's result in the JSON."""
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, "examples/abilities.py", str(corpora.EMBEDDED_MODEL), "--limit", "7", "--json"]
-    command += ["--no-instructions", "--adapter", str(tmp_path / "adapter")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    options = ["--limit", 7, "--json", "--no-instructions", "--adapter", tmp_path / "adapter"]
+    done = fresh.run(ROOT / "examples" / "abilities.py", corpora.EMBEDDED_MODEL, *options, folder=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     facts, *samples = map(json.loads, done.stdout.splitlines())
     assert (facts["measure"], facts["of"], len(facts["each"])) == ("facts", 7, 7)

@@ -1,8 +1,6 @@
 """examples/make_moe.py: a mixture with all experts active is the dense model; distilling brings the others closer."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import corpora
+import fresh
 import make_moe
 from close import assert_close
 from tiny import dense, domain, logits, tokens
@@ -99,11 +98,10 @@ def test_the_program_goes_on(tmp_path):
     for split in ("train", "eval"):
         lines = [json.dumps({"text": text[:2000]}) for text in corpora.language_reference(split)[:8]]
         (tmp_path / f"text.{split}.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "examples/make_moe.py", tmp_path / "dense", tmp_path / "moe", "--device", "cpu"]
-    command += ["--text", tmp_path / "text", "--experts", "4", "--active", "1", "--shared", "32", "--length", "32"]
-    command += ["--fit-windows", "16", "--save-steps", "5", "--lr", "3e-3"]
-    for steps in ("5", "20"):
-        done = subprocess.run([*map(str, command), "--steps", steps], cwd=ROOT, capture_output=True, text=True)
+    options = [tmp_path / "dense", tmp_path / "moe", "--device", "cpu", "--text", tmp_path / "text", "--length", 32]
+    options += ["--experts", 4, "--active", 1, "--shared", 32, "--fit-windows", 16, "--save-steps", 5, "--lr", 3e-3]
+    for steps in (5, 20):
+        done = fresh.run(ROOT / "examples" / "make_moe.py", *options, "--steps", steps, folder=ROOT)
         assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "moe" / "make_moe.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["dense", "mixture, untrained", "mixture, distilled"]

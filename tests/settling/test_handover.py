@@ -11,6 +11,7 @@ from peft import get_peft_model
 import architectures
 from close import assert_all_close
 from peft_pcgrow import PCGrowConfig, find_experts, measure_errors
+from peft_pcgrow.settling.descent import Way
 from peft_pcgrow.settling.side_tensors import swap, tensors, written
 from peft_pcgrow.settling.tape import Tape
 from tiny import build, tokens, trainable
@@ -129,8 +130,8 @@ def test_a_forward_leaves_nothing_behind(name):
     stack = model.base_model._stack
     begin = stack._begin_tape
 
-    def noted(x: torch.Tensor) -> Tape:
-        tape = begin(x)
+    def noted(x: torch.Tensor, way: Way) -> Tape:
+        tape = begin(x, way)
         tapes.append(weakref.ref(tape))
         return tape
 

@@ -158,7 +158,7 @@ class Watcher(Probe):
 
 def watched(model, way: Way) -> Watcher:
     probe = Watcher(model)
-    with LayerStack(find_experts(model).layers, probe=probe, way=way):
+    with LayerStack(find_experts(model).layers, lambda: way, probe):
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
     return probe
 
@@ -250,7 +250,7 @@ def test_relax_trains_nothing():
     model.requires_grad_(True)
     with (
         pytest.raises(ValueError, match="counts hops for a probe and trains nothing: train by settle='sweep'"),
-        LayerStack(find_experts(model).layers, way=Way("relax")),
+        LayerStack(find_experts(model).layers, lambda: Way("relax")),
     ):
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
 

@@ -1,8 +1,6 @@
 """Two processes (gloo) train as one process does on the whole batch."""
 
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 import ddp_script
+import fresh
 from peft_pcgrow import measure_errors
 
 pytestmark = pytest.mark.cpu("processes meet over gloo")
@@ -19,16 +18,18 @@ pytestmark = pytest.mark.cpu("processes meet over gloo")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    # accelerate's own launcher starts several processes on CPUs through MPI only
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    script = Path(ddp_script.__file__)
-    done = subprocess.run(
-        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what torchrun sets; accelerate's own launcher starts several processes on CPUs through MPI only
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    each = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    running = [fresh.Program(Path(ddp_script.__file__), folder, environment=variables) for variables in each]
+    done = [program.done() for program in running]
+    for process in done:
+        assert process.returncode == 0, process.stderr[-4000:]
     found = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-    found[0]["stderr"] = done.stderr
+    found[0]["stderr"] = done[0].stderr + done[1].stderr
     return found
 
 

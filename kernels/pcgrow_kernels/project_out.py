@@ -1,9 +1,9 @@
-"""Keep a step off some input directions."""
+"""Take out of a step its part along some input directions."""
 
 from torch import Tensor
 
 
-def keep_off(weight: Tensor, directions: Tensor, target: Tensor | None, transposed: bool) -> None:
+def project_out(weight: Tensor, directions: Tensor, target: Tensor | None, transposed: bool) -> None:
     """In place, give `weight @ directions` the value `target` (None: zero) without touching the rest of `weight`.
 
     Args:
