@@ -12,6 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # kernels run in Triton's interpreter; it is read where Triton is imported first, and transformers does
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from torch.overrides import TorchFunctionMode
 from transformers import set_seed
 
@@ -69,6 +74,11 @@ def pytest_collection_finish(session):
     """Half a million objects of torch and transformers stay anyway: not to be searched at every collection."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    # Triton's bindings report what a process never frees
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

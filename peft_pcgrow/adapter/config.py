@@ -103,9 +103,7 @@ class PCGrowConfig(PeftConfig):
             Of `settle="direct"`: top decoder layers that the error is carried through exactly, 0 or more; with all of
             them it is the sweep.
         keep_activations (`int`, defaults to `0`):
-            Of `settle="sweep"`: top decoder layers whose activations are kept from the forward rather than computed
-            again in the backward. Gradients are the same; each layer takes its activations' memory and saves a forward
-            of its own. 0 keeps the inputs of layers only; as many as there are layers, or more, is as fast as backprop.
+            Of `settle="sweep"`: top decoder layers whose activations are kept, not computed again. Same gradients.
         base_quantization (`str`, *optional*):
             `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
             experts of the base are packed in so few bits (see `compress.quantize_experts`); loading the adapter packs
@@ -212,9 +210,8 @@ class PCGrowConfig(PeftConfig):
         super().__post_init__()
         extend_peft_type()
         self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
-        # the map that was used, for adapters made of this config later; not part of what is saved
+        # not saved: the map that was used, for adapters made of this config later; what became of each node, and why
         self._measured: Optional[ErrorMap] = None
-        # what became of each located node, and why; not part of what is saved either
         self.decisions: list[Decision] = []
         self.check()
 
@@ -228,7 +225,7 @@ class PCGrowConfig(PeftConfig):
         self._normalise()
         check_budget(self.budget)
         Way(depth=self.settle_depth)  # refuses what is out of range
-        if self.way is None and self.keep_activations:  # and `Way` refuses it beside what is no sweep
+        if self.way is None and self.keep_activations:
             raise ValueError("keep_activations= is of settle='sweep', and 'backprop' keeps them all: leave it at 0")
         if self.router == "flat" and self.grow == "deepen":
             raise ValueError("router='flat' is about newborns: use it with grow='spawn'; deepened experts just merge")

@@ -6,15 +6,14 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import click
 import typer
 
 from peft_pcgrow.command.corpus_file import read_corpus_file
 from peft_pcgrow.command.doctor import check_up
 from peft_pcgrow.command.fail import Unusable, exit_codes
-from peft_pcgrow.command.load import DTYPES, check_new, load_config, load_model
+from peft_pcgrow.command.load import check_new, load_config, load_model
 from peft_pcgrow.command.settings_file import read_settings
 from peft_pcgrow.compress import apply, plan
 from peft_pcgrow.maps.error_map import ErrorMap
@@ -32,7 +31,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A model of the Hub, or a folder.")]
 Revision = Annotated[str | None, typer.Option(help="Of a model of the Hub.")]
 Precision = Annotated[
-    str, typer.Option(click_type=click.Choice(list(DTYPES)), help="Of the weights; auto: the checkpoint's.")
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: the checkpoint's.")
 ]
 Device = Annotated[str, typer.Option(help="auto: a GPU if there is one.")]
 Data = Annotated[Path, typer.Option(help="The domain's text: .jsonl (a text a line) or .txt (a text a paragraph).")]

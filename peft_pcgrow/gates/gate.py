@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pcgrow_kernels.gate_score import gate_score
 from pcgrow_kernels.window_mean import totals, window_means
 
 # false-positive rates that thresholds are kept for, from a half down; between them, their logarithm is interpolated
@@ -66,7 +67,7 @@ class Gate:
 
     def scores(self, x: Tensor) -> Tensor:
         """`[..., H]` -> `[...]`, in fp32 whatever the model and autocast compute in."""
-        return (x.detach().float() * self.direction.float()).sum(-1)
+        return gate_score(x, self.direction)
 
     def evidence(self, scores: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The log-likelihood ratio of domain to retain at each token, `[B, S]` fp32 in nats, and the running totals up

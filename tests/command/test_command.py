@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import Result
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -16,7 +16,7 @@ from peft_pcgrow.command.main import app
 MODEL = str(Path(__file__).parents[2] / "examples/embedded-moe")
 
 
-def call(*words: object) -> Result:
+def call(*words: object) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
