@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures import one_sort
 from peft_pcgrow.locate import parts
 from peft_pcgrow.locus import Locus
 
@@ -24,6 +25,12 @@ def what_trains(layers: Sequence[PCGrowExperts], configs: Mapping[str, PCGrowCon
             what = f"{pieces} parts (resolution={config.resolution!r}) of {what}"
         lines.append(
             f"pcgrow: adapter {name!r} grows {what} in {len(locus)} layers, {parameters:,} parameters, "
-            f"settle={config.settle!r}: {locus.describe()}"
+            f"settle={config.settle!r}, {_rows(mine)}: {locus.describe()}"
         )
     return "\n".join(lines)
+
+
+def _rows(layers: Sequence[PCGrowExperts]) -> str:
+    """How training runs their rows (see `dispatch.run`)."""
+    kept = dict.fromkeys(one_sort.kept_from(layer.base_layer, exact=False) for layer in layers)
+    return "rows sorted once" if [*kept] == [""] else f"rows taken apart ({'; '.join(filter(None, kept))})"
