@@ -8,12 +8,13 @@ tokens, K experts per token, R = T * K routed rows, G experts in a bank, H hidde
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from peft_pcgrow.architectures import one_sort, run_rows
-from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks
+from peft_pcgrow.architectures.experts import ExpertsModule
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def run(
     """
     if one_sort.kept_from(base, exact, together):
         return _taken_apart(base, branches, hidden, index, weight, exact)
-    joint = _joint(base, branches)
+    joint = _joint(branches)
 
     def again(bank: Mapping[str, Tensor], *routed: Tensor) -> Tensor:
         return _taken_apart(base, [replace(branch, bank=bank) for branch in joint], *routed, exact=False)
@@ -122,22 +123,15 @@ def run(
     return one_sort.run(base, joint[0].bank, slots, taker, (hidden, index, weight), exact, again)
 
 
-def _joint(base: ExpertsModule, branches: Sequence[Branch]) -> list[Branch]:
-    """The branches, all of one bank, which holds theirs one after another in the base's dtype."""
+def _joint(branches: Sequence[Branch]) -> list[Branch]:
+    """The branches, all of one bank, which holds theirs one after another."""
     banks = {id(branch.bank): branch.bank for branch in branches}
-    starts, held, total = {}, [], 0
-    for key, bank in banks.items():
-        module = run_rows.with_bank(base, bank)
-        held.append({name: getattr(module, name) for name in expert_stacks(base)})
-        starts[key], total = total, total + module.num_experts
-    first, *others = held
-    whole = {name: torch.cat([stack, *(o[name] for o in others)]) if others else stack for name, stack in first.items()}
-    return [
-        replace(
-            branch, bank=whole, slot=torch.where(branch.slot < 0, branch.slot, branch.slot + starts[id(branch.bank)])
-        )
-        for branch in branches
-    ]
+    if len(banks) == 1:
+        return [*branches]
+    starts = dict(zip(banks, accumulate((len(bank["down_proj"]) for bank in banks.values()), initial=0), strict=False))
+    whole = {name: torch.cat([bank[name] for bank in banks.values()]) for name in branches[0].bank}
+    moved = [torch.where(branch.slot < 0, -1, branch.slot + starts[id(branch.bank)]) for branch in branches]
+    return [replace(branch, bank=whole, slot=slot) for branch, slot in zip(branches, moved, strict=True)]
 
 
 def _taken_apart(

@@ -11,7 +11,7 @@ rows, E experts, G grown ones, H hidden, I inner.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pcgrow_kernels.grouped import outer, product
 from pcgrow_kernels.remap import combine, remap
 from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, first_matrix, is_adopted, is_packed
 from peft_pcgrow.architectures.host import gates_by_silu
-from peft_pcgrow.architectures.run_rows import implementation
+from peft_pcgrow.architectures.run_rows import implementation, with_bank
 
 # columns of ones that sums are taken by, as products are: 16 bytes of bf16
 WIDTH = 8
@@ -73,7 +73,7 @@ def run(
     """The experts' output, `[T, H]`.
 
     Args:
-        bank: stacks by name, `[G, ...]`, in the base's dtype.
+        bank: stacks by name, `[G, ...]`, in any dtype.
         slots: of each branch, the place in the bank of each of the base's experts, `[B, E]`.
         taker: branch of each row, -1: the base, `[T, K]`.
         routed: hidden `[T, H]`, index `[T, K]` and weight `[T, K]`, as the base is called with.
@@ -94,78 +94,117 @@ def run(
     settings = base, exact, differentiably
     both = *(bank[name] for name in names), *(stacks[name] for name in names)
     weight = weight.masked_fill(index >= total, 0)
-    return _OneSort.apply(settings, hidden, weight, order, inverse, ends, *both)  # type: ignore[return-value]
+    return _OneSort.apply(settings, order, inverse, ends, hidden, weight, *both)  # type: ignore[return-value]
+
+
+class _Layer(NamedTuple):
+    """One of the two layers of all experts: stacks of matrices, the bank's and the base's, and of biases."""
+
+    stacks: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    turned: bool
+
+    def alone(self) -> "_Layer":
+        """The bank's."""
+        return _Layer(self.stacks[:1], self.biases[:1], self.turned)
+
+    def __call__(self, x: Tensor, ends: Tensor, rows: Tensor | None = None) -> Tensor:
+        made = product(x, self.stacks, ends, self.turned, rows)
+        return made.add_(self.added(ends, len(made))) if self.biases else made
+
+    def added(self, ends: Tensor, rows: int) -> Tensor:
+        """The bias of each sorted row."""
+        place = torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)
+        return torch.cat([*self.biases])[place.clamp(max=len(ends) - 1)]
+
+    def back(self, error: Tensor, ends: Tensor, rows: Tensor | None = None) -> Tensor:
+        return product(error, self.stacks, ends, not self.turned, rows)
+
+
+def _layers(base: ExpertsModule, held: Sequence[Tensor]) -> list[_Layer]:
+    """Of what is given to `_OneSort`, the bank's in the base's dtype."""
+    kinds, names = len(held) // 2, _names(base)
+    cast = with_bank(base, dict(zip(names, held[:kinds], strict=True)))
+    held = *(getattr(cast, name) for name in names), *held[kinds:]
+    return [
+        _Layer(held[place::kinds], held[place + 2 :: kinds] if base.has_bias else (), not base.is_transposed)
+        for place in range(2)
+    ]
 
 
 class _OneSort(torch.autograd.Function):
-    """Of the stacks, each a pair of the bank's and the base's: two matrices, then their biases, if there are any."""
+    """Stacks are the bank's, then the base's: of each the two matrices, then their biases, if there are any.
+
+    What comes of the first matrix is kept where errors go further down; else it is made again, of the bank's rows.
+    """
 
     @staticmethod
-    def forward(ctx, settings: tuple, hidden: Tensor, weight: Tensor, *held: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx,
+        settings: tuple,
+        order: Tensor,
+        inverse: Tensor,
+        ends: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        *held: Tensor,
+    ) -> Tensor:
         base, exact, _ = settings
-        (order, inverse, ends), stacks = held[:3], held[3:]
-        first, last, *biases = _pairs(stacks)
-        turned, dtype, choices = not base.is_transposed, first[0].dtype, weight.shape[1]
-        pre = product(hidden.to(dtype), first, ends, turned, order // choices)
-        if biases:
-            pre += torch.cat(biases[0])[_matrices(ends, order)]
-        y = product(_activated(base, pre), last, ends, turned)
-        if biases:
-            y += torch.cat(biases[1])[_matrices(ends, order)]
+        first, last = _layers(base, held)
+        pre = first(hidden.to(held[-1].dtype), ends, order // weight.shape[1])
+        y = last(_activated(base, pre), ends)
         if exact:
             weighted = (y * weight.reshape(-1)[order].unsqueeze(-1))[inverse]
             output = weighted.view(*weight.shape, -1).sum(dim=1)
         else:
-            output = combine(y, inverse, choices, weight)
+            output = combine(y, inverse, weight.shape[1], weight)
         ctx.settings = settings
-        ctx.save_for_backward(hidden, weight, *held, pre)
+        kept = (pre,) if any(ctx.needs_input_grad[4:6]) else ()
+        ctx.save_for_backward(order, inverse, ends, hidden, weight, *held, *kept)
         return output.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx, error: Tensor):
+        base, _, again = ctx.settings
+        order, inverse, ends, hidden, weight, *held = ctx.saved_tensors
+        kept = [held.pop()] if len(held) % 2 else []
+        kinds = len(held) // 2
+        needs = ctx.needs_input_grad[4 : 6 + kinds]
         if torch.is_grad_enabled():
-            return _differentiably(ctx, error)
-        base, *_ = ctx.settings
-        hidden, weight, order, inverse, ends, *stacks, pre = ctx.saved_tensors
-        needs_hidden, needs_weight, _, _, _, *needs = ctx.needs_input_grad[1:]
-        first, last, *biases = _pairs(stacks)
-        turned, dtype, choices = not base.is_transposed, pre.dtype, weight.shape[1]
-        grown, tokens, error = ends[: len(first[0])], order // choices, error.to(dtype)
-        if not (needs_hidden or needs_weight):
+            found = _differentiably(again, [hidden, weight, *held[:kinds]], needs, error)
+            return None, None, None, None, *found, *[None] * kinds
+        first, last = _layers(base, held)
+        dtype, choices, grown = held[-1].dtype, weight.shape[1], ends[: len(held[0])]
+        tokens, error, x = order // choices, error.to(dtype), hidden.to(dtype)
+        if not kept:
             # the bank's rows alone, which come first
-            first, last, ends = first[:1], last[:1], grown
-        q = product(error, last, ends, not turned, tokens)
-        count = len(q)
-        tokens, scale = tokens[:count], weight.reshape(-1)[order[:count]].unsqueeze(1).to(dtype)
-        act, arrived = _through_activation(base, pre[:count], q * scale)
-        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        if needs_hidden:
-            found[1] = combine(product(arrived, first, ends, not turned), inverse, choices).to(hidden.dtype)
-        if needs_weight:
+            first, last, ends = first.alone(), last.alone(), grown
+        pre = kept[0] if kept else first(x, ends, tokens)
+        q = last.back(error, ends, tokens)
+        tokens, scale = tokens[: len(q)], weight.reshape(-1)[order[: len(q)]].unsqueeze(1).to(dtype)
+        act, arrived = _through_activation(base, pre, q * scale)
+        found: list[Tensor | None] = [None] * len(needs)
+        if needs[0]:
+            found[0] = combine(first.back(arrived, ends), inverse, choices)
+        if needs[1]:
             received = (act * q).sum(-1)
-            if biases:
-                received += (torch.cat(biases[1])[_matrices(ends, order)] * error[tokens]).sum(-1)
-            found[2] = received[inverse].view(weight.shape).to(weight.dtype)
-        if any(needs):
+            if base.has_bias:
+                received += (last.added(ends, len(order)) * error[tokens]).sum(-1)
+            found[1] = received[inverse].view(weight.shape)
+        if needs[2]:
+            found[2] = outer(arrived, x, grown, not first.turned, tokens)
+        if needs[3]:
+            found[3] = outer(act * scale, error, grown, last.turned, tokens)
+        if any(needs[4:]):
             ones = torch.ones_like(scale).expand(-1, WIDTH).contiguous()
-            gradients = (
-                outer(arrived, hidden.to(dtype), grown, not turned, tokens),
-                outer(act.mul_(scale), error, grown, turned, tokens),
-                outer(ones, arrived, grown, False)[:, 0] if biases else None,
-                outer(ones * scale, error, grown, False, tokens)[:, 0] if biases else None,
-            )
-            found[6 : 6 + len(needs) // 2] = gradients[: len(needs) // 2]
-        return tuple(found)
+            found[4] = outer(ones, arrived, grown, False)[:, 0]
+            found[5] = outer(ones * scale, error, grown, False, tokens)[:, 0]
+        found = [g if g is None else g.to(t.dtype) for g, t in zip(found, (hidden, weight, *held), strict=False)]
+        return None, None, None, None, *found, *[None] * kinds
 
 
-def _pairs(stacks: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    half = len(stacks) // 2
-    return [stacks[place::half] for place in range(half)]
-
-
-def _matrices(ends: Tensor, order: Tensor) -> Tensor:
-    """The matrix of each sorted row, `[R]`."""
-    return torch.searchsorted(ends, torch.arange(len(order), device=ends.device), right=True)
+def _activated(base: ExpertsModule, pre: Tensor) -> Tensor:
+    return base._apply_gate(pre) if base.has_gate else base.act_fn(pre)
 
 
 def _through_activation(base: ExpertsModule, pre: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,22 +222,12 @@ def _through_activation(base: ExpertsModule, pre: Tensor, error: Tensor) -> tupl
         return act.detach(), *torch.autograd.grad(act, pre, error)
 
 
-def _activated(base: ExpertsModule, pre: Tensor) -> Tensor:
-    return base._apply_gate(pre) if base.has_gate else base.act_fn(pre)
-
-
-def _differentiably(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward, for one that is to be differentiated itself."""
-    hidden, weight, _, _, _, *stacks, _ = ctx.saved_tensors
-    given = [hidden, weight, *stacks[: len(stacks) // 2]]
-    places = [place for place in (1, 2, *range(6, 6 + len(given) - 2)) if ctx.needs_input_grad[place]]
+def _differentiably(
+    again: Callable[..., Tensor], given: Sequence[Tensor], needs: Sequence[bool], error: Tensor
+) -> list[Tensor | None]:
+    """The gradients that a backward `needs` which is to be differentiated itself."""
     # views: the routing weights may hang on the hidden states themselves
     given = [tensor.view_as(tensor) for tensor in given]
-    wanted = [
-        tensor for tensor, place in zip(given, (1, 2, *range(6, 6 + len(given) - 2)), strict=True) if place in places
-    ]
-    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    made = torch.autograd.grad(ctx.settings[2](*given), wanted, error, create_graph=True, allow_unused=True)
-    for place, gradient in zip(places, made, strict=True):
-        found[place] = gradient
-    return tuple(found)
+    wanted = [tensor for tensor, needed in zip(given, needs, strict=True) if needed]
+    made = iter(torch.autograd.grad(again(*given), wanted, error, create_graph=True, allow_unused=True))
+    return [next(made) if needed else None for needed in needs]
