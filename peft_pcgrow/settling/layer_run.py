@@ -56,6 +56,7 @@ class LayerRun:
         random, drawn: the random states before and after it. conditions: what else its outputs depend on.
         handed: what the layer handed on in the forward, by the number of its mark, its output first; None: it went to
             hooks only.
+        output: with the graph of its weights, if that was kept; then it is not run again, and `x` is not kept.
     """
 
     layer: Any  # an nn.Module
@@ -72,6 +73,7 @@ class LayerRun:
     conditions: Conditions
     drawn: Random | None = None
     handed: dict[int, Tensor | None] = field(default_factory=dict)
+    output: Tensor | None = None
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
         """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, and

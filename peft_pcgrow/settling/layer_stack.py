@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.per_thread import PerThread
+from peft_pcgrow.settling.conditions import own_hooks
 from peft_pcgrow.settling.descent import TOP, Descent, Probe, Way
-from peft_pcgrow.settling.host import Moved, node_of, set_grad_enabled
+from peft_pcgrow.settling.host import Moved, node_of, saving_hooks, set_grad_enabled
 from peft_pcgrow.settling.inner_outputs import Recorded
 from peft_pcgrow.settling.layer_run import (
     LayerRun,
@@ -67,6 +68,8 @@ class LayerStack:
         probe: watches each layer while it is settled, down to the bottom.
         entered: called with (layer index, layer, args, kwargs) before each run of a layer's own code, settled or not.
         left: called with (layer index, whether it ran to its end) after each.
+        keeps: of a layer and its trainable weights, whether a graph for these alone holds little more than the layer's
+            input; `"direct"` then keeps that of a layer which no error goes through, and does not run it again.
         way: how to settle; may be changed, and holds for the forwards that begin from then on.
     """
 
@@ -78,8 +81,10 @@ class LayerStack:
         entered: Callable[[int, nn.Module, tuple, dict[str, Any]], None] | None = None,
         left: Callable[[int, bool], None] | None = None,
         way: Way | None = None,
+        keeps: Callable[[int, list[Tensor]], bool] = lambda *_: False,
     ):
         self.layers = list(layers)
+        self.keeps = keeps
         self.begin, self.probe, self.entered, self.left, self.way = begin, probe, entered, left, way or Way()
         self.attached = False
         self._open = _Open()
@@ -144,7 +149,12 @@ class LayerStack:
 
     def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         kwargs = without_cache(kwargs)
-        tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
+        tape.current, tape.keeps, tape.before, tape.recorded = (
+            None,
+            False,
+            swap(kwargs, lambda held: held),
+            Recorded.at_hand(),
+        )
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
         changed = index > 0 and not isinstance(x.grad_fn, HANDED_ON)
         if extras or changed:
@@ -158,6 +168,19 @@ class LayerStack:
                     "PCGrowConfig(settle='backprop')"
                 )
             tape.runs.append(tape.current)
+            tape.keeps = self._keeps(tape, tape.current)
+
+    def _keeps(self, tape: Tape, run: LayerRun) -> bool:
+        if (
+            tape.way.settle != "direct"
+            or run.index >= tape.way.lowest_exact(len(self.layers))
+            or self.probe is not None
+        ):
+            return False
+        # what hooks see is marked, which no graph may go through; checkpointing would run the layer for its graph
+        watched = any(own_hooks(module._forward_hooks) for module in run.layer.modules() if module is not run.layer)
+        checkpointed = getattr(run.layer, "gradient_checkpointing", False) or saving_hooks(True) is not None
+        return not (watched or checkpointed) and self.keeps(run.index, run.conditions.trainable())
 
     def _check_linked(self, tape: Tape, index: int, layer: nn.Module, taken: list[Tensor]) -> None:
         if tape.way.settle == "relax" or (tape.way.settle == "direct" and tape.way.depth):
@@ -181,6 +204,10 @@ class LayerStack:
             tape.current.conditions.ran()
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
+        if tape.keeps and tape.current is not None:
+            tape.current.conditions.refuse_strangers([hidden], ())
+            tape.current.output, tape.current.x = hidden, hidden.new_empty(0)
+            hidden = hidden.detach()
         if index < len(self.layers) - 1:
             hidden = tape.mark(hidden)
         else:
@@ -266,7 +293,7 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
     try:
         args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
         if tape is not None:
-            set_grad_enabled(False)
+            set_grad_enabled(tape.keeps)
         with nullcontext() if tape is None else tapped(layer, tape.tap):
             output = forward(*args, **kwargs)
         if tape is not None:

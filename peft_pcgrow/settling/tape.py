@@ -57,6 +57,8 @@ class Tape:
     before: dict[str, Any] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=lambda: Recorded({}))
     current: LayerRun | None = None
+    # whether the graph of its weights is kept
+    keeps: bool = False
     # and the numbers of what hooks of the user's saw in it
     tapped: list[int] = field(default_factory=list)
 
