@@ -16,7 +16,7 @@ import peft_pcgrow
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 LINES = 404
-TOTAL = 17300
+TOTAL = 17720
 # a breach of each kind: file, text to find there (None: a new file), and what stands there instead
 BREACHES = {
     "peft in maps": ("maps/measure.py", "import torch\n", "import peft\nimport torch\n"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # below torch 2.10 it has no public name
-grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 def product(x: Tensor, stacks: Sequence[Tensor], ends: Tensor, turned: bool, rows: Tensor | None = None) -> Tensor:
@@ -28,10 +28,9 @@ def product(x: Tensor, stacks: Sequence[Tensor], ends: Tensor, turned: bool, row
     if not _by_device(x, stacks[0]):
         return _looped(x, stacks, ends, turned, rows)
     given = x if rows is None else x[rows]
-    if (
-        len(stacks) == 2
-        and 2 * sum(stack.numel() for stack in stacks) < 3 * len(given) * stacks[0].shape[1 + (not turned)]
-    ):
+    # to read and write both stacks, or to read two results and write one
+    width = stacks[0].shape[1 if turned else 2]
+    if len(stacks) == 2 and 2 * sum(stack.numel() for stack in stacks) < 3 * len(given) * width:
         stacks = [torch.cat([*stacks])]
     count = len(stacks[0])
     first, *rest = (

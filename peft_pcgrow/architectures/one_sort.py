@@ -47,7 +47,8 @@ def kept_from(base: ExpertsModule, exact: bool, wanted: bool = True) -> str:
         return "evaluation gives the base's own bits"
     if way == "eager" and torch.is_autocast_enabled("cpu"):
         return "autocast reaches into the implementation 'eager'"
-    if way == "eager" and ("forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks):
+    own = vars(base)
+    if way == "eager" and ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]):
         return "the base's experts have hooks, or a forward of their own"
     if {*stacks} != {*_names(base)} or base.has_post_expert_norm or hasattr(base, "parametrizations"):
         return "the experts hold more than two matrices and biases"
@@ -219,7 +220,7 @@ def _through_activation(base: ExpertsModule, pre: Tensor, error: Tensor) -> tupl
     with torch.enable_grad():
         pre = pre.detach().requires_grad_()
         act = _activated(base, pre)
-        return act.detach(), *torch.autograd.grad(act, pre, error)
+        return act.detach(), torch.autograd.grad(act, pre, error)[0]
 
 
 def _differentiably(
