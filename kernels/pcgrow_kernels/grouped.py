@@ -4,12 +4,13 @@ Shapes: R rows, G and E matrices in the stacks, I wide rows come in and O wide o
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # below torch 2.10 it has no public name
-grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 def product(x: Tensor, stacks: Sequence[Tensor], ends: Tensor, turned: bool, rows: Tensor | None = None) -> Tensor:

@@ -12,12 +12,12 @@ backprop's; what is gained is that no autograd graph ever spans two layers.
 Two other ways, see `Way`, reach the same errors hop by hop, or leave most of the way down out.
 
 A layer's own `forward` is what settles, inside of whatever hooks the layer has: what those change is code between two
-layers. During a training forward the layers run without a graph and only their inputs are kept. Three custom autograd
-functions take the backward over: what a layer hands on is marked (`Mark`, and `Top` for the last one's output), and all
-marks hang on one `Ground` below the layers, which takes the trainable parameters as inputs. The user's loss, whatever
-layers' outputs it reads, is differentiated by autograd down to the marks, which note the errors that arrive; the
-ground's backward comes last and settles the rest. The state belongs to that one forward, so two forwards before a
-backward are both right.
+layers. During a training forward the layers run without a graph and only their inputs are kept (of some, by `keeps`,
+a graph of their trainable weights instead). Three custom autograd functions take the backward over: what a layer hands
+on is marked (`Mark`, and `Top` for the last one's output), and all marks hang on one `Ground` below the layers, which
+takes the trainable parameters as inputs. The user's loss, whatever layers' outputs it reads, is differentiated by
+autograd down to the marks, which note the errors that arrive; the ground's backward comes last and settles the rest.
+The state belongs to that one forward, so two forwards before a backward are both right.
 """
 
 from collections.abc import Callable, Iterable
@@ -149,12 +149,8 @@ class LayerStack:
 
     def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         kwargs = without_cache(kwargs)
-        tape.current, tape.keeps, tape.before, tape.recorded = (
-            None,
-            False,
-            swap(kwargs, lambda held: held),
-            Recorded.at_hand(),
-        )
+        tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
+        tape.keeps = False
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
         changed = index > 0 and not isinstance(x.grad_fn, HANDED_ON)
         if extras or changed:
@@ -171,11 +167,8 @@ class LayerStack:
             tape.keeps = self._keeps(tape, tape.current)
 
     def _keeps(self, tape: Tape, run: LayerRun) -> bool:
-        if (
-            tape.way.settle != "direct"
-            or run.index >= tape.way.lowest_exact(len(self.layers))
-            or self.probe is not None
-        ):
+        exact = tape.way.settle != "direct" or run.index >= tape.way.lowest_exact(len(self.layers))
+        if exact or self.probe is not None:
             return False
         # what hooks see is marked, which no graph may go through; checkpointing would run the layer for its graph
         watched = any(own_hooks(module._forward_hooks) for module in run.layer.modules() if module is not run.layer)
@@ -204,7 +197,7 @@ class LayerStack:
             tape.current.conditions.ran()
         hidden = hidden_of(output, layer)
         others = output[1:] if isinstance(output, tuple) else ()
-        if tape.keeps and tape.current is not None:
+        if tape.keeps and tape.current is not None and hidden.requires_grad:
             tape.current.conditions.refuse_strangers([hidden], ())
             tape.current.output, tape.current.x = hidden, hidden.new_empty(0)
             hidden = hidden.detach()
