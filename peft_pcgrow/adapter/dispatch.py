@@ -7,12 +7,13 @@ tokens, K experts per token, R = T * K routed rows, G experts in a bank, H hidde
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from peft_pcgrow.architectures import run_rows
+from peft_pcgrow.architectures import one_sort, run_rows
 from peft_pcgrow.architectures.experts import ExpertsModule
 
 
@@ -82,13 +83,20 @@ def nodes(
 
 
 def run(
-    base: ExpertsModule, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool = True
+    base: ExpertsModule,
+    branches: Sequence[Branch],
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    exact: bool = True,
+    together: bool = True,
 ) -> Tensor:
     """The experts' output with the rows of each branch computed by its bank.
 
-    Every expert sees its rows in the order in which the base would have handed them over, and a token's rows are added
-    up in the base's order: matrix products and sums round differently in another order. An implementation that cannot
-    be taken apart (a fused kernel, one of the user's) is called as it is, the rows taken from it with weight zero.
+    Both are run together where that can be (see `one_sort`). Else every expert sees its rows in the order in which the
+    base would have handed them over, and a token's rows are added up in the base's order: matrix products and sums
+    round differently in another order. An implementation that cannot be taken apart (a fused kernel, one of the user's)
+    is called as it is, the rows taken from it with weight zero.
 
     Args:
         base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with. Rows whose
@@ -96,6 +104,7 @@ def run(
         branches: in the order in which they are asked for rows (see `takers`); without a gate, experts are disjoint.
         exact: matrix products also round differently with another number of rows, so an expert that keeps some of its
             rows and loses others computes all of them, and so does who takes them. False: each row is computed once.
+        together: False: not together, even where that can be.
 
     Returns:
         `[T, H]` in `hidden`'s dtype; if `exact`, equal bit for bit to `base(...)` for tokens that no branch takes a row
@@ -103,6 +112,31 @@ def run(
         CPUs, and on an H100 with "eager" and "grouped_mm". "batched_mm", which `generate` decodes by on a GPU, is the
         base's one product of all rows here too, but untried there: count on the rounding of the dtype.
     """
+    if one_sort.kept_from(base, exact, together):
+        return _taken_apart(base, branches, hidden, index, weight, exact)
+    joint = _joint(branches)
+
+    def again(bank: Mapping[str, Tensor], *routed: Tensor) -> Tensor:
+        return _taken_apart(base, [replace(branch, bank=bank) for branch in joint], *routed, exact=False)
+
+    slots, taker = torch.stack([branch.slot for branch in joint]), takers(joint, index, base.num_experts)
+    return one_sort.run(base, joint[0].bank, slots, taker, (hidden, index, weight), exact, again)
+
+
+def _joint(branches: Sequence[Branch]) -> list[Branch]:
+    """The branches, all of one bank, which holds theirs one after another."""
+    banks = {id(branch.bank): branch.bank for branch in branches}
+    if len(banks) == 1:
+        return [*branches]
+    starts = dict(zip(banks, accumulate((len(bank["down_proj"]) for bank in banks.values()), initial=0), strict=False))
+    whole = {name: torch.cat([bank[name] for bank in banks.values()]) for name in branches[0].bank}
+    moved = [torch.where(branch.slot < 0, -1, branch.slot + starts[id(branch.bank)]) for branch in branches]
+    return [replace(branch, bank=whole, slot=slot) for branch, slot in zip(branches, moved, strict=True)]
+
+
+def _taken_apart(
+    base: ExpertsModule, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool
+) -> Tensor:
     tokens, choices = index.shape
     apart = run_rows.implementation(base) is not None
     exact = exact and apart

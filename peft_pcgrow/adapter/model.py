@@ -23,7 +23,7 @@ from peft_pcgrow.adapter.merged import check_mergeable
 from peft_pcgrow.adapter.mixed_batch import adapters_named, check_samples
 from peft_pcgrow.adapter.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
 from peft_pcgrow.adapter.training_guard import TrainingGuard
-from peft_pcgrow.adapter.what_trains import what_trains
+from peft_pcgrow.adapter.what_trains import rows_alone, what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
 from peft_pcgrow.architectures.decoder import UNPATCHED
 from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
@@ -142,7 +142,7 @@ class PCGrowModel(WholeSteps):
     def _watch(self, model: nn.Module, layers: tuple[nn.Module, ...]) -> None:
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
         if self._stack is None:
-            self._stack = LayerStack(layers, self._begin, entered=self._enter, left=self._leave)
+            self._stack = LayerStack(layers, self._begin, entered=self._enter, left=self._leave, keeps=self._keeps)
             self._stack.attach()
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
             self._handles += follow_whole_texts(model, layers[0], self.tuner_layers)
@@ -255,6 +255,9 @@ class PCGrowModel(WholeSteps):
     def _enter(self, index: int, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._created.get(index, ()):
             enter(layer, decoder_layer, args, kwargs)  # type: ignore
+
+    def _keeps(self, index: int, weights: list[Tensor]) -> bool:
+        return rows_alone(self._created.get(index, ()), weights)
 
     def _leave(self, index: int, ran: bool) -> None:
         for layer in self._created.get(index, ()):

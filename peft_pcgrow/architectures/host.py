@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # decodes weights of 4 and of 8 bits
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as IMPLEMENTATIONS  # what a config's name stands for
 from transformers.integrations.moe import _batched_linear as batched_linear  # the products of the fast paths, whose
+from transformers.integrations.moe import _default_apply_gate as plain_gate  # act_fn(gate) * up of two halves
 from transformers.integrations.moe import _grouped_linear as grouped_linear  # bits grown experts keep
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward  # tell which path runs
 from transformers.pytorch_utils import Conv1D  # the linear layers of GPT-2 and its kin
@@ -93,6 +95,12 @@ def block_class(name: str) -> type | None:
 def plain_forwards() -> list[Callable[..., Any]]:
     """The forwards of linear layers that are a product and a bias."""
     return [kind.forward for kind in (nn.Linear, Conv1D, *loaded(LINEARS))]  # type: ignore[attr-defined]
+
+
+def gates_by_silu(experts: Any) -> bool:
+    """Whether what is between an expert's matrices is SiLU of the first half of what enters it times the second."""
+    plain = experts.has_gate and type(experts)._apply_gate is plain_gate
+    return plain and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
 def implementation_name(config: Any) -> str | None:

@@ -183,6 +183,11 @@ class Descent:
         parameters = [p for p in run.conditions.trainable() if id(p) in self.trainable]
         if not (wants_below or parameters or self.probe is not None):
             return nothing
+        if run.output is not None:
+            given = None if deltas[0] is None else deltas[0].to(run.output.device, run.output.dtype)
+            kept = keeps_graph()
+            self._add(parameters, torch.autograd.grad(run.output, parameters, given, kept, allow_unused=True))
+            return nothing
         watching = self.probe.watch(run.index) if self.probe is not None else nullcontext(list)
         with torch.enable_grad(), watching as listed:
             extras = [extra.detach().requires_grad_(wants_below) for extra in run.extras]
@@ -210,10 +215,13 @@ class Descent:
             if not again:
                 run.kept = None
         below, errors = errors[: len(inputs)], errors[len(inputs) :]
-        for parameter, gradient in zip(parameters, errors, strict=False):
-            if gradient is not None:
-                key = id(parameter)
-                self.found[key] = self.found[key] + gradient if key in self.found else gradient
+        self._add(parameters, errors)
         if self.probe is not None:
             self.probe.receive(run.index, errors[len(parameters) :])
         return [*below] or nothing
+
+    def _add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            if gradient is not None:
+                key = id(parameter)
+                self.found[key] = self.found[key] + gradient if key in self.found else gradient

@@ -9,6 +9,7 @@ from torch._C import _current_graph_task_id as backward_under_way  # tells error
 from torch._C import _functions
 from torch._C import _set_grad_enabled as set_grad_enabled  # one call into C, which no interrupt can fall into
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph  # whether a backward may come again
+from torch._C._autograd import _top_saved_tensors_default_hooks as saving_hooks  # whether somebody checkpoints
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _NormBase as Normalization  # its buffers are statistics, written by forwards
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE  # what state dicts call extra state

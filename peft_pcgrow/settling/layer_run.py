@@ -57,6 +57,7 @@ class LayerRun:
         handed: what the layer handed on in the forward, by the number of its mark, its output first; None: it went to
             hooks only.
         kept: the input that it ran with, and what it handed on, as `again` gives it, with the graph between them.
+        output: with the graph of its weights, if that was kept; then it is not run again, and `x` is not kept.
     """
 
     layer: Any  # an nn.Module
@@ -74,6 +75,7 @@ class LayerRun:
     drawn: Random | None = None
     kept: tuple[Tensor, list[Tensor]] | None = None
     handed: dict[int, Tensor | None] = field(default_factory=dict)
+    output: Tensor | None = None
 
     def again(self, x: Tensor, extras: Sequence[Tensor] = ()) -> list[Tensor]:
         """What the layer hands on for input `x`, its output first, under the recorded autocast and random state, and

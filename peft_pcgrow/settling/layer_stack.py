@@ -12,12 +12,12 @@ backprop's; what is gained is that no autograd graph ever spans two layers.
 Two other ways, see `Way`, reach the same errors hop by hop, or leave most of the way down out.
 
 A layer's own `forward` is what settles, inside of whatever hooks the layer has: what those change is code between two
-layers. During a training forward the layers run without a graph and only their inputs are kept. Three custom autograd
-functions take the backward over: what a layer hands on is marked (`Mark`, and `Top` for the last one's output), and all
-marks hang on one `Ground` below the layers, which takes the trainable parameters as inputs. The user's loss, whatever
-layers' outputs it reads, is differentiated by autograd down to the marks, which note the errors that arrive; the
-ground's backward comes last and settles the rest. The state belongs to that one forward, so two forwards before a
-backward are both right.
+layers. During a training forward the layers run without a graph and only their inputs are kept (of some, by `keeps`,
+a graph of their trainable weights instead). Three custom autograd functions take the backward over: what a layer hands
+on is marked (`Mark`, and `Top` for the last one's output), and all marks hang on one `Ground` below the layers, which
+takes the trainable parameters as inputs. The user's loss, whatever layers' outputs it reads, is differentiated by
+autograd down to the marks, which note the errors that arrive; the ground's backward comes last and settles the rest.
+The state belongs to that one forward, so two forwards before a backward are both right.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.per_thread import PerThread
+from peft_pcgrow.settling.conditions import own_hooks
 from peft_pcgrow.settling.descent import TOP, Descent, Probe, Way
-from peft_pcgrow.settling.host import Moved, node_of, set_grad_enabled
+from peft_pcgrow.settling.host import Moved, node_of, saving_hooks, set_grad_enabled
 from peft_pcgrow.settling.inner_outputs import Recorded
 from peft_pcgrow.settling.keep import Weighed, can_keep
 from peft_pcgrow.settling.layer_run import (
@@ -70,6 +71,8 @@ class LayerStack:
         probe: watches each layer while it is settled, down to the bottom.
         entered: called with (layer index, layer, args, kwargs) before each run of a layer's own code, settled or not.
         left: called with (layer index, whether it ran to its end) after each.
+        keeps: of a layer and its trainable weights, whether a graph for these alone holds little more than the layer's
+            input; `"direct"` then keeps that of a layer which no error goes through, and does not run it again.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class LayerStack:
         probe: Probe | None = None,
         entered: Callable[[int, nn.Module, tuple, dict[str, Any]], None] | None = None,
         left: Callable[[int, bool], None] | None = None,
+        keeps: Callable[[int, list[Tensor]], bool] = lambda *_: False,
     ):
         self.layers = list(layers)
+        self.keeps = keeps
         self.begin, self.probe, self.entered, self.left = begin, probe, entered, left
         self.attached = False
         self._open = _Open()
@@ -148,6 +153,7 @@ class LayerStack:
     def _note(self, tape: Tape, index: int, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         cache, kwargs = cache_entries(kwargs, index), without_cache(kwargs)
         tape.current, tape.before, tape.recorded = None, swap(kwargs, lambda held: held), Recorded.at_hand()
+        tape.keeps = False
         extras = list({id(held): held for held in tensors((args, kwargs)) if held.requires_grad}.values())
         changed = index > 0 and not isinstance(x.grad_fn, HANDED_ON)
         if extras or changed:
@@ -165,6 +171,16 @@ class LayerStack:
                 tape.leaf = x.detach().requires_grad_(tape.bottom is not None or any(tape.wanted[:index]))
                 # of weights that another layer, without a graph, has cast
                 torch.clear_autocast_cache()
+            tape.keeps = self._keeps(tape, tape.current)
+
+    def _keeps(self, tape: Tape, run: LayerRun) -> bool:
+        exact = tape.way.settle != "direct" or run.index >= tape.way.lowest_exact(len(self.layers))
+        if exact or self.probe is not None:
+            return False
+        # what hooks see is marked, which no graph may go through; checkpointing would run the layer for its graph
+        watched = any(own_hooks(module._forward_hooks) for module in run.layer.modules() if module is not run.layer)
+        checkpointed = getattr(run.layer, "gradient_checkpointing", False) or saving_hooks(True) is not None
+        return not (watched or checkpointed) and self.keeps(run.index, run.conditions.trainable())
 
     def _check_linked(self, tape: Tape, index: int, layer: nn.Module, taken: list[Tensor]) -> None:
         if tape.way.settle == "relax" or (tape.way.settle == "direct" and tape.way.depth):
@@ -191,6 +207,10 @@ class LayerStack:
             beside = *handed_beside(output, tape.before, kwargs), *tape.recorded.since()
             tape.current.kept, hidden = (tape.leaf, [hidden, *beside]), hidden.detach()
         others = output[1:] if isinstance(output, tuple) else ()
+        if tape.keeps and tape.current is not None and hidden.requires_grad:
+            tape.current.conditions.refuse_strangers([hidden], ())
+            tape.current.output, tape.current.x = hidden, hidden.new_empty(0)
+            hidden = hidden.detach()
         if index < len(self.layers) - 1:
             hidden = tape.mark(hidden)
         else:
@@ -278,7 +298,7 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
     try:
         args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
         if tape is not None:
-            set_grad_enabled(tape.leaf is not None)
+            set_grad_enabled(tape.leaf is not None or tape.keeps)
         weighed = stack._weighed.around(index, layer) if tape is not None and tape.leaf is not None else nullcontext()
         with weighed, nullcontext() if tape is None else tapped(layer, tape.tap):
             output = forward(*args, **kwargs)

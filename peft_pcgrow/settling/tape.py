@@ -59,6 +59,8 @@ class Tape:
     current: LayerRun | None = None
     # its input, with a gradient to come, if its activations are kept
     leaf: Tensor | None = None
+    # whether the graph of its weights is kept
+    keeps: bool = False
     # and the numbers of what hooks of the user's saw in it
     tapped: list[int] = field(default_factory=list)
 

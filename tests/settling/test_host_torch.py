@@ -13,6 +13,7 @@ SIGNATURES = {
     "torch._C._current_graph_task_id": None,
     "torch._C._set_grad_enabled": None,
     "torch._C._autograd._get_current_graph_task_keep_graph": None,
+    "torch._C._autograd._top_saved_tensors_default_hooks": None,
     "torch._C._functions.ToCopyBackward0": None,
     "torch.autograd.Function._backward_cls": None,
     "torch.autograd.forward_ad._current_level": None,
