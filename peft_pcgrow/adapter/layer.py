@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter import dispatch
-from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
-from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of, slots_of
+from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, WorkingCopies, make_bank
+from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of
 from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_to_merge
 from peft_pcgrow.adapter.merged import write_merged
@@ -81,7 +81,9 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._originals: dict[str, dict[str, Tensor]] = {}
-        self._slots: dict[tuple[str, torch.device], dict[str | None, Tensor]] = {}
+        self._working = WorkingCopies()
+        # by active adapters and device, what `asked` gave for which births
+        self._asked: dict[Any, tuple[tuple[Birth, ...], list[Any]]] = {}
         self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
         # weights composed once for all forwards, while `composed_once` says so
         self._composed: dict[str, dict[str, Tensor]] = {}
@@ -281,17 +283,47 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, dispatch.Branch]]:
         """What computes the rows of grown experts, with its adapter, in the order of `asked`."""
         births = {name: self.births[name] for name in self.active_banks()}
-        for name in births:
-            if (key := (name, hidden.device)) not in self._slots:
-                found = slots_of(births[name], self.base_layer.num_experts)
-                self._slots[key] = {parent: slot.to(hidden.device) for parent, slot in found.items()}
-        branches = asked(
-            births,
-            slots={name: self._slots[name, hidden.device] for name in births},
-            banks={name: self.weights(name) for name in births},
-            passes={n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned},
-        )
+        key, now = (hidden.device, *births), tuple(births.values())
+        held = self._asked.get(key)
+        if held is None or any(a is not b for a, b in zip(held[0], now, strict=True)):
+            order = [
+                (n, slot.to(hidden.device), *rest) for n, slot, *rest in asked(births, self.base_layer.num_experts)
+            ]
+            held = self._asked[key] = now, order
+        banks = {name: self._weights_to_run(name) for name in births}
+        passes = {n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned}
+        branches = [
+            (name, dispatch.Branch(slot, banks[name], passes[name] if gated else None, parents))
+            for name, slot, gated, parents in held[1]
+        ]
         return for_their_samples(self, branches, hidden)
+
+    def _weights_to_run(self, adapter_name: str) -> Mapping[str, Tensor]:
+        """`weights`, cast to the base's dtype and composed once for all forwards that need no gradient of them."""
+        bank, base = self.bank(adapter_name), self.base_layer
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in bank.values())
+        elsewhere = isinstance(base, ViewedExperts) or adapter_name in self._composed or torch.compiler.is_compiling()
+        own = {name: held for name, held in base._parameters.items() if held is not None}
+        composes = self.births[adapter_name].pieces is not None
+        alike = not composes and not elsewhere and all(weight.dtype == own[n].dtype for n, weight in bank.items())
+        if self.training or trains or elsewhere or alike:
+            # also because an optimizer may write where nothing counts it
+            self._working.held.pop(adapter_name, None)
+            return bank if alike else self.weights(adapter_name)
+        sources = [*bank.values(), *(own.values() if composes else (own[name] for name in bank))]
+        return self._working.read(adapter_name, sources, lambda: self._cast(adapter_name))
+
+    def _cast(self, adapter_name: str) -> dict[str, Tensor]:
+        own = self.base_layer._parameters
+        return {name: weight.detach().to(own[name].dtype) for name, weight in self.weights(adapter_name).items()}
+
+    def train(self, mode: bool = True) -> "PCGrowExperts":
+        self._working.held.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PCGrowExperts":
+        self._working.held.clear()  # no copies of what is moved
+        return super()._apply(*args, **kwargs)  # type: ignore[return-value]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -312,7 +344,8 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.births.pop(adapter_name, None)
         self._known.pop(adapter_name, None)
-        self._slots = {key: slot for key, slot in self._slots.items() if key[0] != adapter_name}
+        self._asked.clear()
+        self._working.held.pop(adapter_name, None)
         self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
