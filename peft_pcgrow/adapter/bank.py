@@ -4,7 +4,7 @@ A shrunk bank stores, for each of its N slices, the slice minus the base's own, 
 else. Decoded, it is the base's slice plus that. Shapes: O outputs, I inputs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,17 +145,17 @@ class ShrunkBank(nn.Module):
 
 
 class WorkingCopies:
-    """What forwards that need no gradients compute with, made of an adapter's weights once per change of these.
+    """What forwards that need no gradients compute with, made of weights once per change of these.
 
     Forwards of several threads may each make the same one. Copies and pickles of this start empty.
     """
 
     def __init__(self) -> None:
-        self.held: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
+        self.held: dict[Any, tuple[Any, Any]] = {}
 
-    def read(self, key: str, sources: Iterable[Any], make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """What `make` gives, as long as nobody writes to its `sources`, moves or casts them."""
-        now = tuple(map(_state, sources))
+    def read(self, key: Any, sources: Iterable[Any], make: Callable[[], Any], *settings: Any) -> Any:
+        """What `make` gives, as long as nobody writes to its `sources`, moves or casts them, or changes `settings`."""
+        now = settings, tuple(map(_state, sources))
         held = self.held.get(key)
         if held is None or held[0] != now:
             with torch.inference_mode(False), torch.no_grad():

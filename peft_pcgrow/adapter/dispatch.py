@@ -124,7 +124,12 @@ def run(
     way, (tokens, choices) = run_rows.implementation(base), index.shape
     exact = exact and way is not None
     silent = exact and (run_rows.asks_nothing(base, way, hidden) if asking is None else not asking)
-    parts, order, idle = (_of_all_rows if silent else _of_their_rows)(base, way, branches, index, exact)
+    if silent:
+        # on a CPU an answer is at hand
+        at_hand = asking is None and not (index.device.type != "cpu" or torch.compiler.is_compiling())
+        parts, order, idle = _of_all_rows(base, way, branches, index, at_hand)
+    else:
+        parts, order, idle = _of_their_rows(base, way, branches, index, exact)
     if len(idle) == len(branches):
         return _counted(base(hidden, index, weight), idle)
     given = hidden.repeat_interleave(choices, dim=0) if order is None else hidden[order // choices]
@@ -151,8 +156,10 @@ def run(
 Parts = tuple[list[run_rows.Part], Tensor | None, list[Branch]]
 
 
-def _of_all_rows(base: ExpertsModule, way: str | None, branches: Sequence[Branch], index: Tensor, exact: bool) -> Parts:
-    """Parts that each are handed all rows: nobody asks which are whose.
+def _of_all_rows(
+    base: ExpertsModule, way: str | None, branches: Sequence[Branch], index: Tensor, at_hand: bool
+) -> Parts:
+    """Parts that each are handed all rows; none, if it is `at_hand` that nobody takes any.
 
     Where the base sorts, rows go bank by bank, then to the base. The first expert of each is handed the rows before its
     own too, for nothing.
@@ -160,8 +167,8 @@ def _of_all_rows(base: ExpertsModule, way: str | None, branches: Sequence[Branch
     flat = index.reshape(-1)
     tokens = torch.arange(flat.numel(), device=flat.device) // index.shape[1] if has_gates(branches) else None
     mine = taken(branches, flat, tokens)
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling() and not any(bool(own.any()) for own in mine):
-        return [], None, list(branches)  # an answer is at hand there
+    if at_hand and not any(bool(own.any()) for own in mine):
+        return [], None, list(branches)
     modules = [run_rows.with_bank(base, branch.bank) for branch in branches]
     if way == "batched_mm":
         rows = zip(modules, branches, mine, strict=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter import dispatch
-from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, WorkingCopies, make_bank
+from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
 from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of
 from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_to_merge
@@ -81,7 +81,6 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._originals: dict[str, dict[str, Tensor]] = {}
-        self._working = WorkingCopies()
         # by active adapters and device, what `asked` gave for which births
         self._asked: dict[Any, tuple[tuple[Birth, ...], list[Any]]] = {}
         self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
@@ -151,12 +150,12 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
 
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece; decoded, if shrunk."""
-        names = [name.removeprefix("pcgrow_") for name in self.adapter_layer_names]
-        stacks = experts.expert_stacks(self.base_layer)
+        stacks = experts.expert_stacks(self.base_layer) if self.is_shrunk(adapter_name) else {}
+        banks = {name.removeprefix("pcgrow_"): getattr(self, name) for name in self.adapter_layer_names}
         return {
-            name: self._banks(name)[adapter_name].read(stacks[name], partial(self.born, adapter_name, name))
-            for name in names
-            if adapter_name in self._banks(name)
+            name: held[adapter_name].read(stacks.get(name), partial(self.born, adapter_name, name))
+            for name, held in banks.items()
+            if adapter_name in held
         }
 
     def born(self, adapter_name: str, stack: str) -> Tensor:
@@ -229,7 +228,7 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
 
     def spawned(self, adapter_name: str) -> tuple[int, ...]:
         """Donors of an adapter's newborns here."""
-        return self.births.get(adapter_name, Birth(())).spawned
+        return self.births[adapter_name].spawned if adapter_name in self.births else ()
 
     def stack_of(self, adapter_name: str, weight: nn.Parameter) -> str:
         """Name of the stack that one of an adapter's bank parameters is."""
@@ -318,7 +317,8 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
         return {name: weight.detach().to(own[name].dtype) for name, weight in self.weights(adapter_name).items()}
 
     def train(self, mode: bool = True) -> "PCGrowExperts":
-        self._working.held.clear()
+        if mode != self.training:
+            self._working.held.clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PCGrowExperts":
@@ -343,7 +343,6 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.births.pop(adapter_name, None)
-        self._known.pop(adapter_name, None)
         self._asked.clear()
         self._working.held.pop(adapter_name, None)
         self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}

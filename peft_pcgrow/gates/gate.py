@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # false-positive rates that thresholds are kept for, from a half down; between them, their logarithm is interpolated
 RATES = tuple(10.0 ** (-i / 12) for i in range(4, 49))
@@ -41,30 +42,39 @@ class Rows:
         real: which are not padding, `[B, S]` bool.
         start: place in the row of the first token of each token's own text, `[B, S]`; None: rows hold one text each.
         past: running totals of the tokens before these, `[B, P, 2]`; None: there are none.
+        whole: whether none is known to be padding.
     """
 
     real: Tensor
     start: Tensor | None = None
     past: Tensor | None = None
+    whole: bool = False
 
 
 def totals(values: Tensor, rows: Rows) -> Tensor:
     """Running sums of `values [B, S, D]` and, last, the running count of real tokens, `[B, P + S, D + 1]` fp64."""
-    counted = torch.cat([values.double(), torch.ones_like(values[..., :1], dtype=torch.float64)], dim=-1)
-    new = torch.where(rows.real.unsqueeze(-1), counted, 0.0).cumsum(dim=1)
+    new = pad(values.double(), (0, 1), value=1.0)
+    new = new if rows.whole else torch.where(rows.real.unsqueeze(-1), new, 0.0)
+    new = new.cumsum(dim=1) if new.shape[1] > 1 else new
     return new if rows.past is None else torch.cat([rows.past, rows.past[:, -1:] + new], dim=1)
 
 
 def window_means(running: Tensor, rows: Rows, window: int) -> tuple[Tensor, Tensor]:
     """Means `[B, S, D]` over the real tokens in each token's window (0: all so far), and their number n `[B, S]`."""
-    tokens = rows.real.shape[1]
-    at = torch.arange(running.shape[1] - tokens, running.shape[1], device=running.device)
-    # the last place before the window
-    before = (at - window if window else torch.full_like(at, -1)).expand(len(running), -1)
+    tokens, total = rows.real.shape[1], running.shape[1]
+    inside = running[:, total - tokens :]
     if rows.start is not None:
+        at = torch.arange(total - tokens, total, device=running.device)
+        # the last place before the window
+        before = (at - window if window else torch.full_like(at, -1)).expand(len(running), -1)
         before = torch.maximum(before, rows.start - 1)
-    earlier = torch.gather(running, 1, before.clamp_min(0).unsqueeze(-1).expand(-1, -1, running.shape[2]))
-    inside = running[:, -tokens:] - torch.where((before >= 0).unsqueeze(-1), earlier, 0.0)
+        earlier = torch.gather(running, 1, before.clamp_min(0).unsqueeze(-1).expand(-1, -1, running.shape[2]))
+        inside = inside - torch.where((before >= 0).unsqueeze(-1), earlier, 0.0)
+    elif window and total > window:
+        # of the last tokens, those whose window does not reach back to the row's beginning
+        behind = min(tokens, total - window)
+        whole = inside[:, tokens - behind :] - running[:, total - window - behind : total - window]
+        inside = whole if behind == tokens else torch.cat([inside[:, : tokens - behind], whole], dim=1)
     n = inside[..., -1]
     return inside[..., :-1] / n.clamp_min(1).unsqueeze(-1), n
 
