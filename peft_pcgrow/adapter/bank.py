@@ -4,7 +4,7 @@ A shrunk bank stores, for each of its N slices, the slice minus the base's own, 
 else. Decoded, it is the base's slice plus that. Shapes: O outputs, I inputs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ class ShrunkBank(nn.Module):
         Args:
             stack: the base's stack, whose state tells that. born: reads the base's own slices of it.
         """
-        now = _state(stack), _state(self.get_buffer("packed"))
+        now = state_of(stack), state_of(self.get_buffer("packed"))
         if self._decoded is None or self._decoded[0] != now:
             with torch.inference_mode(False), torch.no_grad():
                 base = born()
@@ -144,28 +144,6 @@ class ShrunkBank(nn.Module):
         return f"{tuple(self.shape)}, {KIND} {self.coding}"
 
 
-class WorkingCopies:
-    """What forwards that need no gradients compute with, made of weights once per change of these.
-
-    Forwards of several threads may each make the same one. Copies and pickles of this start empty.
-    """
-
-    def __init__(self) -> None:
-        self.held: dict[Any, tuple[Any, Any]] = {}
-
-    def read(self, key: Any, sources: Iterable[Any], make: Callable[[], Any], *settings: Any) -> Any:
-        """What `make` gives, as long as nobody writes to its `sources`, moves or casts them, or changes `settings`."""
-        now = settings, tuple(map(_state, sources))
-        held = self.held.get(key)
-        if held is None or held[0] != now:
-            with torch.inference_mode(False), torch.no_grad():
-                held = self.held[key] = now, make()
-        return held[1]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
-
-
 def make_bank(weight: Tensor, transposed: bool, coding: Coding | None) -> Bank | ShrunkBank:
     """A bank of `weight`, or room for a shrunk one of its shape."""
     return Bank(weight) if coding is None else ShrunkBank(weight.shape, transposed, coding)
@@ -178,7 +156,7 @@ def as_matrices(stack: Tensor, transposed: bool) -> Tensor:
     return stack.mT.contiguous() if transposed else stack
 
 
-def _state(tensor: Any) -> tuple[Any, ...]:
+def state_of(tensor: Any) -> tuple[Any, ...]:
     """What changes when a tensor is moved, cast, replaced, or written to (unless through `.data`)."""
     if not isinstance(tensor, Tensor):  # experts that are packed themselves: nobody writes to them
         return tensor.device, tensor.dtype

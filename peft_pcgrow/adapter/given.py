@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.adapter.bank import WorkingCopies
 from peft_pcgrow.adapter.birth import Birth
+from peft_pcgrow.adapter.working_copies import WorkingCopies
 from peft_pcgrow.gates.gate import Gate, at_rate
 
 # gates of a layer: of what enters its experts, and of what enters its attention
@@ -25,11 +25,7 @@ class Given(nn.Module):
     active_banks: Any
     disable_adapters: bool
     merged: bool
-
-    def __init__(self) -> None:
-        super().__init__()
-        # what forwards compute with, made of the weights and gates here
-        self._working = WorkingCopies()
+    _working: WorkingCopies
 
     def _buffers_of(self, name: str) -> Any:
         return getattr(self, f"pcgrow_{name}")

@@ -18,6 +18,7 @@ from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_
 from peft_pcgrow.adapter.merged import write_merged
 from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
+from peft_pcgrow.adapter.working_copies import Prepared
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.architectures.stack_view import ViewedExperts
@@ -60,7 +61,7 @@ class Call(PerThread):
         self.entered, self.sequence, self.passes, self.waiting = False, None, MappingProxyType({}), ()
 
 
-class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
+class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -289,41 +290,13 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
                 (n, slot.to(hidden.device), *rest) for n, slot, *rest in asked(births, self.base_layer.num_experts)
             ]
             held = self._asked[key] = now, order
-        banks = {name: self._weights_to_run(name) for name in births}
+        banks = {name: self.weights_to_run(name) for name in births}
         passes = {n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned}
         branches = [
             (name, dispatch.Branch(slot, banks[name], passes[name] if gated else None, parents))
             for name, slot, gated, parents in held[1]
         ]
         return for_their_samples(self, branches, hidden)
-
-    def _weights_to_run(self, adapter_name: str) -> Mapping[str, Tensor]:
-        """`weights`, cast to the base's dtype and composed once for all forwards that need no gradient of them."""
-        bank, base = self.bank(adapter_name), self.base_layer
-        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in bank.values())
-        elsewhere = isinstance(base, ViewedExperts) or adapter_name in self._composed or torch.compiler.is_compiling()
-        own = {name: held for name, held in base._parameters.items() if held is not None}
-        composes = self.births[adapter_name].pieces is not None
-        alike = not composes and not elsewhere and all(weight.dtype == own[n].dtype for n, weight in bank.items())
-        if self.training or trains or elsewhere or alike:
-            # also because an optimizer may write where nothing counts it
-            self._working.held.pop(adapter_name, None)
-            return bank if alike else self.weights(adapter_name)
-        sources = [*bank.values(), *(own.values() if composes else (own[name] for name in bank))]
-        return self._working.read(adapter_name, sources, lambda: self._cast(adapter_name))
-
-    def _cast(self, adapter_name: str) -> dict[str, Tensor]:
-        own = self.base_layer._parameters
-        return {name: weight.detach().to(own[name].dtype) for name, weight in self.weights(adapter_name).items()}
-
-    def train(self, mode: bool = True) -> "PCGrowExperts":
-        if mode != self.training:
-            self._working.held.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "PCGrowExperts":
-        self._working.held.clear()  # no copies of what is moved
-        return super()._apply(*args, **kwargs)  # type: ignore[return-value]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
