@@ -26,20 +26,18 @@ def expert_error(
     Returns:
         Four `[E]` fp64 tensors: rows, sum of routing weights, sum of error norms, sum of squared error norms.
     """
-    norm = torch.linalg.vector_norm(delta, dim=-1, dtype=torch.promote_types(delta.dtype, torch.float32)).double()
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(delta, dim=-1, dtype=wide).double()
     routed = (index >= 0) & (index < experts) & (weight != 0)
     if keep is not None:
         routed = routed & keep[:, None]
-    chosen = index[routed]
-    weights = weight.double()
-    errors = (weights.abs() * norm[:, None])[routed]
-
-    def per_expert(values: Tensor) -> Tensor:
-        return torch.zeros(experts, dtype=torch.float64, device=delta.device).index_add_(0, chosen, values)
-
-    return (
-        per_expert(torch.ones_like(errors)),
-        per_expert(weights[routed]),
-        per_expert(errors),
-        per_expert(errors.square()),
-    )
+    # of each token and expert, no row gathered: how many there are is not to be asked of a device
+    share = torch.where(routed, weight, 0.0).double()
+    held = torch.stack([routed.double(), share, share.abs(), share.square()])
+    chosen = index.clamp(0, experts - 1).expand(held.shape)
+    dense = held.new_zeros(*held.shape[:2], experts).scatter_add_(2, chosen, held)
+    # an error that is not finite counts where it was routed to, and there alone
+    once = torch.ones_like(norm)
+    per_token = torch.stack([once, once, norm, norm.square()]).unsqueeze(-1)
+    rows, weights, errors, squares = torch.where(dense != 0, dense * per_token, 0.0).sum(dim=1)
+    return rows, weights, errors, squares

@@ -127,7 +127,7 @@ class ShrunkBank(nn.Module):
         Args:
             stack: the base's stack, whose state tells that. born: reads the base's own slices of it.
         """
-        now = _state(stack), _state(self.get_buffer("packed"))
+        now = state_of(stack), state_of(self.get_buffer("packed"))
         if self._decoded is None or self._decoded[0] != now:
             with torch.inference_mode(False), torch.no_grad():
                 base = born()
@@ -156,7 +156,7 @@ def as_matrices(stack: Tensor, transposed: bool) -> Tensor:
     return stack.mT.contiguous() if transposed else stack
 
 
-def _state(tensor: Any) -> tuple[Any, ...]:
+def state_of(tensor: Any) -> tuple[Any, ...]:
     """What changes when a tensor is moved, cast, replaced, or written to (unless through `.data`)."""
     if not isinstance(tensor, Tensor):  # experts that are packed themselves: nobody writes to them
         return tensor.device, tensor.dtype

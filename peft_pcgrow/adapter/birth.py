@@ -82,32 +82,28 @@ def slots_of(birth: Birth, total: int) -> dict[str | None, Tensor]:
     return found
 
 
-def asked(
-    births: Mapping[str, Birth],
-    slots: Mapping[str, Mapping[str | None, Tensor]],
-    banks: Mapping[str, Mapping[str, Tensor]],
-    passes: Mapping[str, Tensor],
-) -> list[tuple[str, dispatch.Branch]]:
-    """What computes rows, with its adapter, in the order in which it is asked.
+def asked(births: Mapping[str, Birth], total: int) -> list[tuple[str, Tensor, bool, tuple[int, ...]]]:
+    """What computes rows, in the order in which it is asked: adapter, places in its bank, whether there is a gate, and
+    the places of its parents among these (see `dispatch.Branch`).
 
     Newborns come first, elders before those that were grown beside them, otherwise as the adapters are listed. A
     newborn whose parent is a newborn takes rows of that one only, and any other only rows that its elders leave to the
     expert: so at birth nothing changes, however adapters are listed.
 
     Args:
-        slots: by adapter (see `slots_of`). banks: weights of each. passes: tokens that the gates let pass, `[T]`.
+        total: experts of the base.
     """
-    newborns: list[tuple[str, dispatch.Branch]] = []
-    deepened: list[tuple[str, dispatch.Branch]] = []
+    newborns: list[tuple[str, Tensor, bool, tuple[int, ...]]] = []
+    deepened: list[tuple[str, Tensor, bool, tuple[int, ...]]] = []
     for name in by_age(births):
-        for parent, slot in slots[name].items():
+        for parent, slot in slots_of(births[name], total).items():
             if parent is None:
-                deepened.append((name, dispatch.Branch(slot, banks[name])))
+                deepened.append((name, slot, False, ()))
                 continue
-            of = [place for place, (other, _) in enumerate(newborns) if parent and births[other].identity == parent]
+            of = [place for place, (other, *_) in enumerate(newborns) if parent and births[other].identity == parent]
             if parent and not of:
                 raise RuntimeError(f"the newborns that those of adapter {name!r} take their rows from are not active")
-            newborns.append((name, dispatch.Branch(slot, banks[name], passes[name], tuple(of))))
+            newborns.append((name, slot, True, tuple(of)))
     return newborns + deepened
 
 

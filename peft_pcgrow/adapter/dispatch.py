@@ -22,7 +22,8 @@ class Branch:
     """Some grown nodes of one layer.
 
     Attributes:
-        slot: place in the bank of each of the base's experts, -1 where it has none, `[E]` integer.
+        slot: place in the bank of each of the base's experts, -1 where it has none; the last: of rows of no expert, -1,
+            `[E + 1]` integer.
         bank: the bank's stacks by name, `[G, ...]`.
         passes: tokens that the gate of these nodes lets pass, `[T]`; rows of others stay with the donors. None: all do.
         parents: places, among the branches asked before, of those whose rows these nodes take; none: the base's.
@@ -35,30 +36,48 @@ class Branch:
 
 
 def slots(chosen: Sequence[int], total: int, device: torch.device | str = "cpu") -> Tensor:
-    """`[total]`: position of each expert in `chosen`, -1 elsewhere."""
-    slot = torch.full((total,), -1, dtype=torch.long, device="cpu")
+    """`[total + 1]`: position of each expert in `chosen`, -1 elsewhere; the last is of rows of no expert."""
+    slot = torch.full((total + 1,), -1, dtype=torch.long, device="cpu")
     slot[torch.tensor(chosen, device="cpu")] = torch.arange(len(chosen), device="cpu")
     return slot.to(device)
 
 
-def takers(branches: Sequence[Branch], index: Tensor, total: int) -> Tensor:
-    """Who computes each row of `index [T, K]`: the place of a branch, -1: the base, `[T, K]`.
+def taken(branches: Sequence[Branch], chosen: Tensor, tokens: Tensor | None) -> list[Tensor]:
+    """Which rows each branch computes, `[R]` bool each.
 
     Branches are asked in turn for the rows that nobody took before, or for those that their parents took.
 
     Args:
-        total: experts of the base; rows whose index is that are nobody's, -1.
+        chosen: expert of each row, `[R]`; E of rows of no expert.
+        tokens: token of each row; None: there are no gates.
     """
-    taker, expert = torch.full_like(index, -1), index.clamp(max=total - 1)
-    for place, branch in enumerate(branches):
-        free = taker == (branch.parents[0] if branch.parents else -1)
-        for parent in branch.parents[1:]:
-            free |= taker == parent
-        free &= (branch.slot[expert] >= 0) & (index < total)
-        if branch.passes is not None:
-            free &= branch.passes.unsqueeze(1)
-        taker = taker.masked_fill(free, place)
-    return taker
+    found: list[Tensor] = []
+    for branch in branches:
+        mine = branch.slot[chosen] >= 0
+        if branch.passes is not None and tokens is not None:
+            mine = mine & branch.passes[tokens]
+        if others := [found[place] for place in branch.parents] or found:
+            among = torch.stack(others).any(0) if len(others) > 1 else others[0]
+            mine = mine & (among if branch.parents else ~among)
+        for place in branch.parents:
+            found[place] = found[place] & ~mine
+        found.append(mine)
+    return found
+
+
+def takers(branches: Sequence[Branch], index: Tensor, total: int) -> Tensor:
+    """Who computes each row of `index [T, K]`: the place of a branch, -1: the base (or no expert, for those of index
+    `total` or more), `[T, K]`."""
+    flat = index.reshape(-1).clamp(max=total)
+    tokens = torch.arange(len(flat), device=flat.device) // index.shape[1] if has_gates(branches) else None
+    taker = torch.full_like(flat, -1)
+    for place, mine in enumerate(taken(branches, flat, tokens)):
+        taker = taker.masked_fill(mine, place)
+    return taker.view(index.shape)
+
+
+def has_gates(branches: Sequence[Branch]) -> bool:
+    return any(branch.passes is not None for branch in branches)
 
 
 def nodes(
@@ -69,17 +88,20 @@ def nodes(
     total: int,
 ) -> Tensor:
     """Which node computes each row of `index [T, K]`: an expert of the base's `total`, E, or E + n for newborn n,
-    `[T, K]`; nobody's is E + N.
+    `[T, K]`; E + N of rows of no expert.
 
     Args:
-        branches: as for `takers`. owners: whose newborns each of them is, "" if none. newborns: (owner, donor).
+        branches: as for `taken`. owners: whose newborns each of them is, "" if none. newborns: (owner, donor).
     """
-    # the last row is the base's
-    table = torch.arange(total + 1, device="cpu").repeat(len(branches) + 1, 1)
-    table[:, total] = total + len(newborns)
-    for n, (owner, donor) in enumerate(newborns):
-        table[[place for place, other in enumerate(owners) if other == owner], donor] = total + n
-    return table.to(index)[takers(branches, index, total), index.clamp(max=total)]
+    flat = index.reshape(-1)
+    tokens = torch.arange(len(flat), device=flat.device) // index.shape[1]
+    found = flat.masked_fill(flat == total, total + len(newborns))
+    for owner, mine in zip(owners, taken(branches, flat, tokens), strict=True):
+        table = torch.arange(total + 1, device="cpu")
+        for n, (other, donor) in enumerate(newborns):
+            table[donor] = total + n if other == owner else table[donor]
+        found = torch.where(mine, table.to(flat)[flat], found)
+    return found.view(index.shape)
 
 
 def run(
@@ -90,6 +112,7 @@ def run(
     weight: Tensor,
     exact: bool = True,
     together: bool = True,
+    asking: bool | None = None,
 ) -> Tensor:
     """The experts' output with the rows of each branch computed by its bank.
 
@@ -100,27 +123,31 @@ def run(
 
     Args:
         base: the experts module; hidden `[T, H]`; index `[T, K]`; weight `[T, K]`, as it is called with. Rows whose
-            index is the number of experts are nobody's.
-        branches: in the order in which they are asked for rows (see `takers`); without a gate, experts are disjoint.
-        exact: matrix products also round differently with another number of rows, so an expert that keeps some of its
-            rows and loses others computes all of them, and so does who takes them. False: each row is computed once.
+            index is the number of experts are no expert's.
+        branches: in the order in which they are asked for rows (see `taken`); without a gate, experts are disjoint.
+        exact: matrix products also round differently with another number of rows, so the base computes all of them,
+            and so does a bank those of each expert that it takes some of. False: each row is computed once.
         together: False: not together, even where that can be.
+        asking: whether to ask the device which rows are taken, and compute no others; None: where that costs nothing,
+            or the base's own code asks anyway (see `run_rows.asks_nothing`).
 
     Returns:
         `[T, H]` in `hidden`'s dtype; if `exact`, equal bit for bit to `base(...)` for tokens that no branch takes a row
         of, and for all if the banks hold the base's own weights and the implementation can be taken apart. So it is on
-        CPUs, and on an H100 with "eager" and "grouped_mm". "batched_mm", which `generate` decodes by on a GPU, is the
-        base's one product of all rows here too, but untried there: count on the rounding of the dtype.
+        CPUs, and on an H100 with "eager" and "grouped_mm". "batched_mm", which `generate` decodes by on a GPU, is
+        products of as many rows as the base's here too, but untried there: count on the rounding of the dtype.
     """
     if one_sort.kept_from(base, exact, together):
-        return _taken_apart(base, branches, hidden, index, weight, exact)
+        return _taken_apart(base, branches, hidden, index, weight, exact, asking)
     joint = _joint(branches)
 
     def again(bank: Mapping[str, Tensor], *routed: Tensor) -> Tensor:
         return _taken_apart(base, [replace(branch, bank=bank) for branch in joint], *routed, exact=False)
 
-    slots, taker = torch.stack([branch.slot for branch in joint]), takers(joint, index, base.num_experts)
-    return one_sort.run(base, joint[0].bank, slots, taker, (hidden, index, weight), exact, again)
+    slots = torch.stack([branch.slot[: base.num_experts] for branch in joint])
+    return one_sort.run(
+        base, joint[0].bank, slots, takers(joint, index, base.num_experts), (hidden, index, weight), exact, again
+    )
 
 
 def _joint(branches: Sequence[Branch]) -> list[Branch]:
@@ -135,47 +162,110 @@ def _joint(branches: Sequence[Branch]) -> list[Branch]:
 
 
 def _taken_apart(
-    base: ExpertsModule, branches: Sequence[Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool
+    base: ExpertsModule,
+    branches: Sequence[Branch],
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    exact: bool,
+    asking: bool | None = None,
 ) -> Tensor:
-    tokens, choices = index.shape
-    apart = run_rows.implementation(base) is not None
-    exact = exact and apart
-    order = run_rows.row_order(base, index)
-    chosen = index.reshape(-1)[order]
-    taker = takers(branches, index, base.num_experts)
-    left = (taker < 0) & (index < base.num_experts)
-    taker = taker.reshape(-1)[order]
-    groups: list[run_rows.RowGroup] = []
-    idle: list[Branch] = []
-    source, computed = torch.full_like(order, -1), 0
-    for number, branch in enumerate((*branches, None)):
-        if branch is None and not groups:
-            return _counted(base(hidden, index, weight), idle)
-        if branch is None and not apart:
-            break
-        mine = left.reshape(-1)[order] if branch is None else taker == number
-        found = (_with_siblings(chosen, mine, index) if exact else mine).nonzero().squeeze(1)
-        if not found.numel():
-            idle += [branch] if branch is not None else []
-            continue
-        place = torch.empty_like(order)
-        place[found] = torch.arange(computed, computed + len(found), device=found.device)
-        source = torch.where(mine, place, source)
-        computed += len(found)
-        own = chosen[found]
-        groups.append(
-            run_rows.RowGroup(found, own) if branch is None else run_rows.RowGroup(found, branch.slot[own], branch.bank)
-        )
-    ordered = run_rows.run_row_groups(base, hidden[order // choices], groups, source, joint=exact)
-    weighted = (ordered * weight.reshape(-1)[order].unsqueeze(-1))[torch.argsort(order)]
-    total = run_rows.sum_rows(base, weighted.view(tokens, choices, -1), index, hidden.dtype)
-    total = total if apart else total + base(hidden, index, weight.masked_fill(~left, 0))
+    way, (tokens, choices) = run_rows.implementation(base), index.shape
+    exact = exact and way is not None
+    silent = exact and (run_rows.asks_nothing(base, way, hidden) if asking is None else not asking)
+    if silent:
+        # on a CPU an answer is at hand
+        at_hand = asking is None and not (index.device.type != "cpu" or torch.compiler.is_compiling())
+        groups, order, idle = _of_all_rows(base, way, branches, index, at_hand)
+    else:
+        groups, order, idle = _of_their_rows(base, way, branches, index, exact)
+    if len(idle) == len(branches):
+        return _counted(base(hidden, index, weight), idle)
+    given = hidden.repeat_interleave(choices, dim=0) if order is None else hidden[order // choices]
+    made = run_rows.run_row_groups(base, way, given, groups, joint=exact)
+    if order is None:
+        weighted = made * weight.reshape(-1, 1)
+    else:
+        places = torch.arange(order.numel(), device=order.device)
+        weighted = made * weight.reshape(-1)[order].unsqueeze(-1)
+        weighted = weighted[torch.empty_like(order).scatter_(0, order, places)]
+    weighted = weighted.view(tokens, choices, -1)
+    if exact and (unassigned := run_rows.of_no_expert(base, index)) is not None:
+        weighted = weighted.masked_fill(unassigned.unsqueeze(-1), 0)
+    total = run_rows.sum_rows(way, weighted, index, hidden.dtype)
+    if way is None:
+        theirs = torch.zeros(index.numel(), dtype=torch.bool, device=index.device)
+        for group in groups:
+            theirs[group.rows] = True
+        total = total + base(hidden, index, weight.masked_fill(theirs.view(index.shape), 0))
     return _counted(total, idle)
 
 
-def _with_siblings(chosen: Tensor, mine: Tensor, index: Tensor) -> Tensor:
+# groups, the order of the rows that they are of (None: as they come), and the branches without any
+Groups = tuple[list[run_rows.RowGroup], Tensor | None, list[Branch]]
+
+
+def _of_all_rows(
+    base: ExpertsModule, way: str | None, branches: Sequence[Branch], index: Tensor, at_hand: bool
+) -> Groups:
+    """Row groups that each are handed all rows; none, if it is `at_hand` that nobody takes any.
+
+    Where the base sorts, rows go bank by bank, then to the base. The first expert of each is handed the rows before its
+    own too, for nothing.
+    """
+    flat = index.reshape(-1)
+    tokens = torch.arange(flat.numel(), device=flat.device) // index.shape[1] if has_gates(branches) else None
+    mine = taken(branches, flat, tokens)
+    if at_hand and not any(bool(own.any()) for own in mine):
+        return [], None, list(branches)
+    modules = [run_rows.with_bank(base, branch.bank) for branch in branches]
+    if way == "batched_mm":
+        rows = zip(modules, branches, mine, strict=True)
+        groups = [run_rows.RowGroup(module, branch.slot[flat], mine=own.unsqueeze(1)) for module, branch, own in rows]
+        return [run_rows.RowGroup(base, flat), *groups], None, []
+    starts = [sum(module.num_experts for module in modules[:place]) for place in range(len(modules) + 1)]
+    key = flat + starts[-1]
+    for branch, own, start in zip(branches, mine, starts, strict=False):
+        key = torch.where(own, branch.slot[flat] + start, key)
+    key, order = torch.sort(key)
+    groups = [run_rows.RowGroup(base, key - starts[-1])]
+    for module, start, end in zip(modules, starts, starts[1:], strict=False):
+        groups.append(run_rows.RowGroup(module, key - start, mine=((key >= start) & (key < end)).unsqueeze(1)))
+    return groups, order, []
+
+
+def _of_their_rows(
+    base: ExpertsModule, way: str | None, branches: Sequence[Branch], index: Tensor, exact: bool
+) -> Groups:
+    """Row groups that are handed the rows that they compute, the base all of them if `exact`."""
+    chosen, order = run_rows.row_order(way, index)
+    gated = has_gates(branches)
+    places = torch.arange(chosen.numel(), device=chosen.device) if order is None and gated else order
+    mine = taken(branches, chosen, places // index.shape[1] if gated and places is not None else None)
+    groups: list[run_rows.RowGroup] = []
+    idle: list[Branch] = []
+    for branch, own in zip(branches, mine, strict=True):
+        # without a gate, an expert's rows are taken all together
+        rows = (_with_siblings(base, chosen, own) if exact and gated else own).nonzero().squeeze(1)
+        if not rows.numel():
+            idle.append(branch)
+            continue
+        counted = own[rows].nonzero().squeeze(1) if exact and gated else None
+        groups.append(
+            run_rows.RowGroup(run_rows.with_bank(base, branch.bank), branch.slot[chosen[rows]], rows, counted)
+        )
+    if exact:
+        groups.insert(0, run_rows.RowGroup(base, chosen))
+    elif way is not None:
+        left = ~torch.stack(mine).any(0) & (chosen < base.num_experts)
+        left = left.nonzero().squeeze(1)
+        groups += [run_rows.RowGroup(base, chosen[left], left)] if left.numel() else []
+    return groups, order, idle
+
+
+def _with_siblings(base: ExpertsModule, chosen: Tensor, mine: Tensor) -> Tensor:
     """All rows of the experts that some row of `mine` was routed to, `[R]` bool."""
-    touched = torch.zeros(int(index.max()) + 1, dtype=torch.bool, device=chosen.device)
+    touched = torch.zeros(base.num_experts + 1, dtype=torch.bool, device=chosen.device)
     touched[chosen[mine]] = True
     return touched[chosen]
 

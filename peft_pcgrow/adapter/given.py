@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter.birth import Birth
+from peft_pcgrow.adapter.working_copies import WorkingCopies
 from peft_pcgrow.gates.gate import Gate, at_rate
-from peft_pcgrow.settling.host import times_written
 
 # gates of a layer: of what enters its experts, and of what enters its attention
 GATES = ("gate", "entry")
@@ -25,11 +25,7 @@ class Given(nn.Module):
     active_banks: Any
     disable_adapters: bool
     merged: bool
-
-    def __init__(self) -> None:
-        super().__init__()
-        # gates that were found to be set, as they were then
-        self._known: dict[str, list[tuple[Tensor, int]]] = {}
+    _working: WorkingCopies
 
     def _buffers_of(self, name: str) -> Any:
         return getattr(self, f"pcgrow_{name}")
@@ -63,23 +59,35 @@ class Given(nn.Module):
         )
         return bool(torch.isfinite(threshold).all() & direction.any())
 
-    @torch.compiler.disable
     def check_gate(self, adapter_name: str) -> None:
         """Raise RuntimeError if newborns are behind a gate that was never set, where they would take nothing."""
-        kinds, names = self.gates(adapter_name), ("direction", "threshold")
-        held = [self._buffers_of(f"{kind}_{name}")[adapter_name] for kind in kinds for name in names]
-        # looked at again when it was written to, not at every call: that would hold up a GPU
-        state = [(tensor, times_written(tensor)) for tensor in held]
-        known = self._known.get(adapter_name, [])
-        if len(known) == len(state) and all(a is c and b == d for (a, b), (c, d) in zip(known, state, strict=True)):
-            return
         if not self.gates_are_known(adapter_name):
             raise RuntimeError(
                 f"the branch gates of adapter {adapter_name!r} were never set (layer {self.layer_index}): its config "
                 "was resolved for another model or adapter. Make a new PCGrowConfig with error_map=, or load the "
                 "adapter's weights"
             )
-        self._known[adapter_name] = state
+
+    @torch.compiler.disable
+    def _gate_asked(self, adapter_name: str, kind: str, device: torch.device) -> tuple[Gate, Tensor]:
+        """A gate on a device, its law in fp64, and its threshold for the rate in use.
+
+        Raises:
+            RuntimeError: see `check_gate`. That is looked at again when something was written to, not at every call: it
+                would hold up a GPU.
+        """
+        birth, tensors = (
+            self.births[adapter_name],
+            [self._buffers_of(f"{kind}_{n}")[adapter_name] for n in GATE_TENSORS],
+        )
+
+        def make() -> tuple[Gate, Tensor]:
+            self.check_gate(adapter_name)
+            direction, law, table = tensors
+            gate = Gate(direction.to(device, copy=True), law.to(device).double(), birth.window)
+            return gate, at_rate(table.float(), birth.gate_fpr).to(device, copy=True)
+
+        return self._working.read((adapter_name, kind), tensors, make, device, birth.gate_fpr, birth.window)
 
     def given_by(self, adapter_name: str, birth: Birth) -> Birth:
         """`birth`, of nodes like those of an adapter here, with that one's gates and directions."""
@@ -100,9 +108,7 @@ class Given(nn.Module):
                 f"layer {self.layer_index} has newborns, whose gate needs to know which text each token belongs to: "
                 "run the whole decoder layer, not its experts alone"
             )
-        self.check_gate(adapter_name)  # type: ignore
-        gate, rate, device = self.gate(adapter_name, kind), self.births[adapter_name].gate_fpr, hidden.device
-        gate = replace(gate, direction=gate.direction.to(device), law=gate.law.to(device))
+        gate, threshold = self._gate_asked(adapter_name, kind, hidden.device)  # type: ignore
         scores = gate.scores(hidden).view(call.shape)
         name = adapter_name if kind == "gate" else f"{adapter_name}.{kind}"
         rows = call.rows(name, hidden.device)
@@ -111,8 +117,7 @@ class Given(nn.Module):
             call.remember(name, running, rows)
         elif remember:
             self.call.waiting += ((name, running, rows),)
-        threshold = at_rate(self._buffers_of(f"{kind}_threshold")[adapter_name].float(), rate)
-        return evidence.reshape(-1) - threshold.to(device)
+        return evidence.reshape(-1) - threshold
 
     @torch.no_grad()
     def note_entry(self, hidden: Tensor) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter import dispatch
 from peft_pcgrow.adapter.bank import SHRUNK, ShrunkBank, make_bank
-from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of, slots_of
+from peft_pcgrow.adapter.birth import Birth, asked, check_disjoint, parents_of
 from peft_pcgrow.adapter.given import GATE_TENSORS, GATES, Given
 from peft_pcgrow.adapter.host import BaseTunerLayer, BufferDict, check_adapters_to_merge
 from peft_pcgrow.adapter.layer_call import Call
 from peft_pcgrow.adapter.merged import check_mergeable, write_merged
 from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
+from peft_pcgrow.adapter.working_copies import Prepared
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.architectures.stack_view import ViewedExperts
@@ -30,7 +31,7 @@ from peft_pcgrow.say import ends
 PERTURBATION = 0.5
 
 
-class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
+class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -51,7 +52,8 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._originals: dict[str, dict[str, Tensor]] = {}
-        self._slots: dict[tuple[str, torch.device], dict[str | None, Tensor]] = {}
+        # by active adapters and device, what `asked` gave for which births
+        self._asked: dict[Any, tuple[tuple[Birth, ...], list[Any]]] = {}
         self._placed: dict[tuple[str, torch.device], dict[str, Pieces]] = {}
         # weights composed once for all forwards, while `composed_once` says so
         self._composed: dict[str, dict[str, Tensor]] = {}
@@ -119,12 +121,12 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
 
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece; decoded, if shrunk."""
-        names = [name.removeprefix("pcgrow_") for name in self.adapter_layer_names]
-        stacks = experts.expert_stacks(self.base_layer)
+        stacks = experts.expert_stacks(self.base_layer) if self.is_shrunk(adapter_name) else {}
+        banks = {name.removeprefix("pcgrow_"): getattr(self, name) for name in self.adapter_layer_names}
         return {
-            name: self._banks(name)[adapter_name].read(stacks[name], partial(self.born, adapter_name, name))
-            for name in names
-            if adapter_name in self._banks(name)
+            name: held[adapter_name].read(stacks.get(name), partial(self.born, adapter_name, name))
+            for name, held in banks.items()
+            if adapter_name in held
         }
 
     def born(self, adapter_name: str, stack: str) -> Tensor:
@@ -197,7 +199,7 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
 
     def spawned(self, adapter_name: str) -> tuple[int, ...]:
         """Donors of an adapter's newborns here."""
-        return self.births.get(adapter_name, Birth(())).spawned
+        return self.births[adapter_name].spawned if adapter_name in self.births else ()
 
     def stack_of(self, adapter_name: str, weight: nn.Parameter) -> str:
         """Name of the stack that one of an adapter's bank parameters is."""
@@ -251,16 +253,18 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, dispatch.Branch]]:
         """What computes the rows of grown experts, with its adapter, in the order of `asked`."""
         births = {name: self.births[name] for name in self.active_banks()}
-        for name in births:
-            if (key := (name, hidden.device)) not in self._slots:
-                found = slots_of(births[name], self.base_layer.num_experts)
-                self._slots[key] = {parent: slot.to(hidden.device) for parent, slot in found.items()}
-        branches = asked(
-            births,
-            slots={name: self._slots[name, hidden.device] for name in births},
-            banks={name: self.weights(name) for name in births},
-            passes={n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned},
-        )
+        key, now = (hidden.device, *births), tuple(births.values())
+        held = self._asked.get(key)
+        if held is None or any(a is not b for a, b in zip(held[0], now, strict=True)):
+            everyone = asked(births, self.base_layer.num_experts)
+            order = [(name, slot.to(hidden.device), gated, parents) for name, slot, gated, parents in everyone]
+            held = self._asked[key] = now, order
+        banks = {name: self.weights_to_run(name) for name in births}
+        passes = {n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned}
+        branches = [
+            (name, dispatch.Branch(slot, banks[name], passes[name] if gated else None, parents))
+            for name, slot, gated, parents in held[1]
+        ]
         return for_their_samples(self, branches, hidden)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -281,8 +285,8 @@ class PCGrowExperts(Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.births.pop(adapter_name, None)
-        self._known.pop(adapter_name, None)
-        self._slots = {key: slot for key, slot in self._slots.items() if key[0] != adapter_name}
+        self._asked.clear()
+        self._working.held.pop(adapter_name, None)
         self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from peft_pcgrow.gates.text_position import (
     attention_chunk,
     cache_place,
     entering,
+    may_attend,
     modules_inside,
 )
 from peft_pcgrow.settling.layer_run import by_name
@@ -52,7 +53,7 @@ def _forget(model: Any) -> None:
 
 def _batch_continuously(model: Any, layers: Callable[[], list[PCGrowExperts]], *args: Any, **kwargs: Any) -> Any:
     for layer in layers():
-        if not layer.disable_adapters and any(layer.spawned(name) for name in layer.active_banks()):
+        if not layer.disable_adapters and is_gated(layer):
             raise TypeError(UNKNOWN_CACHE.format("PagedAttentionCache"))
     return getattr(type(model), BATCHING)(model, *args, **kwargs)
 
@@ -60,35 +61,42 @@ def _batch_continuously(model: Any, layers: Callable[[], list[PCGrowExperts]], *
 def _keep_all_tokens(
     layers: Callable[[], list[PCGrowExperts]], _: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    gated = any(layer.spawned(name) for layer in layers() for name in layer.active_banks())
-    if gated and kwargs.get("logits_to_keep") is not None:
+    if any(map(is_gated, layers())) and kwargs.get("logits_to_keep") is not None:
         return args, {**kwargs, "logits_to_keep": 0}
     return None
 
 
-@torch.compiler.disable
 def enter(layer: PCGrowExperts, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A run of `layer`'s decoder layer begins: let it know how the tokens stand in their texts."""
-    gated = any(layer.spawned(name) for name in layer.active_banks())
     layer.call.end()
     layer.call.entered, layer.call.called = True, False
-    called = by_name(decoder_layer, args, kwargs)
-    layer.call.sequence = TextPosition.of(layer.place, *called, layer.chunk) if gated else None
+    if is_gated(layer):
+        layer.call.sequence = TextPosition.of(layer.place, *by_name(decoder_layer, args, kwargs), layer.chunk)
+
+
+def is_gated(layer: PCGrowExperts) -> bool:
+    """Whether newborns are in use here."""
+    born = any(birth.spawned for birth in layer.births.values())
+    return born and any(layer.spawned(name) for name in layer.active_banks())
 
 
 def follow_inside(decoder_layer: nn.Module, layer: PCGrowExperts) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     """Let `layer` know that also where only the inside of its decoder layer runs: transformers' gradient checkpointing
     recomputes it so, on whichever thread autograd uses."""
     layer.place, layer.chunk = (of(decoder_layer, layer.layer_index) for of in (cache_place, attention_chunk))
-    inside = partial(_note_inside, layer)
-    return tuple(child.register_forward_pre_hook(inside, with_kwargs=True) for child in modules_inside(decoder_layer))
+    inside, children = partial(_note_inside, layer), modules_inside(decoder_layer)
+    return tuple(c.register_forward_pre_hook(inside, with_kwargs=True) for c in children if may_attend(c))
+
+
+def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The attention is handed all that the decoder layer is."""
+    known = layer.call.entered and not any(birth.lora for birth in layer.births.values())
+    if not known and (hidden := entering(args, kwargs)) is not None and is_gated(layer):
+        _enter_inside(layer, hidden, args, kwargs)  # type: ignore
 
 
 @torch.compiler.disable
-def _note_inside(layer: PCGrowExperts, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The attention is handed all that the decoder layer is."""
-    if (hidden := entering(args, kwargs)) is None:
-        return
+def _enter_inside(layer: PCGrowExperts, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
     if not layer.call.entered:
         layer.call.end()
         layer.call.sequence = TextPosition.of(layer.place, args, kwargs, layer.chunk)

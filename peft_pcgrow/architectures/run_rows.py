@@ -5,8 +5,7 @@ another number of rows, and vectorized activations at the end of a tensor, so al
 Shapes: T tokens, K experts per token, R = T * K rows, N some of them, G experts in a bank, H hidden.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,64 +33,81 @@ class RowGroup:
     """Rows that the same weights compute.
 
     Attributes:
-        rows: their places among all R, ascending, `[N]`.
-        chosen: expert of each, or its place in the bank, `[N]`.
-        bank: stacks to use instead of the base's, `[G, ...]`, by name.
+        module: the base, or the base with a bank (see `with_bank`).
+        chosen: expert of each row in the module, `[N]`; ascending, if the base sorts.
+        rows: their places among all R, ascending, `[N]`; None: all of them.
+        own: which of the outputs count, as places among the N; None: all of them.
+        mine: the same, where `rows` is None, of all rows, `[R, 1]` bool.
     """
 
-    rows: Tensor
+    module: ExpertsModule
     chosen: Tensor
-    bank: Mapping[str, Tensor] | None = None
+    rows: Tensor | None = None
+    own: Tensor | None = None
+    mine: Tensor | None = None
+
+    def put(self, y: Tensor, made: Tensor | None, total: int) -> Tensor:
+        """`made [R, O]`, the outputs so far, with those of this group, `y [N, O]`."""
+        if self.rows is None:
+            return y if made is None or self.mine is None else torch.where(self.mine, y, made)
+        made = y.new_zeros(total, y.shape[1]) if made is None else made
+        rows, y = (self.rows, y) if self.own is None else (self.rows[self.own], y[self.own])
+        return made.index_copy_(0, rows, y)
 
 
-def row_order(base: ExpertsModule, index: Tensor) -> Tensor:
-    """The order in which `base` hands its rows (row t * K + k of `index [T, K]`) to the experts, `[R]`."""
-    way = implementation(base)
+def row_order(way: str | None, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows of `index [T, K]` (row t * K + k) as they are handed to experts that run that way: the expert of each,
+    `[R]`, and its place among the rows as they are; None: in that order."""
     if way in ("grouped_mm", "sorted"):
-        return torch.sort(index.reshape(-1)).indices
-    rows = torch.arange(index.numel(), device=index.device)
+        return torch.sort(index.reshape(-1))
+    if way != "eager":
+        return index.reshape(-1), None
     # the architectures' own loops take first choices first
-    return rows.view(index.shape).mT.reshape(-1) if way == "eager" else rows
+    places = torch.arange(index.numel(), device=index.device).view(index.shape)
+    return index.mT.reshape(-1), places.mT.reshape(-1)
 
 
-def run_row_groups(base: ExpertsModule, x: Tensor, groups: Sequence[RowGroup], source: Tensor, joint: bool) -> Tensor:
+def run_row_groups(base: ExpertsModule, way: str | None, x: Tensor, groups: Sequence[RowGroup], joint: bool) -> Tensor:
     """The experts' outputs for all rows, not yet weighted, computed as `base` computes.
 
     Args:
-        x: inputs `[R, H]`, in `row_order`.
-        groups: a row may be in several.
-        source: of each row, which of the rows of all groups, one after the other, is its own, `[R]`; -1: none, and its
-            output is zeros.
-        joint: apply activations (and the products of batched_mm) to all rows at once, as the fast paths do.
+        way: the base's (see `implementation`). x: inputs `[R, H]`, in `row_order`.
+        groups: where several have a row, it is the last one's; rows that none has are zeros.
+        joint: apply activations to all rows at once, as the fast paths do.
 
     Returns:
         `[R, H]`.
     """
-    modules: list[Any] = [with_bank(base, group.bank) for group in groups]
 
-    def together(outputs: list[Tensor]) -> Tensor:
-        return torch.cat([*outputs, torch.zeros_like(outputs[0][:1])])[source]
+    def together(inputs: Tensor, compute: Callable[[RowGroup, Tensor], Tensor]) -> Tensor:
+        made: Tensor | None = None
+        for group in groups:
+            given = inputs if group.rows is None else inputs[group.rows]
+            made = group.put(compute(group, given), made, inputs.shape[0])
+        assert made is not None
+        return made
 
-    if joint and implementation(base) == "spread":
-        return together([m.spread(x, g.rows, g.chosen) for m, g in zip(modules, groups, strict=True)])
-    if joint and implementation(base) == "batched_mm":
-        # one product of all rows, as the base's own call: kernels are chosen by the number of rows
-        return _chain(base, x, lambda inputs, name: _batched(base, inputs, modules, groups, source, name))
-    if not joint or implementation(base) in ("eager", None):
-        return together([_run(m, x[g.rows], g) for m, g in zip(modules, groups, strict=True)])
+    if joint and way == "spread":
+        every = torch.arange(len(x), device=x.device)
+        rows = [every if group.rows is None else group.rows for group in groups]
+        found = iter([group.module.spread(x, own, group.chosen) for group, own in zip(groups, rows, strict=True)])  # type: ignore
+        return together(x, lambda group, inputs: next(found))
+    if not joint or way in ("eager", None):
+        return together(x, lambda group, inputs: _run(base, way, group, inputs))
+    ends = {id(group): _ends(way, group.module, group.chosen) for group in groups}
 
     def linear(inputs: Tensor, name: str) -> Tensor:
-        return together([_linear(m, inputs[g.rows], g.chosen, name) for m, g in zip(modules, groups, strict=True)])
+        return together(inputs, lambda group, own: _linear(group.module, own, group.chosen, name, ends[id(group)]))
 
     return _chain(base, x, linear)
 
 
-def sum_rows(base: ExpertsModule, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Add up each token's weighted rows `[T, K, H]` as `base` does, `[T, H]` in `dtype`.
+def sum_rows(way: str | None, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add up each token's weighted rows `[T, K, H]` as the base does, `[T, H]` in `dtype`.
 
     The architectures' loops add in ascending order of the experts and round after each; the fast paths add in one sum.
     """
-    if implementation(base) not in ("eager", "sorted"):
+    if way not in ("eager", "sorted"):
         return weighted.sum(dim=1).to(dtype)
     rows = weighted.to(dtype)
     ascending = torch.argsort(index, dim=1, stable=True)
@@ -116,26 +132,45 @@ def implementation(base: ExpertsModule) -> str | None:
     return "eager" if way is None else FAST_PATHS.get(way)
 
 
-def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor] | None) -> ExpertsModule:
+def asks_nothing(base: ExpertsModule, way: str | None, x: Tensor) -> bool:
+    """Whether the base's own way of running rows `x [R, H]` never asks the device where they go, and a row's bits do
+    not depend on how many others its expert has. So it is with products of single rows, and, as measured on an H100,
+    with grouped ones of bf16; other dtypes' are a loop that asks."""
+    if way == "batched_mm":
+        return True
+    grouped = way == "grouped_mm" and not is_packed(base)
+    return grouped and (torch.compiler.is_compiling() or (x.is_cuda and x.dtype == torch.bfloat16))
+
+
+def of_no_expert(base: ExpertsModule, index: Tensor) -> Tensor | None:
+    """Which rows of `index [T, K]` no expert computes, and may come out as anything; None: there are none."""
+    found = index >= base.num_experts
+    if found.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(found.any()):
+        return None
+    return found
+
+
+def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor]) -> ExpertsModule:
     """`base` with the stacks of `bank`, cast to the base's dtype, in the place of its own."""
-    if bank is None:
-        return base
-    stacks = {name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()}
     if isinstance(base, ViewedExperts):
-        return base.replaced(stacks)
-    module = copy.copy(base)
+        return base.replaced({name: bank[name].to(stack.dtype) for name, stack in expert_stacks(base).items()})
+    own = base._parameters
+    stacks = {name: weight.to(own[name].dtype) for name, weight in bank.items()}
+    module: Any = object.__new__(type(base))
     # a shallow copy shares its dicts with the base: give it its own before anything is put into them
-    module.__dict__["_parameters"] = {**base._parameters, **stacks}
-    module.__dict__.pop("forward", None)
+    vars(module).update(vars(base), _parameters={**own, **stacks})
+    vars(module).pop("forward", None)
     module.num_experts = next(iter(stacks.values())).shape[0]
     return module
 
 
-def _run(module: ExpertsModule, x: Tensor, group: RowGroup) -> Tensor:
-    if implementation(module) in ("grouped_mm", "sorted"):
+def _run(base: ExpertsModule, way: str | None, group: RowGroup, x: Tensor) -> Tensor:
+    module = group.module
+    if way in ("grouped_mm", "sorted"):
         # not by its own forward, whose sort would reorder equals
-        return _chain(module, x, lambda inputs, name: _linear(module, inputs, group.chosen, name))
-    run = module if group.bank is None else partial(type(module).forward, module)
+        ends = _ends(way, module, group.chosen)
+        return _chain(module, x, lambda inputs, name: _linear(module, inputs, group.chosen, name, ends))
+    run = module if module is base else partial(type(module).forward, module)
     return run(x, group.chosen[:, None], torch.ones_like(x[:, :1]))
 
 
@@ -146,38 +181,27 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
     return module.post_expert_norm(output) if module.has_post_expert_norm else output
 
 
-def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str) -> Tensor:
+def _ends(way: str | None, module: ExpertsModule, chosen: Tensor) -> Any:
+    """Where the rows of each expert end, for ways that sort them; of negative experts, they are the first one's too."""
+    if is_packed(module):
+        return module.ends_of(chosen)
+    if way != "grouped_mm":
+        return None
+    every = torch.arange(module.num_experts, device=chosen.device)
+    return torch.searchsorted(chosen, every, right=True, out_int32=True)
+
+
+def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str, ends: Any) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
-    if is_packed(module) or (is_adopted(module) and module.implementation == "sorted"):
+    if is_packed(module):
+        return module.linear(inputs, chosen, name, ends)
+    if is_adopted(module):
         return module.linear(inputs, chosen, name)
-    stack, bias = getattr(module, name), getattr(module, f"{name}_bias")[chosen] if module.has_bias else None
-    if implementation(module) == "grouped_mm":
-        every = torch.arange(module.num_experts, device=chosen.device)
-        ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
+    held = module._parameters
+    stack, bias = held[name], held[f"{name}_bias"] if module.has_bias else None
+    if ends is None or bias is not None:
+        chosen = chosen.clamp(0, module.num_experts - 1)
+    bias = None if bias is None else bias[chosen]
+    if ends is not None:
         return grouped_linear(inputs, stack, ends, bias=bias, is_transposed=module.is_transposed)
     return batched_linear(inputs, stack[chosen], bias=bias, is_transposed=module.is_transposed)
-
-
-def _batched(
-    base: ExpertsModule,
-    inputs: Tensor,
-    modules: Sequence[ExpertsModule],
-    groups: Sequence[RowGroup],
-    source: Tensor,
-    name: str,
-) -> Tensor:
-    """transformers' batched product of all rows `[R, I]`, each with the matrix of the group that it is taken from."""
-
-    def gathered(stack: str) -> Tensor:
-        first = getattr(base, stack)
-        # rows that a group computes for others only go to the end, which is cut off
-        held, computed = first.new_zeros(len(source) + 1, *first.shape[1:]), 0
-        for module, group in zip(modules, groups, strict=True):
-            places = torch.arange(computed, computed + len(group.rows), device=source.device)
-            own = torch.where(source[group.rows] == places, group.rows, len(source))
-            held.index_put_((own,), getattr(module, stack)[group.chosen])
-            computed += len(group.rows)
-        return held[:-1]
-
-    bias = gathered(f"{name}_bias") if base.has_bias else None
-    return batched_linear(inputs, gathered(name), bias=bias, is_transposed=base.is_transposed)

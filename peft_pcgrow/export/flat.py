@@ -303,6 +303,6 @@ def _compare(flat: Any, again: Any, read: list[Batch], branch: list[Tensor], cou
         tokens += len(ours)
         labels += int((target[:, 1:] != IGNORED).sum())
         for i, found in enumerate((grown, logits)):
-            losses[i] += float(token_losses(found[:, :-1], target).sum())
+            losses[i] += float(token_losses(found, target).sum())
     per_token = [loss / max(labels, 1) for loss in losses]
     return FlatReport(per_token[0], per_token[1], kl / tokens, agree / tokens, difference, count)

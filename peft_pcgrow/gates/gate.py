@@ -44,11 +44,13 @@ class Rows:
         real: which are not padding, `[B, S]` bool.
         start: place in the row of the first token of each token's own text, `[B, S]`; None: rows hold one text each.
         past: running totals of the tokens before these, `[B, P, 2]`; None: there are none.
+        whole: whether none is known to be padding.
     """
 
     real: Tensor
     start: Tensor | None = None
     past: Tensor | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Gate:
     def evidence(self, scores: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The log-likelihood ratio of domain to retain at each token, `[B, S]` fp32 in nats, and the running totals up
         to it, `[B, P + S, 2]`, that the next call needs as `rows.past`."""
-        running = totals(scores.unsqueeze(-1), rows.real, rows.past)
+        running = totals(scores.unsqueeze(-1), None if rows.whole else rows.real, rows.past)
         mean, n = window_means(running, rows.real.shape[1], self.window, rows.start)
         middle, distance, between, within = self.law.double()
         scatter = (between + within / n.clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)

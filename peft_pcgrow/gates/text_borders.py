@@ -55,9 +55,8 @@ class Told:
         if looks:
             place = torch.arange(shape[1], device=looks[0].device)
             real = torch.stack([look.sees(place) for look in looks]).any(0)
-        if shape[1] == 1:
-            return Rows(real, None, past)
-        return Rows(real, self._start(shape, seen, real, looks), past)
+        start = None if shape[1] == 1 else self._start(shape, seen, real, looks)
+        return Rows(real, start, past, not looks)
 
     def _start(self, shape: tuple[int, int], seen: int, real: Tensor, looks: "list[_Look]") -> Tensor | None:
         """Place of the first token of each token's own text in its row `[B, P + S]`."""

@@ -5,6 +5,7 @@ layer's own entry in the KV cache, so that whatever transformers does to a cache
 decoding crops it, parallel sampling repeats it) happens to the memory too.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -78,7 +79,7 @@ class TextPosition:
         past = past if count else None
         rows = self.told.rows(self.shape, count, past)
         start = None if rows.start is None else rows.start.to(device)
-        return Rows(rows.real.to(device), start, None if past is None else past.to(device))
+        return Rows(rows.real.to(device), start, None if past is None else past.to(device), rows.whole)
 
     def remember(self, name: str, running: Tensor, rows: Rows) -> None:
         """Keep `running [B, P + S, 2]`, of the last of the texts in each row, for the calls to come."""
@@ -115,6 +116,12 @@ def modules_inside(layer: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield child
+
+
+def may_attend(module: nn.Module) -> bool:
+    """Whether a module can be called as an attention is (see `entering`)."""
+    taken = inspect.signature(module.forward).parameters
+    return "attention_mask" in taken or any(each.kind == each.VAR_KEYWORD for each in taken.values())
 
 
 def entering(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

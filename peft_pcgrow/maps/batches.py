@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from peft_pcgrow.architectures.host import REPACKS
 from peft_pcgrow.gates.gate import Rows
@@ -35,7 +35,7 @@ def check_causal(model: Any) -> None:
 
 
 def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Logits of what comes after each token but the last, `[B, S - 1, V]`; ValueError if the model gives others."""
+    """Logits of what comes after each token, `[B, S, V]`; ValueError if the model gives others."""
     logits = getattr(model(**inputs, use_cache=False), "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[:2] != inputs["input_ids"].shape:
         found = "no logits" if logits is None else f"logits {tuple(logits.shape)}"
@@ -43,7 +43,7 @@ def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             f"{type(model).__name__} gives {found} for input_ids {tuple(inputs['input_ids'].shape)}, and a causal LM "
             "[B, S, vocabulary]: load it with AutoModelForCausalLM"
         )
-    return logits[:, :-1]
+    return logits
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -53,14 +53,15 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def token_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Loss of each token but the first in nats, `[B, S - 1]`, in fp32 at least; 0 where there is no label.
+    """Loss of what comes after each token in nats, `[B, S]`, in fp32 at least; 0 where there is no label.
 
     Args:
-        logits: as `predict` gives them, `[B, S - 1, V]`. target: labels `[B, S]`, -100 where there is none.
+        logits: as `predict` gives them, `[B, S, V]`. target: labels `[B, S]`, -100 where there is none.
     """
     flat = logits.reshape(-1, logits.shape[-1])
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    wanted = target[:, 1:].to(flat.device)
+    # labels are moved, not logits, which would be copied
+    wanted = pad(target[:, 1:], (0, 1), value=IGNORED).to(flat.device)
     return cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="none").view(wanted.shape)
 
 
@@ -179,8 +180,7 @@ def read_batches(
     for batch in read_corpus(corpus, batch_size, tokenizer):
         read = read_batch(batch, device, words)
         yield read
-        tokens += read.tokens
-        if max_tokens is not None and tokens >= max_tokens:
+        if max_tokens is not None and (tokens := tokens + read.tokens) >= max_tokens:
             return
 
 

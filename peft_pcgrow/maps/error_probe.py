@@ -45,6 +45,10 @@ class ErrorProbe(Probe):
         self.hops: Tensor | None = None
         self.words = None if vocabulary is None else torch.zeros(vocabulary, dtype=torch.float64, device="cpu")
         self.loss, self.labels, self.tokens, self.batches = 0.0, 0, 0, 0
+        # of the batch at hand, where they were computed: sums by layer, gradients by layer and stack, words
+        self._sums: dict[int, Tensor] = {}
+        self._images: dict[tuple[int, str], list[tuple[Any, Tensor]]] = {}
+        self._words: Tensor | None = None
         self._routed: tuple[Tensor, Tensor] | None = None
         self._forward: dict[int, tuple[Tensor, Tensor]] = {}
         self._stacks: list[tuple[str, Tensor, Sequence[int] | None]] = []
@@ -68,16 +72,33 @@ class ErrorProbe(Probe):
 
     def begin(self, real: Tensor, target: Tensor) -> None:
         """Called before each batch, with what is text of it and the labels, `[B, S]`."""
+        self._close_batch()
         self.keep = real.reshape(-1)
-        wanted = target[:, 1:]
-        wanted = wanted[wanted != IGNORED]
-        labels = len(wanted)
+        wanted = target[:, 1:].reshape(-1)
+        counts = wanted != IGNORED
+        tokens, labels = torch.stack([self.keep.sum(), counts.sum().to(self.keep.device)]).tolist()
         if self.words is not None:
-            self.words += torch.bincount(wanted.cpu(), minlength=len(self.words))
+            seen = torch.zeros(len(self.words), dtype=torch.float64, device=wanted.device)
+            self._words = seen.scatter_add_(0, torch.where(counts, wanted, 0), counts.double())
         self.labels += labels
-        self.tokens += int(self.keep.sum())
+        self.tokens += tokens
         self.batches += 1
         self.fold_labels[self.fold] += labels
+
+    def _close_batch(self) -> None:
+        """Add up what was seen of a batch: until its end, nothing waits for a device."""
+        for index, sums in self._sums.items():
+            self.sums[index] += sums.cpu()
+        for (index, name), found in self._images.items():
+            for nodes, image in found:
+                held, image = self.gradient[index], image.cpu()
+                if name not in held:
+                    shape = FOLDS, self.nodes[index], *image.shape[1:]
+                    held[name] = torch.zeros(shape, dtype=image.dtype, device="cpu")
+                held[name][self.fold, nodes] += image
+        if self.words is not None and self._words is not None:
+            self.words += self._words.cpu()
+        self._sums, self._images, self._words = {}, {}, None
 
     @contextmanager
     def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
@@ -119,11 +140,9 @@ class ErrorProbe(Probe):
         for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
             if gradient is None or self.sketch is None:
                 continue
-            image = self.sketch(gradient, self.layouts[name].neurons).cpu()
-            held = self.gradient[index]
-            if name not in held:
-                held[name] = torch.zeros(FOLDS, self.nodes[index], *image.shape[1:], dtype=image.dtype, device="cpu")
-            held[name][self.fold, list(chosen) if chosen is not None else slice(self.sites[index].experts)] += image
+            image = self.sketch(gradient, self.layouts[name].neurons)
+            nodes = list(chosen) if chosen is not None else slice(self.sites[index].experts)
+            self._images.setdefault((index, name), []).append((nodes, image))
 
     @contextmanager
     def routing(self) -> Iterator[None]:
@@ -146,8 +165,8 @@ class ErrorProbe(Probe):
 
     def _add(self, index: int, delta: Tensor, chosen: Tensor, weight: Tensor) -> None:
         delta = delta.reshape(-1, delta.shape[-1]).to(weight.device)
-        sums = expert_error(delta, chosen, weight, self.nodes[index], self.keep.to(delta.device))
-        self.sums[index] += torch.stack(sums).cpu()
+        sums = torch.stack(expert_error(delta, chosen, weight, self.nodes[index], self.keep.to(delta.device)))
+        self._sums[index] = self._sums[index] + sums if index in self._sums else sums
 
     def _newborn_nodes(self) -> tuple[tuple[int, int, str], ...]:
         return tuple((layer, donor, name) for layer, here in self.newborns.items() for name, donor in here)
@@ -161,10 +180,12 @@ class ErrorProbe(Probe):
     def settled(self, hops: Sequence[Tensor]) -> None:
         if self.hops is None:
             self.hops = torch.zeros(len(hops), len(hops) + 1, dtype=torch.float64, device="cpu")
+        keep = self.keep.cpu()
         for row, needed in enumerate(hops):
-            self.hops[row] += torch.bincount(needed.cpu()[self.keep.cpu()], minlength=len(hops) + 1)
+            self.hops[row] += torch.bincount(needed.cpu()[keep], minlength=len(hops) + 1)
 
     def result(self, base: dict[str, Any], separation: Separation | None) -> ErrorMap:
+        self._close_batch()
         layers = tuple(self.sites)
         parts = self._split(*(self.sums[layer] for layer in layers))
         sums = torch.stack(parts[: len(layers)], dim=1)

@@ -287,8 +287,8 @@ def _batches(source: Iterator[Batch], max_tokens: int | None) -> Iterator[list[B
     tokens = 0
     for read in source:
         first.append(read)
-        tokens += read.tokens
-        if len(first) == FOLDS or (max_tokens is not None and tokens >= max_tokens):
+        full = max_tokens is not None and (tokens := tokens + read.tokens) >= max_tokens
+        if full or len(first) == FOLDS:
             break
     pieces = -(-FOLDS // max(len(first), 1))
     for read in chain(first, source):

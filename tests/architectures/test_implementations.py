@@ -86,7 +86,7 @@ def test_birth(name, first, second):
 
 @pytest.mark.slow
 @models
-def test_batched_rows_are_one_product(name):
+def test_batched_rows_are_multiplied_together(name):
     """As many rows at once as the base multiplies: another number of them would round differently on a GPU."""
 
     class Products(TorchDispatchMode):
@@ -104,7 +104,9 @@ def test_batched_rows_are_one_product(name):
         with Products():
             logits(model, mixed())
         found.append(shapes)
-    assert found[0] == found[1]
+    assert set(found[0]) == set(found[1])
+    # a product of every bank beside each of the base's
+    assert len(found[1]) == len(found[0]) + 2 * 3
     assert len(found[0]) > 4
 
 

@@ -78,7 +78,7 @@ def test_more_kept_more_held():
         model(input_ids=tokens(), labels=tokens())  # says what it keeps, once
         sizes.append(held_bytes(model, lambda model=model: model(input_ids=tokens(), labels=tokens()).loss))
     steps = [b - a for a, b in pairwise(sizes)]
-    assert min(steps) > 10 * tokens().numel() * 32 * 8
+    assert min(steps) > 8 * tokens().numel() * 32 * 8
     assert max(steps) - min(steps) < 0.15 * max(steps)  # grown layers keep a little more
 
 
