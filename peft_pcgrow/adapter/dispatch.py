@@ -173,9 +173,9 @@ def _taken_apart(
     way, (tokens, choices) = run_rows.implementation(base), index.shape
     exact = exact and way is not None
     silent = exact and (run_rows.asks_nothing(base, way, hidden) if asking is None else not asking)
+    # on a CPU answers are at hand
+    at_hand = asking is not False and index.device.type == "cpu" and not torch.compiler.is_compiling()
     if silent:
-        # on a CPU an answer is at hand
-        at_hand = asking is None and not (index.device.type != "cpu" or torch.compiler.is_compiling())
         groups, order, idle = _of_all_rows(base, way, branches, index, at_hand)
     else:
         groups, order, idle = _of_their_rows(base, way, branches, index, exact)
@@ -190,8 +190,11 @@ def _taken_apart(
         weighted = made * weight.reshape(-1)[order].unsqueeze(-1)
         weighted = weighted[torch.empty_like(order).scatter_(0, order, places)]
     weighted = weighted.view(tokens, choices, -1)
-    if exact and (unassigned := run_rows.of_no_expert(base, index)) is not None:
-        weighted = weighted.masked_fill(unassigned.unsqueeze(-1), 0)
+    if exact:
+        # what no expert computes may come out as anything
+        unassigned = index >= base.num_experts
+        if not at_hand or bool(unassigned.any()):
+            weighted = weighted.masked_fill(unassigned.unsqueeze(-1), 0)
     total = run_rows.sum_rows(way, weighted, index, hidden.dtype)
     if way is None:
         theirs = torch.zeros(index.numel(), dtype=torch.bool, device=index.device)

@@ -142,14 +142,6 @@ def asks_nothing(base: ExpertsModule, way: str | None, x: Tensor) -> bool:
     return grouped and (torch.compiler.is_compiling() or (x.is_cuda and x.dtype == torch.bfloat16))
 
 
-def of_no_expert(base: ExpertsModule, index: Tensor) -> Tensor | None:
-    """Which rows of `index [T, K]` no expert computes, and may come out as anything; None: there are none."""
-    found = index >= base.num_experts
-    if found.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(found.any()):
-        return None
-    return found
-
-
 def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor]) -> ExpertsModule:
     """`base` with the stacks of `bank`, cast to the base's dtype, in the place of its own."""
     if isinstance(base, ViewedExperts):

@@ -76,8 +76,8 @@ def bank_of(base: Any, size: int) -> dict[str, Tensor]:
 
 
 def slot(**places: int) -> Tensor:
-    """Places in a bank, by expert: `slot(e2=0)`."""
-    found = torch.full((EXPERTS,), -1)
+    """Places in a bank, by expert: `slot(e2=0)`; the last is of rows of no expert."""
+    found = torch.full((EXPERTS + 1,), -1)
     for expert, place in places.items():
         found[int(expert[1:])] = place
     return found

@@ -160,9 +160,8 @@ def test_the_watch_sees_questions():
 
 
 @pytest.mark.parametrize("way", ["grouped_mm", "batched_mm"])
-def test_nobodys_rows_are_zeros(way):
+def test_rows_of_no_expert_are_zeros(way):
     base, branches, hidden, index, weight = called(way, False)
-    base._is_expert_parallel = True
     index = index.masked_fill(index == 5, EXPERTS)
     weight = weight.masked_fill(index == EXPERTS, 0)
     for asking in (True, False):

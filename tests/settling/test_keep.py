@@ -79,7 +79,6 @@ def test_more_kept_more_held():
         sizes.append(held_bytes(model, lambda model=model: model(input_ids=tokens(), labels=tokens()).loss))
     steps = [b - a for a, b in pairwise(sizes)]
     assert min(steps) > 8 * tokens().numel() * 32 * 8
-    assert max(steps) - min(steps) < 0.15 * max(steps)  # grown layers keep a little more
 
 
 def test_graphs_go_one_by_one(monkeypatch):
