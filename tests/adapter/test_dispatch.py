@@ -94,7 +94,7 @@ def branches(base: Any, kind: str) -> list[Branch]:
         "a newborn and what is deepened": [Branch(slot(e1=1), second, some), deepened],
         "a newborn's newborn": [Branch(slot(e1=1), second, some), Branch(slot(e1=0), first, others, (0,)), deepened],
         "one adapter's newborns of two": [Branch(slot(e2=0), first, some), Branch(slot(e3=1), first, others)],
-        "all": [Branch(torch.arange(EXPERTS), bank_of(base, EXPERTS))],
+        "all": [Branch(slot(**{f"e{e}": e for e in range(EXPERTS)}), bank_of(base, EXPERTS))],
         "a branch without rows": [Branch(slot(e3=1), second, torch.zeros(TOKENS, dtype=torch.bool)), deepened],
     }[kind]
 
