@@ -20,25 +20,33 @@ import corpora
 from peft_pcgrow import PCGrowConfig, compress, measure_errors
 
 
+def now(windows: torch.Tensor) -> float:
+    """Seconds, once the device of `windows` has nothing left to do."""
+    if windows.is_cuda:
+        torch.cuda.synchronize(windows.device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def prefill(model: nn.Module, windows: torch.Tensor, new: int) -> float:
-    started = time.perf_counter()
+    started = now(windows)
     model(input_ids=windows, use_cache=True)
-    return windows.numel() / (time.perf_counter() - started)
+    return windows.numel() / (now(windows) - started)
 
 
 @torch.no_grad()
 def decode(model: nn.Module, windows: torch.Tensor, new: int) -> float:
     """Tokens per second after the prompt, greedily, one call each."""
     output = model(input_ids=windows, use_cache=True)
-    started = time.perf_counter()
+    started = now(windows)
     for _ in range(new):
         chosen = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
-    return len(windows) * new / (time.perf_counter() - started)
+    return len(windows) * new / (now(windows) - started)
 
 
 def compared(base: nn.Module, other: nn.Module, windows: torch.Tensor, args: argparse.Namespace, row: dict) -> None:
+    windows = windows.to(next(base.parameters()).device)
     for what in (prefill, decode):
         ratios, speeds = [], []
         for _ in range(args.turns + 1):
