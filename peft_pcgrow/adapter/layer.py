@@ -44,6 +44,8 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
     def __init__(self, base_layer: experts.ExpertsModule, layer_index: int):
         super().__init__()
         self.base_layer: experts.ExpertsModule = base_layer
+        # a model that evaluates gives the base's bits at once
+        self.training = base_layer.training
         self.layer_index = layer_index
         stacks = experts.expert_stacks(base_layer)
         for name in stacks:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_pcgrow import ErrorMap, Locus, PCGrowConfig, choose, measure_errors
-from peft_pcgrow.adapter import model as adapter_model
+from peft_pcgrow.adapter import injection
 from peft_pcgrow.maps.map_file import FILE, write
 from peft_pcgrow.maps.map_tensors import to_tensors
 from tiny import LOCUS, assert_same, build, contrast, logits, snapshot, spawned, tokens, train
@@ -88,9 +88,9 @@ def test_adapters_made_by_it_load(kind, how, tmp_path, monkeypatch, recwarn):
         born = made(*args)
         return replace(born, facts={**born.facts, "block": None})
 
-    made = adapter_model.birth
+    made = injection.birth
     with monkeypatch.context() as m:
-        m.setattr(adapter_model, "birth", birth)
+        m.setattr(injection, "birth", birth)
         if kind == "spawned":
             model = spawned(protect=0.5)
         else:
