@@ -26,8 +26,9 @@ from peft_pcgrow.architectures.find import adopt
 GROWN = [1, 4, 6]
 # first and last word of the texts to grow on, and of those that must not change
 DOMAIN_WORDS, RETAIN_WORDS = (3, 60), (61, VOCABULARY - 1)
-# relative root-mean-square error allowed: gradients in fp64 and fp32, and logits of merged weights in fp32
-GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-5}
+# relative root-mean-square error allowed: gradients in fp64 and fp32, and logits of merged weights in fp32. Two ways to
+# add up in fp32 differ by as much as either is off: gemma4_text's own gradients by autograd are 4e-5 from those in fp64
+GRADIENT = {torch.float64: 1e-11, torch.float32: 5e-5}
 MERGED = 1e-5
 PROMPT, NEW = 10, 8
 
