@@ -19,7 +19,8 @@ def read_corpus_file(path: Path) -> list[str]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a corpus is a file {' or '.join(SUFFIXES)}, one text a line or paragraph")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # no splitlines: a string in JSON may hold other ends of lines, such as U+2028, as they are
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): convert it") from None
     if path.suffix == ".txt":
@@ -36,11 +37,10 @@ def _read_line(line: str, where: str) -> str:
     try:
         item = json.loads(line)
     except ValueError as error:
-        raise ValueError(
-            f"{where} is no JSON ({error}): each line is a string, or an object with a field text"
-        ) from None
+        raise ValueError(f"{where} is no JSON ({error}): {LINE}") from None
     text = item.get("text") if isinstance(item, dict) else item
     if not isinstance(text, str):
-        given = f"the fields {', '.join(item)}" if isinstance(item, dict) else type(item).__name__
+        fields = isinstance(item, dict) and "text" not in item
+        given = f"the fields {', '.join(item)}" if fields else f"a text of type {type(text).__name__}"
         raise ValueError(f"{where} has {given}: {LINE}")
     return text

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.command.fail import Unusable
+from peft_pcgrow.locate.budget import check_budget
 
 # bytes a parameter: of banks, their gradients and Muon's momentum, all in fp32
 BANK = GRADIENT = MOMENTUM = 4
@@ -66,11 +67,12 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
     """Look a model over on the meta device, from its config alone.
 
     Raises:
-        Unusable: nothing in it can grow, or transformers has no causal LM for it.
+        Unusable: a budget that is no share, nothing in it can grow, or transformers has no causal LM for it.
     """
     dtype = getattr(config, "dtype", None) or torch.float32
     quantized = getattr(config, "quantization_config", None)
     try:
+        check_budget(budget)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tree = find_experts(model, nodes)
@@ -93,7 +95,7 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
         in_one=one,
         quantized=None if quantized is None else str(_field(quantized, "quant_method")),
         dtype=str(dtype).removeprefix("torch."),
-        weights=parameters * torch.empty(0, dtype=dtype).element_size(),
+        weights=parameters * dtype.itemsize,
         budget=budget,
         grown=grown,
         bank=grown * one * BANK,
@@ -110,8 +112,5 @@ def _field(holder: Any, name: str) -> Any:
 
 
 def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.3g} GiB"
+    power = min(max(count.bit_length() - 1, 0) // 10, 3)
+    return f"{float(f'{count / 1024**power:.3g}'):g} {('B', 'KiB', 'MiB', 'GiB')[power]}"

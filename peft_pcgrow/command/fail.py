@@ -1,11 +1,15 @@
 """How the command fails: exit codes, and errors in a line."""
 
+import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
 
 # documented in the command's help: what was given cannot be used; something failed on the way; Ctrl-C
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
+# what no other arguments would help against: a full disk, a broken one, a used up quota
+MACHINE = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
 class Unusable(ValueError):
@@ -13,14 +17,21 @@ class Unusable(ValueError):
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Inside, errors that are about what was given end the process with `USAGE` and one line, an interruption with
-    `INTERRUPTED`; all others with a traceback and `FAILED`."""
+def exit_codes(goes_on: bool = False) -> Iterator[TextIO]:
+    """Inside, errors that are about what was given end the process with `USAGE` and one line, those of a disk with
+    `FAILED` and one line, an interruption with `INTERRUPTED`; all others with a traceback and `FAILED`.
+
+    Yields standard output: what anybody else prints inside goes to standard error. `goes_on`: the same command would,
+    where it was interrupted.
+    """
+    stdout = sys.stdout
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield stdout
     except KeyboardInterrupt:
-        print("interrupted: the same command on the same folder goes on from here", file=sys.stderr)
+        print("interrupted" + ": the same command on the same folder goes on from here" * goes_on, file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE) from None
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        machine = any(getattr(each, "errno", None) in MACHINE for each in (error, error.__cause__))
+        raise SystemExit(FAILED if machine else USAGE) from None

@@ -1,6 +1,5 @@
 """A model and its tokenizer, from the Hub or a folder."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,23 +22,25 @@ def load_model(name: str, revision: str | None, dtype: str, device: str) -> tupl
     """A causal LM on a device, and its tokenizer.
 
     Args:
-        dtype: of `DTYPES`. device: "auto": a GPU if there is one.
+        dtype: of `DTYPES`. device: as for `usable_device`.
     """
+    where = usable_device(device)
     load_config(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         raise Unusable(f"{name} cannot be loaded as a causal LM: {_first_line(error)}") from error
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return model.to(where), tokenizer
 
 
-def check_new(path: Path, what: str) -> Path:
-    """A folder to write to: new, or empty."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise Unusable(f"{what} {path} is not empty: give a new folder")
-    return path
+def usable_device(name: str) -> torch.device:
+    """A device that tensors can be made on. "auto": a GPU if there is one, else the CPU."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=found if name == "auto" else name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise Unusable(f"device {name!r} cannot be used ({_first_line(error)}): give cpu, or auto") from error
 
 
 def _first_line(error: Exception) -> str:

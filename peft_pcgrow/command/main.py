@@ -5,20 +5,23 @@ import inspect
 import json
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
 from peft_pcgrow.command.corpus_file import read_corpus_file
 from peft_pcgrow.command.doctor import check_up
 from peft_pcgrow.command.fail import Unusable, exit_codes
-from peft_pcgrow.command.load import check_new, load_config, load_model
+from peft_pcgrow.command.load import load_config, load_model, usable_device
 from peft_pcgrow.command.settings_file import read_settings
 from peft_pcgrow.compress import apply, plan
+from peft_pcgrow.compress.form_survey import check_target
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.rounds.grow import grow as grow_model
+from peft_pcgrow.rounds.journal import check_folder
 from peft_pcgrow.rounds.texts import in_batches, windows
 
 app = typer.Typer(
@@ -35,13 +38,26 @@ Precision = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto: a GPU if there is one.")]
 Data = Annotated[Path, typer.Option(help="The domain's text: .jsonl (a text a line) or .txt (a text a paragraph).")]
-Length = Annotated[int, typer.Option(help="Tokens of a window.")]
-Batch = Annotated[int, typer.Option(help="Windows of a batch.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows of a batch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def shown(text: Any, row: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(row, default=str) if as_json else text)
+def show(text: Any, row: dict[str, Any], as_json: bool, stdout: TextIO) -> None:
+    print(json.dumps(row, default=str) if as_json else text, file=stdout)
+
+
+def read_files(**paths: Path | str | None) -> dict[str, Any]:
+    """The texts of those that are given, by name; of "self" there are none yet."""
+    given = {name: path for name, path in paths.items() if path is not None}
+    return {name: path if path == "self" else read_corpus_file(Path(path)) for name, path in given.items()}
+
+
+def batched(read: dict[str, Any], tokenizer: Any, length: int, size: int) -> dict[str, Any]:
+    return {
+        name: text if text == "self" else in_batches(windows(text, name, tokenizer, length, size), size)
+        for name, text in read.items()
+    }
 
 
 @app.command()
@@ -53,19 +69,19 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what of a model can grow and what that takes; no weight is loaded."""
-    with exit_codes():
+    with exit_codes() as stdout:
         found = check_up(load_config(model, revision), budget, nodes)
-        shown(found, found.row(), as_json)
+        show(found, found.row(), as_json, stdout)
 
 
 @app.command("map")
 def measure(
     model: Model,
     data: Data,
-    out: Annotated[Path, typer.Option(help="A new folder: the map, map.png and map.html.")],
+    out: Annotated[Path, typer.Option(help="Folder for the map and map.html: new, or one to go on in.")],
     heldout: Annotated[Path | None, typer.Option(help="Text of the domain that nothing is trained on.")] = None,
     retain: Annotated[str | None, typer.Option(help="Text that must not change, or self.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after as many.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after as many.")] = None,
     length: Length = 256,
     batch_size: Batch = 8,
     revision: Revision = None,
@@ -74,25 +90,22 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Measure where a model errs on a text: a table, a verdict and pictures. Interrupted, it goes on."""
-    with exit_codes():
-        texts = {"batches": data, "heldout": heldout, "retain": None if retain in (None, "self") else Path(retain)}
-        read = {name: read_corpus_file(path) for name, path in texts.items() if path is not None}
-        if (out / "map").exists():
-            raise Unusable(f"out {out} holds a map already: give a new folder")
+    with exit_codes(goes_on=True) as stdout:
+        read = read_files(batches=data, heldout=heldout, retain=retain)
+        if (out / "map").exists() or (out.exists() and not out.is_dir()):
+            raise Unusable(f"out {out} {'holds a map already' if out.is_dir() else 'is a file'}: give a new folder")
         loaded, tokenizer = load_model(model, revision, dtype, device)
-        given: dict[str, Any] = {
-            name: in_batches(windows(lines, name, tokenizer, length, batch_size), batch_size)
-            for name, lines in read.items()
-        }
-        given |= {"retain": "self"} if retain == "self" else {}
+        given = batched(read, tokenizer, length, batch_size)
         emap = measure_errors(loaded, max_tokens=max_tokens, checkpoint=out / "measuring", **given)
         emap.save(out / "map")
         emap.page(out / "map.html")
-        shown(f"{emap}\n\n{out / 'map'}, {out / 'map.html'}", {"map": str(out / "map"), **emap.scalars("")}, as_json)
+        row = {"map": str(out / "map"), **emap.scalars("")}
+        show(f"{emap}\n\n{out / 'map'}, {out / 'map.html'}", row, as_json, stdout)
 
 
 @app.command()
 def grow(
+    context: typer.Context,
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the run: new, or a run's to go on with.")],
@@ -100,11 +113,11 @@ def grow(
     retain: Annotated[str | None, typer.Option(help="Text whose loss must not rise, or self.")] = None,
     max_forgetting: Annotated[float | None, typer.Option(help="Nats per token that its loss may rise by.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the expert parameters that a round grows.")] = 0.2,
-    rounds: Annotated[int, typer.Option(help="At most.")] = 3,
-    max_steps: Annotated[int | None, typer.Option(help="Of each round, at most.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="At most.")] = 3,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Of each round, at most.")] = None,
     length: Length = 256,
     batch_size: Batch = 8,
-    config: Annotated[Path | None, typer.Option(help="YAML with arguments of peft_pcgrow.grow.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML: arguments of peft_pcgrow.grow; options go before.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and load no weight.")] = False,
     revision: Revision = None,
     dtype: Precision = "auto",
@@ -112,28 +125,36 @@ def grow(
     as_json: Json = False,
 ) -> None:
     """Grow a model into a domain, unattended. The same command on the same folder goes on with an interrupted run."""
-    with exit_codes():
+    with exit_codes(goes_on=True) as stdout:
         names = [name for name in inspect.signature(grow_model).parameters if name not in OF_COMMAND]
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "max_forgetting": max_forgetting, "budget": budget, "rounds": rounds, "max_steps": max_steps,
             "length": length, "batch_size": batch_size,
         }  # fmt: skip
-        given |= read_settings(config, names) if config is not None else {}
-        texts = {"train_on": data, "heldout": heldout, "retain": None if retain in (None, "self") else Path(retain)}
-        read: dict[str, Any] = {name: read_corpus_file(path) for name, path in texts.items() if path is not None}
+        given = options | (read_settings(config, names, OF_COMMAND) if config is not None else {})
+        typed = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+        given |= {name: options[name] for name in typed}
+        if given["max_forgetting"] is not None and retain is None:
+            raise Unusable(f"max_forgetting={given['max_forgetting']} is about retain text: give --retain")
+        check_folder(out)
+        read = read_files(train_on=data, heldout=heldout, retain=retain)
         if dry_run:
+            usable_device(device)
             found = check_up(load_config(model, revision), given["budget"])
-            count = ", ".join(f"{name} {len(lines):,} texts" for name, lines in read.items())
-            shown(f"{found}\n{count}\n{given}", {**found.row(), "texts": count, "arguments": given}, as_json)
+            many = {name: "self" if text == "self" else f"{len(text):,} texts" for name, text in read.items()}
+            row = {**found.row(), "texts": ", ".join(f"{name} {text}" for name, text in many.items())}
+            show(f"{found}\n{row['texts']}\n{given}", row | {"arguments": given}, as_json, stdout)
             return
         loaded, tokenizer = load_model(model, revision, dtype, device)
-        read |= {"retain": "self"} if retain == "self" else {}
         result = grow_model(loaded, read.pop("train_on"), output_dir=out, tokenizer=tokenizer, **read, **given)
-        shown(result, result.row(), as_json)
+        show(result, result.row(), as_json, stdout)
 
 
 # arguments of grow that the command has in another form, or cannot have
-OF_COMMAND = ("model", "train_on", "output_dir", "heldout", "retain", "tokenizer", "callbacks", "progress")
+OF_COMMAND = {
+    "model": "MODEL", "train_on": "--data", "output_dir": "--out", "heldout": "--heldout", "retain": "--retain",
+    "tokenizer": None, "callbacks": None, "progress": None,
+}  # fmt: skip
 
 
 @app.command()
@@ -144,7 +165,7 @@ def compress(
     retain: Annotated[Path | None, typer.Option(help="Text that must stay as it is predicted.")] = None,
     data: Annotated[Path | None, typer.Option(help="The domain's text.")] = None,
     map_folder: Annotated[Path | None, typer.Option("--map", help="A map, in the place of the domain's text.")] = None,
-    max_loss_rise: Annotated[float | None, typer.Option(help="Of any of the texts, nats per token.")] = None,
+    max_loss_rise: Annotated[float | None, typer.Option(min=0, help="Of any text, nats per token.")] = None,
     length: Length = 256,
     batch_size: Batch = 8,
     revision: Revision = None,
@@ -153,27 +174,25 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Store a model's experts in fewer bytes, where it changes least of what the texts need."""
-    with exit_codes():
-        check_new(out, "out")
-        read = {
-            name: read_corpus_file(path) for name, path in (("retain", retain), ("domain", data)) if path is not None
-        }
+    with exit_codes() as stdout:
+        check_target(target)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise Unusable(f"out {out} is not empty: give a new folder")
+        read = read_files(retain=retain, domain=data)
         if not read:
             raise Unusable("compressing is measured on text: give --retain, or --data")
         emap = None if map_folder is None else ErrorMap.load(map_folder)
         loaded, tokenizer = load_model(model, revision, dtype, device)
-        texts: dict[str, Any] = {
-            name: in_batches(windows(lines, name, tokenizer, length, batch_size), batch_size)
-            for name, lines in read.items()
-        }
+        texts = batched(read, tokenizer, length, batch_size)
         small: Any
         small, report = apply(loaded, plan(loaded, emap, target=target, **texts), max_loss_rise)
         small.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
-        shown(report, {"out": str(out), "report": str(report)}, as_json)
+        show(report, {"out": str(out), "report": str(report)}, as_json, stdout)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+# what follows the script, --help too, is the script's
+@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
 def run(context: typer.Context, script: Annotated[str, typer.Argument(help="A file, or a module.")]) -> None:
     """Run a script with the plugin registered, for tools that cannot import it: pcgrow run SCRIPT ..."""
     sys.argv = [script, *context.args]
@@ -181,6 +200,13 @@ def run(context: typer.Context, script: Annotated[str, typer.Argument(help="A fi
         sys.path.insert(0, str(Path(script).resolve().parent))
         runpy.run_path(script, run_name="__main__")
     else:
+        with exit_codes():
+            try:
+                found = find_spec(script)
+            except ImportError:
+                found = None
+            if found is None:
+                raise Unusable(f"{script} is no file, and no module that can be imported: give the path of a script")
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 

@@ -41,6 +41,7 @@ def test_doctor_counts_what_is_there():
     row = json.loads(call("doctor", MODEL, "--json").stdout)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
+    assert row["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
     experts = model.model.layers[0].mlp.experts
     one = experts.gate_up_proj[0].numel() + experts.down_proj[0].numel()
     assert (row["in_one"], row["layers"], row["experts"]) == (one, len(model.model.layers), experts.num_experts)
@@ -105,7 +106,8 @@ def test_runs_scripts_with_the_plugin(tmp_path, capsys):
 BAD_LINES = {
     "no JSON": ('"one"\n{"text": \n', "line 2 is no JSON"),
     "another field": ('{"text": "one"}\n\n{"body": "two"}\n', "line 3 has the fields body"),
-    "a number": ("3\n", "line 1 has int"),
+    "a number": ("3\n", "line 1 has a text of type int"),
+    "a number in the field": ('{"text": 3}\n', "line 1 has a text of type int"),
     "nothing": ("\n\n", "holds no text"),
 }
 
@@ -116,6 +118,14 @@ def test_a_bad_line_is_named(lines, message, tmp_path):
     path.write_text(lines)
     with pytest.raises(ValueError, match=message):
         read_corpus_file(path)
+
+
+def test_ends_of_lines_in_strings_stay(tmp_path):
+    """Those that JSON takes as they are, after a byte order mark, in a file from Windows."""
+    path, text = tmp_path / "corpus.jsonl", "one\u2028two\u2029three\x85four"
+    lines = json.dumps({"text": text}, ensure_ascii=False) + '\r\n"five"\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read_corpus_file(path) == [text, "five"]
 
 
 def test_paragraphs(tmp_path):
@@ -131,7 +141,9 @@ def test_paragraphs(tmp_path):
     ("yaml", "message"),
     [
         ("bugdet: 0.3", "sets bugdet, which is no argument: did you mean budget?"),
-        ("train_on: x", "sets train_on, which is no argument"),
+        ("train_on: x", "sets train_on, which is an option of the command: give --data"),
+        ("retain: self", "sets retain, which is an option of the command: give --retain"),
+        ("tokenizer: x", "sets tokenizer, which is for Python only"),
         ("[1, 2]", "holds a list"),
         ("a: [", "is no YAML"),
     ],
