@@ -275,7 +275,7 @@ def test_refuses_to_go_on_with_another_run(tmp_path):
     run(tmp_path, max_steps=2)
     for changes, name in (
         ({"budget": 0.5}, "budget"),
-        ({"train_on": text(DOMAIN_WORDS, 64, 9)}, "texts"),
+        ({"train_on": text(DOMAIN_WORDS, 64, 9)}, "texts.train"),
         ({"model": build(seed=1)}, "weights"),
     ):
         with pytest.raises(ValueError, match=f"holds a run with {name}="):
