@@ -130,7 +130,7 @@ def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
             float(value)
         for done in found.rounds:
             _check(done)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): give a new output_dir, or the file as it was") from None
     for name, then, now in differences(found.asked, wanted):
         raise ValueError(
