@@ -44,15 +44,15 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         np.random.set_state(array)
         if config is not None and cached is not None:
             config.use_cache = cached
-        if not hasattr(model, "peft_config"):
-            for p, flag in trains:
-                p.requires_grad_(flag)
-            if _hooked(model) and not hooked:
-                model.disable_input_require_grads()  # type: ignore[operator]
         for module, held in switches:
             for name in SWITCHES:
                 vars(module).pop(name, None)
             vars(module).update(held)
+        grown = hasattr(model, "peft_config")
+        for p, flag in trains if not grown else ():
+            p.requires_grad_(flag)
+        if _hooked(model) and not hooked and not (grown and getattr(model, "is_gradient_checkpointing", False)):
+            model.disable_input_require_grads()  # type: ignore[operator]
 
     try:
         yield

@@ -75,11 +75,11 @@ class RoundDecision:
             raise ValueError(
                 f"{path} is no JSON ({error}): mend it, or delete it to have the round decided anew"
             ) from None
-        known = {each.name for each in fields(cls)}
+        known = [each.name for each in fields(cls)]
         if not isinstance(given, dict):
-            raise ValueError(f"{path} holds a {type(given).__name__}; a decision has {', '.join(sorted(known))}")
-        if unknown := sorted(given.keys() - known):
-            raise ValueError(f"{path}: unknown {', '.join(unknown)}; a decision has {', '.join(sorted(known))}")
+            raise ValueError(f"{path} holds a {type(given).__name__}; a decision has {', '.join(known)}")
+        if unknown := sorted(given.keys() - set(known)):
+            raise ValueError(f"{path}: unknown {', '.join(unknown)}; a decision has {', '.join(known)}")
         if given.get("growth") not in GROWTHS or not isinstance(given.get("why"), str):
             raise ValueError(f"{path}: growth={given.get('growth')!r}; choose from {', '.join(GROWTHS)}, and say why")
         try:

@@ -1,12 +1,14 @@
 """The caller's base, and random numbers, are as they were: after runs, and after whatever interrupts them."""
 
+import ast
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from short_runs import Interrupt, banks, run
+from short_runs import Interrupt, banks, run, text
 from transformers import TrainerCallback
 
 from peft_pcgrow import load_grown
@@ -14,7 +16,7 @@ from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.locate import decide
 from peft_pcgrow.rounds import one_round
 from peft_pcgrow.training import learning_rate
-from tiny import assert_same, build, snapshot
+from tiny import DOMAIN_WORDS, assert_same, build, snapshot
 
 
 class InRound(TrainerCallback):
@@ -55,7 +57,7 @@ def base():
     model = build()
     model.lm_head.requires_grad_(False)
     model.config.use_cache = True
-    model.model.layers[0].eval()
+    model.train().model.layers[0].eval()
     return model
 
 
@@ -105,22 +107,26 @@ def test_interrupt_before_the_adapter_is_noted(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_settings_of_the_training_are_gone_afterwards(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_settings_of_the_training_are_gone_afterwards(tmp_path, kept):
     model = base()
     known = facts(model)
     seed()
-    result = run(tmp_path, model, max_steps=1, trainer={"gradient_checkpointing": True})
+    changes = {"max_steps": 4} if kept else {"max_steps": 1, "lr": 1e-6}
+    result = run(tmp_path, model, trainer={"gradient_checkpointing": True}, **changes)
     after = draws()
     seed()
     assert draws() == after
+    assert [done.kept for done in result.rounds] == [kept]
     # the only step has a rate that is not zero
-    assert result.gain != 0
-    assert not any(p.requires_grad for p in result.model.parameters())
-    assert not any(p.requires_grad for p in load_grown(build(), tmp_path / "adapter").parameters())
-    assert (model.config.use_cache, result.model.training) == (True, True)
-    found = facts(model)
-    assert not any(found["checkpointing"])
-    assert facts(result.model.unload()) == {**known, "trains": [False] * len(known["trains"])}
+    assert result.rounds[0].heldout != result.before["heldout"]
+    assert facts(model)["cache"]
+    if kept:
+        trained = [result.model, load_grown(build(), tmp_path / "adapter")]
+        assert not any(p.requires_grad for grown in trained for p in grown.parameters())
+        assert result.model.training
+        known["trains"] = [False] * len(known["trains"])
+    assert facts(result.model.unload() if kept else result.model) == known
 
 
 @pytest.mark.slow
@@ -141,8 +147,6 @@ def test_the_last_stretch_is_looked_at_and_gone_on_from(tmp_path):
 
 @pytest.mark.slow
 def test_a_corpus_of_one_batch_has_a_rate(tmp_path):
-    from short_runs import DOMAIN_WORDS, text
-
     assert run(tmp_path, train_on=text(DOMAIN_WORDS, 8, 1), max_steps=1).rounds[0].lr > 0
 
 
@@ -174,14 +178,5 @@ def test_what_ends_a_run_is_said_by_those_who_decide_it():
     with pytest.raises(ValueError, match=one_round.NO_MORE[1]):
         learning_rate.best_step(lambda step: step)
     for said, module in zip(one_round.NO_MORE, (decide, learning_rate, learning_rate), strict=True):
-        assert any(said in part for part in strings(module))
-
-
-def strings(module) -> list[str]:
-    """Texts in a module's source, pieces that stand beside each other joined."""
-    import ast
-    from pathlib import Path
-
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    plain = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    return plain
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        assert any(said in str(getattr(node, "value", "")) for node in ast.walk(tree))
