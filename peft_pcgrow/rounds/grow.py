@@ -26,6 +26,10 @@ from peft_pcgrow.rounds.texts import read_texts
 FORGETTING = 0.02
 # texts that the model writes itself for retain="self"
 WRITTEN = 128
+# arguments that rounds are given as they are
+SETTINGS = (
+    "budget", "batch_size", "epochs", "max_steps", "lr", "gate_fpr", "map_windows", "curriculum", "progress",
+)  # fmt: skip
 
 
 def grow(
@@ -111,6 +115,8 @@ def grow(
         "progress": progress,
     }  # fmt: skip
     check_arguments(given)
+    # JSON knows no numbers of numpy's
+    read = {name: plain_form(value) for name, value in given.items()}
     check_causal(model)
     if hasattr(model, "peft_config"):
         raise TypeError(
@@ -123,7 +129,7 @@ def grow(
     itself = isinstance(retain, str)
     if itself and retain != "self":
         raise ValueError(f"retain={retain!r} is a string: give text whose loss must not rise, or 'self'")
-    limit = FORGETTING if max_forgetting is None and retain is not None else max_forgetting
+    limit = FORGETTING if max_forgetting is None and retain is not None else read["max_forgetting"]
     folder, config, trainer = Path(output_dir), dict(config or {}), dict(trainer or {})
     check_folder(folder)
     corpora = (tokenizer, length, batch_size)
@@ -131,15 +137,15 @@ def grow(
     with alone(folder), as_it_was(model):
         if texts is None:
             texts = read_texts(train_on, heldout, _written(model, folder, length, seed, progress), *corpora)
-        shaping = {name: value for name, value in given.items() if name != "progress"} | {
+        shaping = {name: value for name, value in read.items() if name != "progress"} | {
             "max_forgetting": limit, "texts": texts.digest(), "weights": weights_in_use(model),
             # one form of what can be said in several
             "config": {name: getattr(PCGrowConfig(**config), name) for name in config}, "trainer": trainer,
         }  # fmt: skip
         journal = open_journal(folder, plain_form(shaping))
         settings = Settings(
-            budget, batch_size, epochs, max_steps, None if lr is None else float(lr), gate_fpr, limit, map_windows,
-            curriculum, config, {**trainer, "seed": seed}, tuple(callbacks), progress,
+            **{name: read[name] for name in SETTINGS}, most_forgetting=limit, config=config,
+            trainer={**trainer, "seed": read["seed"]}, callbacks=tuple(callbacks),
         )  # fmt: skip
         if not journal.before:
             journal.before = losses_of(model, texts, batch_size)

@@ -126,8 +126,8 @@ def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
         )
         if wrong := [name for name, kind in KINDS.items() if not isinstance(getattr(found, name), kind)]:
             raise TypeError(f"{wrong[0]} is no {KINDS[wrong[0]].__name__}")
-        for value in found.before.values():
-            float(value)
+        if not all(type(loss) in (int, float) for loss in found.before.values()):
+            raise TypeError("before holds what is no loss")
         for done in found.rounds:
             _check(done)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
