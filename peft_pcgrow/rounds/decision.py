@@ -1,12 +1,16 @@
 """What a round does, decided from a map; as a file it can be read, edited and followed again."""
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from peft_pcgrow.adapter.config import check_rate, check_share
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.locate.budget import choose, leading, located
 from peft_pcgrow.locus import Locus
@@ -71,18 +75,61 @@ class RoundDecision:
             raise ValueError(
                 f"{path} is no JSON ({error}): mend it, or delete it to have the round decided anew"
             ) from None
-        known = {each.name: each.type for each in fields(cls)}
-        unknown = sorted(given.keys() - known.keys()) if isinstance(given, dict) else [str(given)[:40]]
-        if unknown or not isinstance(given, dict):
+        known = [each.name for each in fields(cls)]
+        if not isinstance(given, dict):
+            raise ValueError(f"{path} holds a {type(given).__name__}; a decision has {', '.join(known)}")
+        if unknown := sorted(given.keys() - set(known)):
             raise ValueError(f"{path}: unknown {', '.join(unknown)}; a decision has {', '.join(known)}")
         if given.get("growth") not in GROWTHS or not isinstance(given.get("why"), str):
             raise ValueError(f"{path}: growth={given.get('growth')!r}; choose from {', '.join(GROWTHS)}, and say why")
-        for name in ("max_steps", "every", "patience"):
-            if given["growth"] != "stop" and not (type(given.get(name, 1)) is int and given.get(name, 1) > 0):
-                raise ValueError(f"{path}: {name}={given[name]!r} must be a whole number above 0")
-        if given["growth"] != "stop":
-            given["locus"] = Locus(given.get("locus") or {}).to_json()
-        return cls(**given)
+        try:
+            return cls(**_read(given))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _read(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a decision, each checked; ValueError names the one that is not as it must be."""
+    for name in ("verdict", "numbers"):
+        kind = str if name == "verdict" else dict
+        if not isinstance(given.get(name, kind()), kind):
+            raise ValueError(f"{name}={given[name]!r} must be {'a text' if kind is str else 'a mapping'}")
+    if given["growth"] == "stop":
+        return given
+    for name in ("max_steps", "every", "patience"):
+        value = given.get(name, getattr(RoundDecision, name))
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number above 0")
+    if given.get("lr") is not None:
+        given["lr"] = positive(given["lr"], "lr")
+    if "gate_fpr" in given:
+        check_rate(given["gate_fpr"])
+    check_share("protect", given.get("protect", 0.0), "[0, 1)")
+    if not isinstance(given.get("locus", {}), dict):
+        raise ValueError(f"locus={given['locus']!r} must be a mapping, layer -> experts")
+    return given | {"locus": Locus(given.get("locus", {})).to_json()}
+
+
+def positive(value: Any, name: str = "it") -> float:
+    """`value`, if it is a finite number above 0; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a finite number above 0")
+    return float(value)
+
+
+def note_decision(decision: RoundDecision, folder: Path) -> None:
+    """Note, before training begins, what the training of a round in `folder` follows.
+
+    Raises:
+        ValueError: it has begun, by another decision.
+    """
+    path, digest = folder / "training" / "decision.sha256", hashlib.sha256(json.dumps(asdict(decision)).encode())
+    if not path.exists():
+        write_whole(path, digest.hexdigest().encode())
+    elif path.read_text() != digest.hexdigest():
+        raise ValueError(
+            f"{folder / 'decision.json'} changed since its training began: delete {folder / 'training'} to train anew"
+        )
 
 
 def decide_round(

@@ -1,7 +1,6 @@
 """Grow: rounds of measure, decide, grow, train and look again, in one call."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,26 @@ from peft.utils import CONFIG_NAME as CONFIG
 from safetensors.torch import load_file, save
 from torch import nn
 
-from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
+from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.files import write_whole
-from peft_pcgrow.locate.budget import check_budget
 from peft_pcgrow.maps.batches import check_causal
-from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.resume import weights_in_use
 from peft_pcgrow.maps.sample import sample_text
-from peft_pcgrow.rounds.journal import ADAPTER, RETAIN, Journal, check_folder, open_journal
+from peft_pcgrow.rounds.arguments import check_arguments, plain_form
+from peft_pcgrow.rounds.as_it_was import as_it_was, at_rest
+from peft_pcgrow.rounds.journal import ADAPTER, RETAIN, Journal, alone, check_folder, open_journal
 from peft_pcgrow.rounds.one_round import Settings, losses_of, run_round
 from peft_pcgrow.rounds.result import GrowthResult
 from peft_pcgrow.rounds.texts import read_texts
-from peft_pcgrow.rounds.train import OURS
 
 # nats per token that the retain text's loss may rise by, unless said otherwise
 FORGETTING = 0.02
 # texts that the model writes itself for retain="self"
 WRITTEN = 128
-# fields of PCGrowConfig that the loop decides
-DECIDED = ("error_map", "budget", "locus", "parts", "grow", "gate_fpr", "spawned", "resolution", "router", "select")
+# arguments that rounds are given as they are
+SETTINGS = (
+    "budget", "batch_size", "epochs", "max_steps", "lr", "gate_fpr", "map_windows", "curriculum", "progress",
+)  # fmt: skip
 
 
 def grow(
@@ -65,7 +65,8 @@ def grow(
     tried once more with its updates kept off the retain text's directions. It ends when the domain is covered or
     memorised, when a round brings too little, or after `rounds`. What was decided is in `output_dir`
     (`rounds/N/decision.json`): copied, edited, into a new folder, it is followed there. The same call on the same
-    folder goes on with a run that was interrupted anywhere, to the same result.
+    folder goes on with a run that was interrupted anywhere, to the same result. After an exception the model is the
+    base as it was given, without adapters; random numbers are as before either way.
 
     Args:
         model: a transformers causal LM with experts, or a dense one, whose MLPs grow; without adapters.
@@ -84,7 +85,7 @@ def grow(
         max_steps: of each round, at most; None: as many as `epochs` has.
         lr: of Muon; None: `find_lr` finds one for each round.
         gate_fpr: of the training (see `PCGrowConfig`); afterwards gates are at most as open.
-        map_windows: windows that maps, and gates, are measured on.
+        map_windows: windows that maps, and gates, are measured on; 4 at least.
         curriculum: train in the order of surprisal, least surprising first, instead of shuffled.
         config: further fields of `PCGrowConfig`, such as `lora`.
         trainer: further `TrainingArguments`, such as `report_to`.
@@ -93,13 +94,13 @@ def grow(
         progress: show progress bars on standard error.
 
     Returns:
-        The grown model and what each round did.
+        The grown model, of which nothing trains, and what each round did.
 
     Raises:
-        TypeError: no causal LM, one with adapters, or an option that the loop decides itself.
+        TypeError: no causal LM, one with adapters, or an option that the loop decides itself or does not know.
         ValueError: too little text, held-out or retain text that is the domain's, a number out of its range, or a
             folder with a run of other arguments.
-        FileExistsError: a folder that holds something else.
+        FileExistsError: a folder that holds something else. RuntimeError: another process is running there.
 
     Example:
         >>> options = {"heldout": batches[1], "retain": retain, "rounds": 1, "max_steps": 4, "lr": 0.1}
@@ -107,49 +108,57 @@ def grow(
         >>> result.rounds[0].growth, result.rounds[0].nodes
         ('spawn', 5)
     """
+    given = {
+        "budget": budget, "rounds": rounds, "length": length, "batch_size": batch_size, "epochs": epochs,
+        "max_steps": max_steps, "lr": lr, "gate_fpr": gate_fpr, "max_forgetting": max_forgetting,
+        "map_windows": map_windows, "curriculum": curriculum, "config": config, "trainer": trainer, "seed": seed,
+        "progress": progress,
+    }  # fmt: skip
+    check_arguments(given)
+    # JSON knows no numbers of numpy's
+    read = {name: plain_form(value) for name, value in given.items()}
     check_causal(model)
     if hasattr(model, "peft_config"):
-        raise TypeError("the model has adapters already: give the base; a run goes on when its folder is given again")
-    check_budget(budget)
-    check_rate(gate_fpr)
-    numbers = {"rounds": rounds, "length": length, "batch_size": batch_size, "map_windows": map_windows}
-    for name, value in numbers.items():
-        whole_number(name, value, "rounds" if name == "rounds" else "tokens" if name == "length" else "windows")
+        raise TypeError(
+            "the model has adapters already: give the base; a run goes on when its folder is given again. For a second "
+            'domain add an adapter by hand (see examples/guides/spawn.md, "Grow again"), or make these part of the '
+            "base with export_flat"
+        )
     if max_forgetting is not None and retain is None:
         raise ValueError(f"max_forgetting={max_forgetting} is about retain text: give retain=, or 'self'")
-    config, trainer = dict(config or {}), dict(trainer or {})
-    _check_options("config", config, {each.name for each in fields(PCGrowConfig)}, DECIDED)
-    _check_options("trainer", trainer, None, OURS)
-    limit = FORGETTING if max_forgetting is None and retain is not None else max_forgetting
-    folder = Path(output_dir)
+    itself = isinstance(retain, str)
+    if itself and retain != "self":
+        raise ValueError(f"retain={retain!r} is a string: give text whose loss must not rise, or 'self'")
+    limit = FORGETTING if max_forgetting is None and retain is not None else read["max_forgetting"]
+    folder, config, trainer = Path(output_dir), dict(config or {}), dict(trainer or {})
     check_folder(folder)
-    if isinstance(retain, str):
-        if retain != "self":
-            raise ValueError(f"retain={retain!r} is a string: give text whose loss must not rise, or 'self'")
-        retain = _written(model, folder, length, seed, progress)
-    texts = read_texts(train_on, heldout, retain, tokenizer, length, batch_size)
-    asked = numbers | {
-        "texts": texts.digest(), "weights": weights_in_use(model), "budget": budget, "epochs": epochs,
-        "max_steps": max_steps, "lr": lr, "gate_fpr": gate_fpr, "max_forgetting": limit, "curriculum": curriculum,
-        "config": {name: str(value) for name, value in config.items()},
-        "trainer": {name: str(value) for name, value in trainer.items()}, "seed": seed,
-    }  # fmt: skip
-    journal = open_journal(folder, asked)
-    settings = Settings(
-        budget, batch_size, epochs, max_steps, lr, gate_fpr, limit, map_windows, curriculum, config,
-        {"seed": seed, **trainer}, tuple(callbacks), progress,
-    )  # fmt: skip
-    if not journal.before:
-        journal.before = losses_of(model, texts, batch_size)
-        journal.save()
-    kept = [done.adapter for done in journal.kept]
-    grown = load_grown(model, folder / ADAPTER, kept) if kept else model
-    while not journal.ended and len(journal.rounds) < rounds:
-        grown = run_round(grown, texts, settings, journal)
-    if not journal.ended:
-        journal.ended = f"{rounds} rounds are done"
-        journal.save()
-    return _result(grown, journal)
+    corpora = (tokenizer, length, batch_size)
+    texts = None if itself else read_texts(train_on, heldout, retain, *corpora)
+    with alone(folder), as_it_was(model):
+        if texts is None:
+            texts = read_texts(train_on, heldout, _written(model, folder, length, seed, progress), *corpora)
+        shaping = {name: value for name, value in read.items() if name != "progress"} | {
+            "max_forgetting": limit, "texts": texts.digest(), "weights": weights_in_use(model),
+            # one form of what can be said in several
+            "config": {name: getattr(PCGrowConfig(**config), name) for name in config}, "trainer": trainer,
+        }  # fmt: skip
+        journal = open_journal(folder, plain_form(shaping))
+        settings = Settings(
+            **{name: read[name] for name in SETTINGS}, most_forgetting=limit, config=config,
+            trainer={**trainer, "seed": read["seed"]}, callbacks=tuple(callbacks),
+        )  # fmt: skip
+        if not journal.before:
+            journal.before = losses_of(model, texts, batch_size)
+            journal.save()
+        training = model.training
+        kept = [done.adapter for done in journal.kept]
+        grown = load_grown(model, folder / ADAPTER, kept) if kept else model
+        while not journal.ended and len(journal.rounds) < rounds:
+            grown = run_round(grown, texts, settings, journal)
+        if not journal.ended:
+            journal.ended = f"{rounds} rounds are done"
+            journal.save()
+        return _result(at_rest(grown, training), journal)
 
 
 def load_grown(model: nn.Module, folder: str | Path, names: Sequence[str] | None = None) -> nn.Module:
@@ -164,7 +173,8 @@ def load_grown(model: nn.Module, folder: str | Path, names: Sequence[str] | None
         names: those of some rounds, the first that was grown first; None: all.
 
     Raises:
-        FileNotFoundError: no adapter in the folder.
+        FileNotFoundError: no adapter in the folder, or not that one. TypeError: a model with adapters.
+        ValueError: names=[].
 
     Example:
         >>> import copy
@@ -174,6 +184,8 @@ def load_grown(model: nn.Module, folder: str | Path, names: Sequence[str] | None
         >>> list(load_grown(base, folder / "run" / "adapter").peft_config)
         ['default']
     """
+    if hasattr(model, "peft_config"):
+        raise TypeError("the model has adapters already: give the base that they were grown on")
     root = Path(folder)
     if names is None:
         later = sorted(
@@ -182,16 +194,20 @@ def load_grown(model: nn.Module, folder: str | Path, names: Sequence[str] | None
         names = [*(["default"] if (root / CONFIG).exists() else []), *(place.name for place in later)]
         if not names:
             raise FileNotFoundError(f"{root} has no {CONFIG}: give the folder adapter of a run of grow")
-    for number, name in enumerate(names):
-        place = str(root if name == "default" else root / name)
+    places = {name: root if name == "default" else root / name for name in names}
+    if not places:
+        raise ValueError("names=[] names no adapter: give some, or None for all")
+    for name, place in places.items():
+        if not (place / CONFIG).is_file():
+            raise FileNotFoundError(f"{place} has no {CONFIG}, so there is no adapter {name!r}: give those of the run")
+    for number, (name, place) in enumerate(places.items()):
         if number == 0:
-            model = PeftModel.from_pretrained(model, place, adapter_name=name)  # type: ignore[arg-type]
+            model = PeftModel.from_pretrained(model, str(place), adapter_name=name)  # type: ignore[arg-type]
         else:
-            model.load_adapter(place, adapter_name=name)  # type: ignore[operator]
-    if len(names) > 1:
-        model.base_model.set_adapter(list(names)[::-1])  # type: ignore[operator,union-attr]
-        model.set_requires_grad(list(names), False)  # type: ignore[operator]
-    return model
+            model.load_adapter(str(place), adapter_name=name)  # type: ignore[operator]
+    if len(places) > 1:
+        model.base_model.set_adapter(list(places)[::-1])  # type: ignore[operator,union-attr]
+    return model.requires_grad_(False)
 
 
 def _result(model: nn.Module, journal: Journal) -> GrowthResult:
@@ -215,10 +231,3 @@ def _written(model: nn.Module, folder: Path, length: int, seed: int, progress: b
         texts = torch.cat(sample_text(model, WRITTEN, length, seed=seed, progress=progress))
         write_whole(path, save({"input_ids": texts}))
     return load_file(path)["input_ids"]
-
-
-def _check_options(what: str, given: Mapping[str, Any], known: set[str] | None, ours: Sequence[str]) -> None:
-    if refused := [name for name in given if name in ours]:
-        raise TypeError(f"{what} sets {', '.join(refused)}, which grow decides itself: leave it out")
-    if unknown := [name for name in given if known is not None and name not in known]:
-        raise TypeError(f"{what} has no field {', '.join(unknown)}; PCGrowConfig has {', '.join(sorted(known or ()))}")

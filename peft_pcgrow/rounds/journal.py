@@ -4,21 +4,30 @@
     retain.safetensors     retain text that the model wrote itself
     rounds/N/map/          the error map of round N; decision.json: what it led to, followed if it is there before;
     rounds/N/rate.json     the learning rate that was found; training/: the Trainer's checkpoints, until the round ends
+    .lock                  held by the process that runs
     adapter/               what was grown and kept: the first adapter, and those of later rounds in round-N/
 
 Every file appears whole or not at all, so a run that was killed anywhere goes on from what it finds.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft_pcgrow.files import write_whole
 
-JOURNAL, RETAIN, ADAPTER = "journal.json", "retain.safetensors", "adapter"
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+JOURNAL, RETAIN, ADAPTER, LOCK = "journal.json", "retain.safetensors", "adapter", ".lock"
 FORMAT = 1
+# of what is read from a file
+KINDS = {"asked": dict, "before": dict, "ended": str}
 
 
 @dataclass(frozen=True)
@@ -115,12 +124,68 @@ def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
         found = Journal(
             folder, held["asked"], held["before"], [Round(**each) for each in held["rounds"]], held["ended"]
         )
-    except (ValueError, KeyError, TypeError) as error:
+        if wrong := [name for name, kind in KINDS.items() if not isinstance(getattr(found, name), kind)]:
+            raise TypeError(f"{wrong[0]} is no {KINDS[wrong[0]].__name__}")
+        if not all(type(loss) in (int, float) for loss in found.before.values()):
+            raise TypeError("before holds what is no loss")
+        for done in found.rounds:
+            _check(done)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): give a new output_dir, or the file as it was") from None
-    if unlike := [name for name in {**wanted, **found.asked} if wanted.get(name) != found.asked.get(name)]:
-        name = unlike[0]
+    for name, then, now in differences(found.asked, wanted):
         raise ValueError(
-            f"{folder} holds a run with {name}={str(found.asked.get(name))[:80]}, and now it is "
-            f"{str(wanted.get(name))[:80]}: give the same arguments to go on, or a new output_dir"
+            f"{folder} holds a run with {name}={then}, and now it is {now}: give the same arguments to go on, or a new "
+            "output_dir"
         )
     return found
+
+
+def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two plain values differ: names of keys, joined by dots, and both values there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            inner = f"{name}.{key}" if name else key
+            yield from differences(one.get(key, "(not given)"), other.get(key, "(not given)"), inner)
+    elif one != other:
+        yield name, one, other
+
+
+def _check(done: Round) -> None:
+    """Raise TypeError if what was read is no round."""
+    texts = (done.adapter, done.growth, done.why, done.outcome)
+    numbers = (
+        done.lr,
+        done.protect,
+        done.heldout,
+        *done.seconds.values(),
+        *(each for look in done.looks for each in look),
+    )
+    wholes = (done.number, done.nodes, done.steps, done.parameters)
+    maybe = [value for value in (done.gate_fpr, done.retain) if value is not None]
+    if not (
+        all(isinstance(value, str) for value in texts)
+        and all(type(value) in (int, float) for value in (*numbers, *maybe))
+        and all(type(value) is int for value in wholes)
+        and type(done.kept) is bool
+    ):
+        raise TypeError(f"a round has fields of another kind: {done}")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process runs in the folder; RuntimeError if one does. It is free again when this one ends,
+    however that is."""
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is running here, in {folder}: wait until it ends, or give a new output_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield

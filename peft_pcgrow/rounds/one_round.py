@@ -9,20 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.files import write_whole
+from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.batches import losses, read_batches
 from peft_pcgrow.maps.corpus import Text
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
-from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, protected
+from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision, positive, protected
 from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round
 from peft_pcgrow.rounds.texts import Texts, in_batches, spread
 from peft_pcgrow.rounds.train import best_of, steps_of, train
 from peft_pcgrow.say import say
+from peft_pcgrow.settings import number
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
 
@@ -35,6 +38,12 @@ LOOKS = 4
 # batches that the learning rate is searched on
 SEARCHED = 4
 FORGOT = "forgot too much"
+# what is said where nothing can grow, by `locate.decide` and by `find_lr`
+NO_MORE = (
+    "located nodes can grow at gate_fpr",
+    "no step along the first update lowers the loss",
+    "of the batches reaches what trains",
+)
 
 
 @dataclass(frozen=True)
@@ -66,58 +75,60 @@ def losses_of(model: nn.Module, texts: Texts, batch_size: int) -> dict[str, floa
 def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journal) -> nn.Module:
     """Go through the next round, note it in the journal, and return the model as it is then.
 
-    After an exception the model is as it was before the round.
+    After an exception the adapter of the round may still be there, as it was in the middle of it.
     """
-    number = len(journal.rounds) + 1
-    folder = journal.at(number)
+    turn = len(journal.rounds) + 1
+    folder = journal.at(turn)
     seconds: dict[str, float] = {}
     decision, emap = _decided(model, texts, settings, journal, folder, seconds)
-    say(f"pcgrow: round {number}: {decision}")
+    say(f"pcgrow: round {turn}: {decision}")
     if decision.growth == "stop":
         return _ended(journal, decision.why, model)
-    name = "default" if not journal.kept else f"round-{number}"
+    name = "default" if not journal.kept else f"round-{turn}"
     before = journal.kept[-1].heldout if journal.kept else journal.before["heldout"]
     config = _config(emap, decision, settings)
-    with _or_as_before(model, name) as grown:
-        try:
-            grown.model = _with_adapter(model, config, name)
-            lr = decision.lr or _found_rate(grown.model, texts, settings, folder)
-        except ValueError as error:
-            # no gate that tells the texts apart, or no step that lowers the loss; at first it is the user's to know
-            if not journal.rounds:
-                raise
-            return _ended(journal, f"nothing more can grow: {error}", grown.take_back())
-        with _timed(seconds, "training"):
-            looks = _trained(grown.model, texts, decision, lr, settings, folder)
-        with _timed(seconds, "looking"):
-            rate, after = _as_strict_as_needed(grown.model, name, config, texts, settings, journal.before)
-        forgot = (
-            settings.most_forgetting is not None
-            and after["retain"] - journal.before["retain"] > settings.most_forgetting
+    earlier = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    grown = model
+    # what LoRA beside the experts starts from
+    torch.manual_seed(settings.trainer["seed"] + turn)
+    try:
+        grown = _with_adapter(model, config, name)
+        lr = _found_rate(grown, texts, settings, folder) if decision.lr is None else decision.lr
+    except ValueError as error:
+        # at first it is the user's to know
+        if not journal.rounds or not any(said in str(error) for said in NO_MORE):
+            raise
+        return _ended(journal, f"nothing more can grow: {error}", _taken_back(grown, name, earlier))
+    with _timed(seconds, "training"):
+        looks = _trained(grown, texts, decision, lr, settings, folder)
+    with _timed(seconds, "looking"):
+        rate, after = _as_strict_as_needed(grown, name, config, texts, settings, journal.before)
+    forgot = (
+        settings.most_forgetting is not None and after["retain"] - journal.before["retain"] > settings.most_forgetting
+    )
+    gain = before - after["heldout"]
+    useless = gain < LEAST_GAIN * before
+    if kept := not forgot and not useless:
+        grown.save_pretrained(str(journal.folder / ADAPTER), selected_adapters=[name])
+        outcome = f"held-out loss fell by {gain:.3f}"
+    elif forgot:
+        outcome = (
+            f"{FORGOT}: the retain text's loss rose by {after['retain'] - journal.before['retain']:.3f}, more than "
+            f"{settings.most_forgetting:g}, at the strictest gate"
         )
-        gain = before - after["heldout"]
-        useless = gain < LEAST_GAIN * before
-        if kept := not forgot and not useless:
-            grown.model.save_pretrained(str(journal.folder / ADAPTER), selected_adapters=[name])
-            outcome = f"held-out loss fell by {gain:.3f}"
-        elif forgot:
-            outcome = (
-                f"{FORGOT}: the retain text's loss rose by {after['retain'] - journal.before['retain']:.3f}, more than "
-                f"{settings.most_forgetting:g}, at the strictest gate"
-            )
-        else:
-            outcome = f"held-out loss fell by {gain:.3f}, less than {LEAST_GAIN:.1%} of it"
-        done = Round(
-            number, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
-            lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
-            after.get("retain"), grown.model.get_nb_trainable_parameters()[0], seconds,
-        )  # fmt: skip
-        result = grown.model if kept else grown.take_back()
+    else:
+        outcome = f"held-out loss fell by {gain:.3f}, less than {LEAST_GAIN:.1%} of it"
+    done = Round(
+        turn, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
+        lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
+        after.get("retain"), grown.get_nb_trainable_parameters()[0], seconds,
+    )  # fmt: skip
+    result = grown if kept else _taken_back(grown, name, earlier)
     journal.rounds.append(done)
     journal.ended = "" if kept or (forgot and decision.growth != "deepen" and decision.protect < PROTECT) else outcome
     journal.save()
     shutil.rmtree(folder / "training", ignore_errors=True)
-    say(f"pcgrow: round {number}: {'kept' if kept else 'taken back'}: {outcome}")
+    say(f"pcgrow: round {turn}: {'kept' if kept else 'taken back'}: {outcome}")
     return result
 
 
@@ -153,17 +164,18 @@ def _decided(
             settings.budget,
             {layer: sorted(experts) for layer, experts in deepened.items()},
             settings.gate_fpr,
-            settings.config.get("protect", 0.0),
+            number(settings.config.get("protect", 0.0)),
             bool(journal.kept),
         )
         total, every = steps_of(len(texts.train), settings.batch_size, settings.epochs, LOOKS, settings.max_steps)
         decision = replace(decision, lr=settings.lr, max_steps=total, every=every)
     decision.save(path)
-    return decision, emap
+    # as whoever goes on reads it
+    return RoundDecision.load(path), emap
 
 
 def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) -> ErrorMap:
-    if (folder / "map").is_dir():
+    if map_file.exists(folder / "map"):
         return ErrorMap.load(folder / "map")
     count, size = settings.map_windows, settings.batch_size
     emap = measure_errors(
@@ -208,9 +220,14 @@ def activate(model: PeftModel, names: list[str]) -> None:
 def _found_rate(model: PeftModel, texts: Texts, settings: Settings, folder: Path) -> float:
     path = folder / "rate.json"
     if not path.exists():
-        some = in_batches(spread(texts.train, SEARCHED * settings.batch_size), settings.batch_size)
-        write_whole(path, json.dumps(find_lr(model, some)).encode())
-    return float(json.loads(path.read_text()))
+        some = spread(texts.train, SEARCHED * settings.batch_size)
+        # a step on some batches, a look at others
+        size = min(settings.batch_size, len(some) // 2)
+        write_whole(path, json.dumps(find_lr(model, in_batches(some, size))).encode())
+    try:
+        return positive(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no learning rate ({error}): delete it to have one found anew") from None
 
 
 def _trained(
@@ -221,6 +238,7 @@ def _trained(
     if settings.curriculum:
         ordered = order_by_surprisal(ordered, model, batch_size=settings.batch_size, progress=settings.progress)
         options["train_sampling_strategy"] = "sequential"
+    note_decision(decision, folder)
     return train(
         model, decision, lr, (ordered, texts.heldout), folder / "training", settings.batch_size, options,
         settings.callbacks, settings.progress,
@@ -244,37 +262,16 @@ def _as_strict_as_needed(
     return rate, after
 
 
-class _Grown:
-    """A model around the growth of an adapter.
-
-    Attributes:
-        model: with the adapter.
-    """
-
-    def __init__(self, before: nn.Module, name: str):
-        self.model: Any = before
-        self._before, self._name = before, name
-        self._active = list(before.active_adapters) if isinstance(before, PeftModel) else []
-
-    def take_back(self) -> nn.Module:
-        """The model without the adapter."""
-        if isinstance(self._before, PeftModel):
-            if self._name in self._before.peft_config:
-                self._before.delete_adapter(self._name)
-            activate(self._before, self._active)
-            return self._before
-        return self.model.unload() if isinstance(self.model, PeftModel) else self._before
-
-
-@contextmanager
-def _or_as_before(model: nn.Module, name: str) -> Iterator[_Grown]:
-    """Inside, an adapter grows; after an exception it is gone."""
-    grown = _Grown(model, name)
-    try:
-        yield grown
-    except BaseException:
-        grown.take_back()
-        raise
+def _taken_back(model: nn.Module, name: str, earlier: list[str]) -> nn.Module:
+    """The model without an adapter, if it has that; earlier ones are active again."""
+    if not isinstance(model, PeftModel):
+        return model
+    if not earlier:
+        return model.unload()  # type: ignore[operator,return-value]
+    if name in model.peft_config:
+        model.delete_adapter(name)
+    activate(model, earlier)
+    return model
 
 
 @contextmanager

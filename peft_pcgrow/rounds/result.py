@@ -14,6 +14,9 @@ from peft_pcgrow.rounds.journal import Round
 class GrowthResult:
     """What `grow` returns.
 
+    The best look of each round, and how strict its gates are, were chosen on the texts that the losses are about, so
+    `gain` and `forgetting` are a little too good: for an unbiased number keep a third text, and measure that.
+
     Attributes:
         model: with the adapters that were kept, active; the base itself if none was.
         rounds: all of them, those that were taken back too. ended: why the run did.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft_pcgrow.maps.corpus import PADDING, Text, pad, read_corpus
+from peft_pcgrow.maps.corpus import IGNORED, PADDING, Text, pad, read_corpus
 
 # windows of each text: fewer say nothing about a loss, and there are gates to fit on two parts of them
 LEAST = 8
@@ -42,12 +42,13 @@ def read_texts(
     """Read every corpus (see `corpus.read_corpus`) and check them against each other.
 
     Args:
-        heldout: None: one window in `APART` of `train` is kept apart. retain: None: there is none.
+        heldout: None: one window in `APART` of `train` is kept apart. retain: None: there is none; its windows
+            count once each.
         length: tokens of a window; longer texts are cut.
 
     Raises:
-        TypeError: no corpus. ValueError: fewer than `LEAST` windows, held-out text among what is trained on, or retain
-            text that is the domain's.
+        TypeError: no corpus. ValueError: fewer than `LEAST` windows, held-out text among what is trained on or among
+            the retain text, or retain text that is the domain's.
     """
     mine = windows(train, "the corpus", tokenizer, length, batch_size)
     if heldout is None:
@@ -58,15 +59,23 @@ def read_texts(
     else:
         held = windows(heldout, "the held-out text", tokenizer, length, batch_size)
     kept = [] if retain is None else windows(retain, "the retain text", tokenizer, length, batch_size)
+    # the same window in both halves would make forgetting look smaller than it is
+    kept = list({_key(window): window for window in kept}.values())
     check_enough(mine, "the corpus", LEAST)
     check_enough(held, "the held-out text", LEAST)
     if retain is not None:
-        check_enough(kept, "the retain text", 2 * LEAST)
+        check_enough(kept, "the retain text", 2 * LEAST, "give more text (repeated windows count once)")
     trained = {_key(window) for window in mine}
     if again := sum(_key(window) in trained for window in held):
         raise ValueError(
             f"{again} of the {len(held)} held-out windows are also trained on, so they would tell nothing: take them "
             "out of one of the two"
+        )
+    spared = {_key(window) for window in kept}
+    if again := sum(_key(window) in spared for window in held):
+        raise ValueError(
+            f"{again} of the {len(held)} held-out windows are also among the retain windows, so what is gained there "
+            "would count as forgotten: take them out of one of the two"
         )
     if (again := sum(_key(window) in trained for window in kept)) > SHARED * len(kept):
         raise ValueError(
@@ -79,7 +88,8 @@ def read_texts(
 def windows(
     corpus: Any, what: str, tokenizer: Callable[..., Any] | None, length: int, batch_size: int = 8
 ) -> list[Text]:
-    """A corpus as windows of at most `length` tokens, in its order; pieces of one token are left out."""
+    """A corpus as windows of at most `length` tokens, in its order; pieces without a token to predict are left
+    out."""
     found: list[Text] = []
     for batch in read_corpus(corpus, batch_size, tokenizer):
         if others := sorted(batch.keys() - PADDING.keys()):
@@ -93,7 +103,7 @@ def windows(
             text = {name: columns[name][row][real] for name in ("input_ids", "labels") if name in columns}
             for start in range(0, len(text["input_ids"]), length):
                 piece = {name: ids[start : start + length].clone() for name, ids in text.items()}
-                if len(piece["input_ids"]) > 1:
+                if bool((piece.get("labels", piece["input_ids"])[1:] != IGNORED).any()):
                     found.append(piece)
     return found
 

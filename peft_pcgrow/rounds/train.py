@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    get_linear_schedule_with_warmup,
 )
 
 from peft_pcgrow.files import write_whole
@@ -31,11 +30,8 @@ from peft_pcgrow.training.muon import create_pcgrow_optimizer
 # share of the steps over which the rate rises; afterwards it falls to zero
 WARMUP = 1 / 30
 BEST, STATE, CHECKPOINT = "best.safetensors", "trainer_state.json", "checkpoint-"
-# what the loop sets itself
-OURS = (
-    "output_dir", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "prediction_loss_only", "load_best_model_at_end", "resume_from_checkpoint", "learning_rate",
-)  # fmt: skip
+# what a checkpoint needs to be gone on from; its state is written last
+PARTS = (STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class BestOnHeldOut(TrainerCallback):
@@ -104,6 +100,9 @@ def train(
     Returns:
         Steps, and the held-out loss after each.
     """
+    # brings packages that are of no use to whoever does not train
+    from transformers import Trainer
+
     settings: dict[str, Any] = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
@@ -124,9 +123,7 @@ def train(
         "prediction_loss_only": True,
     }
     optimizer = create_pcgrow_optimizer(model, lr=lr)
-    schedule = get_linear_schedule_with_warmup(
-        optimizer, max(1, round(decision.max_steps * WARMUP)), decision.max_steps
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, total=decision.max_steps))
     keeper = BestOnHeldOut(model, folder / BEST, decision.patience)
     train_on, held_out = texts
     # the Trainer prints its log, and standard output is the user's
@@ -145,20 +142,28 @@ def train(
         last, looks = last_checkpoint(folder)
         if last is not None:
             say(f"pcgrow: training goes on from {last}")
-        if not exhausted(looks, decision.patience):
+        ended = bool(looks) and looks[-1][0] >= decision.max_steps
+        if not ended and not exhausted(looks, decision.patience):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
             looks = held_out_losses(trainer.state)
     put_back(model, folder / BEST)
     return looks
 
 
+def share_of_rate(step: int, total: int) -> float:
+    """Of the learning rate, at a step from 0: it rises over the first `WARMUP` of them and falls to zero at `total`."""
+    warm = max(1, round(total * WARMUP))
+    return min((step + 1) / (warm + 1), max(0.0, (total - step) / max(1, total - warm)))
+
+
 def last_checkpoint(folder: Path) -> tuple[Path | None, list[tuple[int, float]]]:
     """The newest checkpoint that was written to its end, and what was seen of held-out text until then; others are
     deleted."""
     found: list[tuple[int, Path, TrainerState]] = []
-    for entry in folder.glob(f"{CHECKPOINT}*"):
+    for entry in filter(Path.is_dir, folder.glob(f"{CHECKPOINT}*")):
         try:
-            # the Trainer writes its state last
+            if not all((entry / part).is_file() for part in PARTS):
+                raise FileNotFoundError(entry)
             state = TrainerState.load_from_json(str(entry / STATE))
         except (OSError, ValueError, TypeError):
             shutil.rmtree(entry)
@@ -179,10 +184,9 @@ def put_back(model: nn.Module, file: Path) -> None:
 
 
 def steps_of(windows: int, batch_size: int, epochs: float, looks: int, most: int | None) -> tuple[int, int]:
-    """How many steps there are at most, and how many between two looks at held-out text: `looks` a pass."""
+    """How many steps there are at most, and how many between two looks at held-out text: `looks` a pass, and one at the
+    end."""
     a_pass = max(1, -(-windows // batch_size))
-    every = max(1, a_pass // looks)
-    total = max(every, round(a_pass * epochs))
-    total = total if most is None else max(1, min(total, most))
-    every = min(every, total)
-    return total // every * every, every
+    total = max(1, round(a_pass * epochs))
+    total = total if most is None else min(total, most)
+    return total, min(max(1, a_pass // looks), total)

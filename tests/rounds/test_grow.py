@@ -11,63 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
+from short_runs import Interrupt, banks, corpora, run, text
 from transformers import TrainerCallback
 
-from peft_pcgrow import find_experts, grow, load_grown, sample_text
+from peft_pcgrow import find_experts, load_grown, sample_text
 from peft_pcgrow.rounds.decision import RoundDecision
 from peft_pcgrow.rounds.one_round import losses_of
 from peft_pcgrow.rounds.texts import read_texts
-from tiny import DOMAIN_WORDS, RETAIN_WORDS, assert_same, build, snapshot
-
-OPTIONS = {"length": 24, "map_windows": 32, "max_steps": 12, "progress": False}
-
-
-def text(words: tuple[int, int], count: int, seed: int) -> Tensor:
-    """A language of its own: four words of five follow from the one before, `[count, 24]`."""
-    first, span, draw = words[0], words[1] - words[0] + 1, torch.Generator().manual_seed(seed)
-    rows = [torch.randint(0, span, (count,), generator=draw)]
-    for _ in range(23):
-        any_word = torch.randint(0, span, (count,), generator=draw)
-        rows.append(torch.where(torch.rand(count, generator=draw) < 0.8, (3 * rows[-1] + 1) % span, any_word))
-    return torch.stack(rows, 1) + first
-
-
-def corpora() -> dict[str, Tensor]:
-    return {
-        "train_on": text(DOMAIN_WORDS, 64, 1),
-        "heldout": text(DOMAIN_WORDS, 16, 2),
-        "retain": text(RETAIN_WORDS, 64, 3),
-    }
-
-
-def run(folder, model=None, **changes):
-    given = {**corpora(), **OPTIONS, "rounds": 1, "output_dir": folder, **changes}
-    return grow(build() if model is None else model, **given)
-
-
-class Interrupt(TrainerCallback):
-    """Ctrl-C at a step, or once a checkpoint is being written."""
-
-    def __init__(self, step: int, saving: bool = False):
-        self.step, self.saving = step, saving
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if not self.saving and state.global_step == self.step:
-            raise KeyboardInterrupt
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.saving and state.global_step == self.step:
-            raise KeyboardInterrupt
+from tiny import DOMAIN_WORDS, assert_same, build, snapshot
 
 
 class Untrained(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         raise AssertionError("trained again")
-
-
-def banks(model) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in snapshot(model).items() if "pcgrow" in name}
 
 
 def test_learns_spares_and_loads(tmp_path):
@@ -133,7 +89,7 @@ def test_interrupted_training_goes_on_to_the_same_result(tmp_path, interrupt):
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
-from test_grow import run
+from short_runs import run
 run({folder!r}, rounds=2, max_steps=6)
 """
 
@@ -235,9 +191,14 @@ REFUSED = {
     "budget": ({"budget": 0}, ValueError, "budget must be a share"),
     "rate": ({"gate_fpr": 0.9}, ValueError, "gate_fpr"),
     "rounds": ({"rounds": 0}, ValueError, "rounds must be a whole number"),
-    "config unknown": ({"config": {"loha": 1}}, TypeError, "config has no field loha"),
-    "config ours": ({"config": {"locus": {0: [1]}}}, TypeError, "config sets locus, which grow decides"),
-    "trainer ours": ({"trainer": {"max_steps": 3}}, TypeError, "trainer sets max_steps, which grow decides"),
+    "held out is retain": ({"heldout": corpora()["retain"][:16]}, ValueError, "16 of the 16 held-out windows are also"),
+    "retain again and again": ({"retain": corpora()["retain"][:15].repeat(4, 1)}, ValueError, "retain text has 15 win"),
+    "nothing to predict": (
+        {"train_on": [{"input_ids": text(DOMAIN_WORDS, 8, 1), "labels": torch.full((8, 24), -100)}]},
+        ValueError,
+        "the corpus has 0 windows",
+    ),
+    "config": ({"config": {"protect": 2}}, ValueError, "config: protect must be a share"),
     "batches": (
         {"train_on": [{"input_ids": text(DOMAIN_WORDS, 8, 1), "position_ids": torch.arange(24).expand(8, 24)}]},
         ValueError,
@@ -275,7 +236,7 @@ def test_refuses_to_go_on_with_another_run(tmp_path):
     run(tmp_path, max_steps=2)
     for changes, name in (
         ({"budget": 0.5}, "budget"),
-        ({"train_on": text(DOMAIN_WORDS, 64, 9)}, "texts"),
+        ({"train_on": text(DOMAIN_WORDS, 64, 9)}, "texts.train"),
         ({"model": build(seed=1)}, "weights"),
     ):
         with pytest.raises(ValueError, match=f"holds a run with {name}="):

@@ -1,0 +1,83 @@
+"""A run leaves the caller's base, and random numbers, as it found them."""
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from peft_pcgrow.adapter.model import PCGrowModel
+from peft_pcgrow.atomic import completed
+
+# what training may switch on modules of the base
+SWITCHES = ("training", "gradient_checkpointing")
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters grow on a base, and train. Afterwards random numbers, `config.use_cache`, gradient checkpointing
+    and what is in training mode are as before; after an exception the adapters are gone, too, wherever it came.
+    Parameters train as before unless adapters are left.
+
+    Args:
+        model: without adapters.
+    """
+    state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    python, array = random.getstate(), np.random.get_state()
+    switches = [
+        (module, {name: vars(module)[name] for name in SWITCHES if name in vars(module)}) for module in model.modules()
+    ]
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    hooked = _hooked(model)
+
+    def put_back() -> None:
+        torch.set_rng_state(state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        np.random.set_state(array)
+        if config is not None and cached is not None:
+            config.use_cache = cached
+        for module, held in switches:
+            for name in SWITCHES:
+                vars(module).pop(name, None)
+            vars(module).update(held)
+        grown = hasattr(model, "peft_config")
+        for p, flag in trains if not grown else ():
+            p.requires_grad_(flag)
+        if _hooked(model) and not hooked and not (grown and getattr(model, "is_gradient_checkpointing", False)):
+            model.disable_input_require_grads()  # type: ignore[operator]
+
+    try:
+        yield
+    except BaseException:
+        completed(lambda: _unload(model))
+        raise
+    finally:
+        completed(put_back)
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether what is embedded takes part in autograd, as PEFT has it where activations are checkpointed."""
+    return bool(getattr(model, "_require_grads_hooks", ())) or hasattr(model, "_require_grads_hook")
+
+
+def _unload(model: nn.Module) -> None:
+    # an interrupted caller may never have been handed the tuner, which the hooks on the model keep alive
+    for found in gc.get_objects():
+        if type(found) is PCGrowModel and found.__dict__.get("_modules", {}).get("model") is model:
+            found.unload()
+
+
+def at_rest(model: nn.Module, training: bool) -> nn.Module:
+    """Nothing trains of a model with adapters, and all of it is in one mode."""
+    if isinstance(model, PeftModel):
+        model.requires_grad_(False)
+        model.train(training)
+    return model
