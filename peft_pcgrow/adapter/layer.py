@@ -45,7 +45,7 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         super().__init__()
         self.base_layer: experts.ExpertsModule = base_layer
         # a model that evaluates gives the base's bits at once
-        self.training = base_layer.training
+        self.training = base_layer.training  # type: ignore[attr-defined]
         self.layer_index = layer_index
         stacks = experts.expert_stacks(base_layer)
         for name in stacks:

@@ -20,6 +20,7 @@ from peft_pcgrow.compress import apply, plan
 from peft_pcgrow.compress.form_survey import check_target
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
+from peft_pcgrow.rounds.arguments import check_arguments
 from peft_pcgrow.rounds.grow import grow as grow_model
 from peft_pcgrow.rounds.journal import check_folder
 from peft_pcgrow.rounds.texts import in_batches, windows
@@ -134,6 +135,7 @@ def grow(
         given = options | (read_settings(config, names, OF_COMMAND) if config is not None else {})
         typed = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
         given |= {name: options[name] for name in typed}
+        check_arguments(given)
         if given["max_forgetting"] is not None and retain is None:
             raise Unusable(f"max_forgetting={given['max_forgetting']} is about retain text: give --retain")
         check_folder(out)

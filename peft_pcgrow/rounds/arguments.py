@@ -77,7 +77,7 @@ def plain_form(value: Any) -> Any:
 
 def _finite(name: str, value: Any) -> None:
     if isinstance(value, str):
-        raise ValueError(f"{name}={value!r} is a text: give a number; in YAML 1.0e-3, which 1e-3 is not")
+        raise ValueError(f"{name}={value!r} is a text: give a number")
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
