@@ -71,19 +71,8 @@ def test_grow_goes_on_and_loads(texts, tmp_path):
     settings = tmp_path / "grow.yaml"
     settings.write_text("map_windows: 32\nepochs: 1\nconfig: {nodes: routed}\n")
     words = ["grow", MODEL, "--data", texts["prose"], "--heldout", texts["held"], "--retain", texts["code"]]
-    words += [
-        "--out",
-        tmp_path / "run",
-        "--rounds",
-        1,
-        "--max-steps",
-        8,
-        "--length",
-        64,
-        "--config",
-        settings,
-        "--json",
-    ]
+    words += ["--out", tmp_path / "run", "--config", settings, "--max-forgetting", 0.1, "--rounds", 1]
+    words += ["--max-steps", 8, "--length", 64, "--json"]
     first, second = call(*words), call(*words)
     assert (first.exit_code, second.exit_code) == (0, 0)
     row = json.loads(first.stdout)

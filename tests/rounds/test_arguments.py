@@ -13,7 +13,7 @@ from peft_pcgrow.rounds.arguments import OURS, check_arguments, plain_form
 from peft_pcgrow.rounds.journal import differences, open_journal
 
 REFUSED = {
-    "lr text": ({"lr": "1e-3"}, ValueError, "lr='1e-3' is a text: give a number; in YAML 1.0e-3"),
+    "lr text": ({"lr": "1e-3"}, ValueError, "lr='1e-3' is a text: give a number"),
     "lr zero": ({"lr": 0}, ValueError, "lr must be above 0"),
     "lr nan": ({"lr": math.nan}, ValueError, "lr must be a finite number"),
     "lr flag": ({"lr": True}, ValueError, "lr must be a finite number"),
