@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.atomic import completed
+from peft_pcgrow.rounds.host import INPUT_HOOKS
 
 # what training may switch on modules of the base
 SWITCHES = ("training", "gradient_checkpointing")
@@ -65,7 +66,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _hooked(model: nn.Module) -> bool:
     """Whether what is embedded takes part in autograd, as PEFT has it where activations are checkpointed."""
-    return bool(getattr(model, "_require_grads_hooks", ())) or hasattr(model, "_require_grads_hook")
+    return any(getattr(model, name, None) for name in INPUT_HOOKS)
 
 
 def _unload(model: nn.Module) -> None:
