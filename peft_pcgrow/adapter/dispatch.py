@@ -69,15 +69,19 @@ def takers(branches: Sequence[Branch], index: Tensor, total: int) -> Tensor:
     """Who computes each row of `index [T, K]`: the place of a branch, -1: the base (or no expert, for those of index
     `total` or more), `[T, K]`."""
     flat = index.reshape(-1).clamp(max=total)
-    tokens = torch.arange(len(flat), device=flat.device) // index.shape[1] if has_gates(branches) else None
     taker = torch.full_like(flat, -1)
-    for place, mine in enumerate(taken(branches, flat, tokens)):
+    for place, mine in enumerate(taken(branches, flat, tokens_of(branches, index))):
         taker = taker.masked_fill(mine, place)
     return taker.view(index.shape)
 
 
 def has_gates(branches: Sequence[Branch]) -> bool:
     return any(branch.passes is not None for branch in branches)
+
+
+def tokens_of(branches: Sequence[Branch], index: Tensor) -> Tensor | None:
+    """Token of each row of `index [T, K]` as they come, `[R]`, where a gate asks for it."""
+    return torch.arange(index.numel(), device=index.device) // index.shape[1] if has_gates(branches) else None
 
 
 def nodes(
@@ -94,9 +98,8 @@ def nodes(
         branches: as for `taken`. owners: whose newborns each of them is, "" if none. newborns: (owner, donor).
     """
     flat = index.reshape(-1)
-    tokens = torch.arange(len(flat), device=flat.device) // index.shape[1]
     found = flat.masked_fill(flat == total, total + len(newborns))
-    for owner, mine in zip(owners, taken(branches, flat, tokens), strict=True):
+    for owner, mine in zip(owners, taken(branches, flat, tokens_of(branches, index)), strict=True):
         table = torch.arange(total + 1, device="cpu")
         for n, (other, donor) in enumerate(newborns):
             table[donor] = total + n if other == owner else table[donor]
@@ -217,8 +220,7 @@ def _of_all_rows(
     own too, for nothing.
     """
     flat = index.reshape(-1)
-    tokens = torch.arange(flat.numel(), device=flat.device) // index.shape[1] if has_gates(branches) else None
-    mine = taken(branches, flat, tokens)
+    mine = taken(branches, flat, tokens_of(branches, index))
     if at_hand and not any(bool(own.any()) for own in mine):
         return [], None, list(branches)
     modules = [run_rows.with_bank(base, branch.bank) for branch in branches]
