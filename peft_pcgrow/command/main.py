@@ -18,6 +18,7 @@ from peft_pcgrow.command.load import load_config, load_model, usable_device
 from peft_pcgrow.command.settings_file import read_settings
 from peft_pcgrow.compress import apply, plan
 from peft_pcgrow.compress.form_survey import check_target
+from peft_pcgrow.files import check_empty
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.rounds.arguments import check_arguments
@@ -178,8 +179,7 @@ def compress(
     """Store a model's experts in fewer bytes, where it changes least of what the texts need."""
     with exit_codes() as stdout:
         check_target(target)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise Unusable(f"out {out} is not empty: give a new folder")
+        check_empty(out)
         read = read_files(retain=retain, domain=data)
         if not read:
             raise Unusable("compressing is measured on text: give --retain, or --data")
