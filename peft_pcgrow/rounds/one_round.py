@@ -65,10 +65,12 @@ class Settings:
     progress: bool
 
 
-def losses_of(model: nn.Module, texts: Texts, batch_size: int) -> dict[str, float]:
-    """Loss of the held-out text and of the retain text that no gate was fitted on, nats per token."""
+def losses_of(model: nn.Module, texts: Texts, batch_size: int, *names: str) -> dict[str, float]:
+    """Loss of the held-out text and of the retain text that no gate was fitted on, or of the one that is named, nats
+    per token."""
     named = {"heldout": texts.heldout, "retain": texts.watch}
-    read = {name: list(read_batches(model, in_batches(held, batch_size))) for name, held in named.items() if held}
+    wanted = {name: held for name, held in named.items() if held and (not names or name in names)}
+    read = {name: list(read_batches(model, in_batches(held, batch_size))) for name, held in wanted.items()}
     return dict(zip(read, losses(model, list(read.values())), strict=True))
 
 
@@ -92,7 +94,7 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     # what LoRA beside the experts starts from
     torch.manual_seed(settings.trainer["seed"] + turn)
     try:
-        grown = _with_adapter(model, config, name)
+        grown = _with_adapter(model, config, name, earlier)
         lr = _found_rate(grown, texts, settings, folder) if decision.lr is None else decision.lr
     except ValueError as error:
         # at first it is the user's to know
@@ -199,11 +201,10 @@ def _config(emap: ErrorMap, decision: RoundDecision, settings: Settings) -> PCGr
     return PCGrowConfig(**given)
 
 
-def _with_adapter(model: nn.Module, config: PCGrowConfig, name: str) -> PeftModel:
+def _with_adapter(model: nn.Module, config: PCGrowConfig, name: str, earlier: list[str]) -> PeftModel:
     """The model with a new adapter that trains; earlier ones stay active, and frozen."""
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,return-value]
-    earlier = list(model.active_adapters)
     model.add_adapter(name, config)
     # first: a Trainer takes the first active adapter for the one that it trains
     activate(model, [name, *earlier])
@@ -252,13 +253,15 @@ def _as_strict_as_needed(
     after = losses_of(model, texts, settings.batch_size)
     if not config.spawned or settings.most_forgetting is None:
         return None, after
-    rate = config.gate_fpr
-    for stricter in (each for each in RATES if each < config.gate_fpr):
+    rate = open_to = config.gate_fpr
+    for stricter in (each for each in RATES if each < open_to):
         if after["retain"] - before["retain"] <= settings.most_forgetting:
             break
         rate = stricter
         model.set_gate_fpr(rate, name)  # type: ignore[operator]
-        after = losses_of(model, texts, settings.batch_size)
+        after |= losses_of(model, texts, settings.batch_size, "retain")
+    if rate != open_to:
+        after |= losses_of(model, texts, settings.batch_size, "heldout")
     return rate, after
 
 
