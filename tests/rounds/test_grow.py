@@ -86,8 +86,11 @@ def test_interrupted_training_goes_on_to_the_same_result(tmp_path, interrupt):
     assert [done.looks for done in whole.rounds] == [done.looks for done in result.rounds]
 
 
+# on as many threads as this process: others round differently
 SCRIPT = """
 import sys
+import torch
+torch.set_num_threads({threads})
 sys.path[:0] = {path!r}
 from short_runs import run
 run({folder!r}, rounds=2, max_steps=6)
@@ -99,7 +102,7 @@ run({folder!r}, rounds=2, max_steps=6)
 def test_killed_anywhere_goes_on_to_the_same_result(tmp_path, seen):
     whole = run(tmp_path / "whole", rounds=2, max_steps=6)
     folder, path = tmp_path / "broken", [str(Path(__file__).parent), *sys.path]
-    code = SCRIPT.format(path=path, folder=str(folder))
+    code = SCRIPT.format(path=path, folder=str(folder), threads=torch.get_num_threads())
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 240
     while not (folder / seen).exists() and child.poll() is None and time.monotonic() < until:
