@@ -15,6 +15,7 @@ from peft_pcgrow.adapter.model_card import SPELLED_OUT
 from peft_pcgrow.adapter.register import register
 from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.export.flat import export_flat
+from peft_pcgrow.hub.push import push
 from peft_pcgrow.locate.budget import choose
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps.diagnosis import Diagnosis
@@ -22,7 +23,8 @@ from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.packed.checkpoint import register_packed
-from peft_pcgrow.rounds.grow import grow, load_grown
+from peft_pcgrow.rounds.grow import grow
+from peft_pcgrow.rounds.load import load_grown
 from peft_pcgrow.training.callback import ErrorMapCallback
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
@@ -47,6 +49,7 @@ __all__ = [
     "load_grown",
     "measure_errors",
     "order_by_surprisal",
+    "push",
     "sample_text",
 ]
 

@@ -89,3 +89,11 @@ def refuse_gone(function: str, given: Mapping[str, Any], gone: Mapping[str, str]
         if name in gone:
             raise TypeError(f"{function}({name}=...) is gone: {gone[name]}")
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def token_indices(name: str, value: Any) -> Any:
+    """Lists of tokens, by the name of an embedding or of the one there is, or None."""
+    if isinstance(value, dict):
+        names(name, list(value))
+        return {module: wholes(name, tokens) for module, tokens in value.items()}
+    return None if value is None else wholes(name, value)

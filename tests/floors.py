@@ -23,15 +23,17 @@ ROOMS = (
     "export",
     "compress",
     "rounds",
+    "hub",
     "command",
 )
 # which rooms may know of a package outside; `settling.host` has where transformers notes what arises inside of layers
 OUTSIDE = {
-    "peft": {"adapter", "training", "export", "compress", "rounds"},
+    "peft": {"adapter", "training", "export", "compress", "rounds", "hub"},
     "transformers": {"settling.host", "architectures", "packed", "training", "export", "rounds", "command"},
     "accelerate": set(),
     "bitsandbytes": set(),
     "datasets": set(),
+    "huggingface_hub": {"hub_access", "adapter.model_card", "hub"},
     "matplotlib": {"maps.draw"},
     "pandas": {"maps.node_table"},
 }
@@ -53,6 +55,7 @@ PUBLIC = {
     "load_grown",
     "measure_errors",
     "order_by_surprisal",
+    "push",
     "sample_text",
 }
 PUBLIC_COMPRESS = {

@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from peft_pcgrow.adapter.gone import knows_gone, without_gone
 from peft_pcgrow.adapter.lora_beside import read_lora, settings_of
-from peft_pcgrow.adapter.model_card import SPELLED_OUT, add_usage
+from peft_pcgrow.adapter.model_card import SPELLED_OUT, Measured, save_card
 from peft_pcgrow.adapter.register import NAME, extend_peft_type
 from peft_pcgrow.architectures.find import NODES
 from peft_pcgrow.gates.gate import MOST, RATES
@@ -21,7 +21,7 @@ from peft_pcgrow.locate.budget import SELECTIONS, check_budget
 from peft_pcgrow.locate.decide import GROWTHS, Decision
 from peft_pcgrow.locus import RESOLUTIONS, Locus, read_parts
 from peft_pcgrow.maps.error_map import ErrorMap
-from peft_pcgrow.settings import dictionary, flag, names, number, plain, text, whole, wholes
+from peft_pcgrow.settings import dictionary, flag, names, number, plain, text, token_indices, whole, wholes
 from peft_pcgrow.settling.descent import Way
 
 SETTLING = ("sweep", "direct", "backprop")
@@ -116,6 +116,8 @@ class PCGrowConfig(PeftConfig):
         verify (`bool`, `True`; to be set on a config, not given):
             Whether tensors loaded into the adapter must be sealed, unaltered, and for this locus and base. `False` is
             for files from before there were seals, and for bases with other weights; it is not saved.
+        task_type (`str`, defaults to `"CAUSAL_LM"`):
+            As in LoRA; None for a model without a language head, which it is set to where such a model is given.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, as in LoRA.
         init_weights (`bool`, defaults to `True`):
@@ -184,6 +186,7 @@ class PCGrowConfig(PeftConfig):
         default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
     )
     trainable_token_indices: Optional[Any] = field(default=None, metadata={"help": "As in LoRA."})
+    task_type: Optional[str] = field(default="CAUSAL_LM", metadata={"help": "None of a model that writes no text."})
     spawned: Optional[dict] = field(
         default=None, metadata={"help": "Nodes of the locus that are newborns, layer -> donors. Set on creation."}
     )
@@ -212,6 +215,7 @@ class PCGrowConfig(PeftConfig):
         self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
         # not saved: the map that was used, for adapters made of this config later; what became of each node, and why
         self._measured: Optional[ErrorMap] = None
+        self.run: Optional[Measured] = None  # what a card says of it
         self.decisions: list[Decision] = []
         self.check()
 
@@ -280,7 +284,7 @@ class PCGrowConfig(PeftConfig):
         if (listed := read["layers_to_transform"]) is not None:
             found = wholes("layers_to_transform", listed)
             read["layers_to_transform"] = found if isinstance(listed, list) else found[0]
-        read["trainable_token_indices"] = _token_indices(read["trainable_token_indices"])
+        read["trainable_token_indices"] = token_indices("trainable_token_indices", read["trainable_token_indices"])
         for name in ("target_modules", "exclude_modules"):
             read[name] = set(read[name]) if isinstance(read[name], list) else read[name]
         self.__dict__.update(read)
@@ -312,16 +316,7 @@ class PCGrowConfig(PeftConfig):
         spelled = copy.copy(self)
         spelled.peft_type = SPELLED_OUT
         super(PCGrowConfig, spelled).save_pretrained(save_directory, **kwargs)
-        add_usage(Path(save_directory))
-
-
-def _token_indices(value: Any) -> Any:
-    """Lists of tokens, by the name of an embedding or of the one there is."""
-    name = "trainable_token_indices"
-    if isinstance(value, dict):
-        names(name, list(value))
-        return {module: wholes(name, tokens) for module, tokens in value.items()}
-    return None if value is None else wholes(name, value)
+        save_card(Path(save_directory), self.run)
 
 
 def _check_pattern(name: str, value: str) -> None:

@@ -46,9 +46,11 @@ class Injection:
         """Index and module of the decoder layer that an experts module stands in."""
         return next((site.layer, site.decoder_layer) for site in self.tree.sites if site.name == name)
 
-    def note(self, config: PCGrowConfig, lora: LoraConfig | None) -> None:
+    def note(self, config: PCGrowConfig, lora: LoraConfig | None, model: nn.Module) -> None:
         """Write into the adapter's config what is saved of all this; what remains of a map is what it led to."""
         config.__dict__.update(vars(self.resolved), lora=lora, error_map=None, _measured=self.measured)
+        if config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+            config.task_type = None
 
 
 def prepare(config: PCGrowConfig, model: nn.Module, grown: Sequence[PCGrowExperts], targets: Targets) -> Injection:

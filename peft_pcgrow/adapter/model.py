@@ -65,6 +65,16 @@ class PCGrowModel(WholeSteps):
     # ids of the base's parameters by name, until the first forward after an adapter was added
     _unchecked: dict[str, int] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if (
+                name == "prepare_inputs_for_generation"
+            ):  # PEFT's class for causal LMs asks, of models without a head too
+                return None
+            raise
+
     def _prepare_adapter_config(self, peft_config: PCGrowConfig, model_config: dict) -> PCGrowConfig:  # type: ignore[override]
         """For PEFT, which reads targets from it, a copy: a config that is refused can be changed and used again."""
         peft_config.check()  # settings may have been changed since it was made
@@ -137,7 +147,7 @@ class PCGrowModel(WholeSteps):
                 # not before: the banks are copies of the experts as they were
                 quantize_sites(model, adopt(find_experts(model)).sites, quantization)
             self._watch(model, layers)
-            injection.note(config, lora)
+            injection.note(config, lora, model)
 
     def _watch(self, model: nn.Module, layers: tuple[nn.Module, ...]) -> None:
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))

@@ -18,8 +18,8 @@ class Unusable(ValueError):
 
 @contextmanager
 def exit_codes(goes_on: bool = False) -> Iterator[TextIO]:
-    """Inside, errors that are about what was given end the process with `USAGE` and one line, those of a disk with
-    `FAILED` and one line, an interruption with `INTERRUPTED`; all others with a traceback and `FAILED`.
+    """Inside, errors that are about what was given end the process with `USAGE` and one line, those of a disk or
+    a network with `FAILED` and one line, an interruption with `INTERRUPTED`; all others with a traceback and `FAILED`.
 
     Yields standard output: what anybody else prints inside goes to standard error. `goes_on`: the same command would,
     where it was interrupted.
@@ -34,4 +34,5 @@ def exit_codes(goes_on: bool = False) -> Iterator[TextIO]:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         machine = any(getattr(each, "errno", None) in MACHINE for each in (error, error.__cause__))
+        machine |= isinstance(error, ConnectionError)
         raise SystemExit(FAILED if machine else USAGE) from None

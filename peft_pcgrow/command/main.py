@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
+from peft_pcgrow.adapter.model_card import CARD, make_card
 from peft_pcgrow.command.corpus_file import read_corpus_file
 from peft_pcgrow.command.doctor import check_up
 from peft_pcgrow.command.fail import Unusable, exit_codes
@@ -19,6 +20,8 @@ from peft_pcgrow.command.settings_file import read_settings
 from peft_pcgrow.compress import apply, plan
 from peft_pcgrow.compress.form_survey import check_target
 from peft_pcgrow.files import check_empty
+from peft_pcgrow.hub.contents import find_grown, write_card
+from peft_pcgrow.hub.push import push as push_grown
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.rounds.arguments import check_arguments
@@ -136,6 +139,8 @@ def grow(
         given = options | (read_settings(config, names, OF_COMMAND) if config is not None else {})
         typed = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
         given |= {name: options[name] for name in typed}
+        if revision is not None:
+            given["config"] = {**(given.get("config") or {}), "revision": revision}
         check_arguments(given)
         if given["max_forgetting"] is not None and retain is None:
             raise Unusable(f"max_forgetting={given['max_forgetting']} is about retain text: give --retain")
@@ -191,6 +196,56 @@ def compress(
         small.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
         show(report, {"out": str(out), "report": str(report)}, as_json, stdout)
+
+
+Grown = Annotated[Path, typer.Argument(help="A folder of an adapter, or of a run of grow.")]
+
+
+@app.command()
+def card(
+    folder: Grown,
+    write: Annotated[bool, typer.Option("--write", help="Into README.md beside the adapter, with a picture.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the model card of what was grown; what is written by hand in its README.md stays."""
+    with exit_codes() as stdout:
+        found = find_grown(folder)
+        text = write_card(found, found.folder, found.measured) if write else make_card(found.folder, found.measured)
+        written = str(found.folder / CARD) if write else None
+        show(written or text, {"card": text, "written": written}, as_json, stdout)
+
+
+@app.command()
+def push(
+    folder: Grown,
+    repo: Annotated[str, typer.Option(help="owner/name on the Hub; made if it is not there.")],
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the banks.")] = "bfloat16",
+    shrink: Annotated[float | None, typer.Option(help="Instead: 8, 4, 3 or 2 bits, or a share below 1.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base's name on the Hub, where it came from a folder.")] = None,
+    heldout: Annotated[Path | None, typer.Option(help="Text to measure on what that costs; loads the base.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files, bytes and the card, and send none.")] = False,
+    length: Length = 256,
+    batch_size: Batch = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Send what was grown to the Hub, in 16 bit and with its card. Broken off, it sends only what is missing."""
+    with exit_codes(goes_on=True) as stdout:
+        found, read = find_grown(folder), read_files(heldout=heldout)
+        given: dict[str, Any] = {}
+        if read or shrink is not None:
+            name, commit = found.base
+            if not name:
+                raise Unusable(f"{found.folder} does not name its base, which --shrink and --heldout load")
+            given["model"], tokenizer = load_model(name, commit, "auto", device)
+            given |= batched(read, tokenizer, length, batch_size)
+        if shrink is not None:
+            given["shrink"] = int(shrink) if shrink >= 2 and shrink.is_integer() else shrink
+        options = {"dtype": dtype, "base": base, "private": private or None, "revision": revision, "dry_run": dry_run}
+        done = push_grown(folder, repo, **options, **given)
+        show(f"{done.card}\n{done}" if dry_run else done, done.row(), as_json, stdout)
 
 
 # what follows the script, --help too, is the script's

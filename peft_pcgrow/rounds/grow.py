@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME as CONFIG
 from safetensors.torch import load_file, save
 from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.adapter.model_card import save_card
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps.batches import check_causal
 from peft_pcgrow.maps.resume import weights_in_use
@@ -18,8 +18,10 @@ from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.rounds.arguments import check_arguments, plain_form
 from peft_pcgrow.rounds.as_it_was import as_it_was, at_rest
 from peft_pcgrow.rounds.journal import ADAPTER, RETAIN, Journal, alone, check_folder, open_journal
+from peft_pcgrow.rounds.load import load_grown
 from peft_pcgrow.rounds.one_round import Settings, losses_of, run_round
 from peft_pcgrow.rounds.result import GrowthResult
+from peft_pcgrow.rounds.run_card import measured_by
 from peft_pcgrow.rounds.texts import read_texts
 
 # nats per token that the retain text's loss may rise by, unless said otherwise
@@ -161,61 +163,18 @@ def grow(
         return _result(at_rest(grown, training), journal)
 
 
-def load_grown(model: nn.Module, folder: str | Path, names: Sequence[str] | None = None) -> nn.Module:
-    """A base with the adapters that a run of `grow` left, all active, none of which trains.
-
-    One adapter is also loaded by `PeftModel.from_pretrained(model, folder)`; those of later rounds grow from earlier
-    ones, and need these beside them.
-
-    Args:
-        model: the base, without adapters.
-        folder: `adapter` of a run.
-        names: those of some rounds, the first that was grown first; None: all.
-
-    Raises:
-        FileNotFoundError: no adapter in the folder, or not that one. TypeError: a model with adapters.
-        ValueError: names=[].
-
-    Example:
-        >>> import copy
-        >>> base = copy.deepcopy(model)
-        >>> options = {"heldout": batches[1], "retain": retain, "rounds": 1, "max_steps": 4, "lr": 0.1}
-        >>> result = grow(model, batches[0], output_dir=folder / "run", length=24, progress=False, **options)
-        >>> list(load_grown(base, folder / "run" / "adapter").peft_config)
-        ['default']
-    """
-    if hasattr(model, "peft_config"):
-        raise TypeError("the model has adapters already: give the base that they were grown on")
-    root = Path(folder)
-    if names is None:
-        later = sorted(
-            (place.parent for place in root.glob(f"round-*/{CONFIG}")), key=lambda place: int(place.name[6:])
-        )
-        names = [*(["default"] if (root / CONFIG).exists() else []), *(place.name for place in later)]
-        if not names:
-            raise FileNotFoundError(f"{root} has no {CONFIG}: give the folder adapter of a run of grow")
-    places = {name: root if name == "default" else root / name for name in names}
-    if not places:
-        raise ValueError("names=[] names no adapter: give some, or None for all")
-    for name, place in places.items():
-        if not (place / CONFIG).is_file():
-            raise FileNotFoundError(f"{place} has no {CONFIG}, so there is no adapter {name!r}: give those of the run")
-    for number, (name, place) in enumerate(places.items()):
-        if number == 0:
-            model = PeftModel.from_pretrained(model, str(place), adapter_name=name)  # type: ignore[arg-type]
-        else:
-            model.load_adapter(str(place), adapter_name=name)  # type: ignore[operator]
-    if len(places) > 1:
-        model.base_model.set_adapter(list(places)[::-1])  # type: ignore[operator,union-attr]
-    return model.requires_grad_(False)
-
-
 def _result(model: nn.Module, journal: Journal) -> GrowthResult:
     after = journal.kept[-1] if journal.kept else None
     losses = dict(journal.before)
     if after is not None:
         losses = {"heldout": after.heldout} | ({} if after.retain is None else {"retain": after.retain})
     adapter = journal.folder / ADAPTER if journal.kept else None
+    if adapter is not None and isinstance(model, PeftModel):
+        # for the card beside the adapters, and of those that the caller saves elsewhere
+        measured = measured_by(journal)
+        for done in journal.kept:
+            model.peft_config[done.adapter].run = measured  # type: ignore[union-attr]
+        save_card(adapter, measured)
     size = sum(file.stat().st_size for file in adapter.rglob("*.safetensors")) if adapter is not None else 0
     seconds: dict[str, float] = {}
     for done in journal.rounds:

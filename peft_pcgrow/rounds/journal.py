@@ -113,10 +113,21 @@ def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
     Raises:
         ValueError: the folder holds a run of other arguments, texts or another model, or a journal that is none.
     """
-    path = folder / JOURNAL
     wanted = json.loads(json.dumps(asked))
-    if not path.exists():
+    if not (folder / JOURNAL).exists():
         return Journal(folder, wanted)
+    found = read_journal(folder, "give a new output_dir, or the file as it was")
+    for name, then, now in differences(found.asked, wanted):
+        raise ValueError(
+            f"{folder} holds a run with {name}={then}, and now it is {now}: give the same arguments to go on, or a new "
+            "output_dir"
+        )
+    return found
+
+
+def read_journal(folder: Path, otherwise: str = "give the file as it was") -> Journal:
+    """The journal that is there; raises ValueError, with what to do `otherwise`, if it is none."""
+    path = folder / JOURNAL
     try:
         held = json.loads(path.read_text())
         if held["format"] != FORMAT:
@@ -131,12 +142,7 @@ def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
         for done in found.rounds:
             _check(done)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): give a new output_dir, or the file as it was") from None
-    for name, then, now in differences(found.asked, wanted):
-        raise ValueError(
-            f"{folder} holds a run with {name}={then}, and now it is {now}: give the same arguments to go on, or a new "
-            "output_dir"
-        )
+        raise ValueError(f"{path} cannot be read ({error}): {otherwise}") from None
     return found
 
 

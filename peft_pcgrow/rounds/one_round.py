@@ -194,7 +194,7 @@ def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) 
 
 
 def _config(emap: ErrorMap, decision: RoundDecision, settings: Settings) -> PCGrowConfig:
-    given = {"task_type": "CAUSAL_LM", **settings.config, "error_map": emap}
+    given = {**settings.config, "error_map": emap}
     given |= {"locus": decision.locus, "grow": decision.growth}
     if decision.growth != "deepen":
         given |= {"gate_fpr": decision.gate_fpr, "protect": decision.protect}
