@@ -69,9 +69,8 @@ class PCGrowModel(WholeSteps):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if (
-                name == "prepare_inputs_for_generation"
-            ):  # PEFT's class for causal LMs asks, of models without a head too
+            # PEFT's class for causal LMs asks, also of models without a head
+            if name == "prepare_inputs_for_generation":
                 return None
             raise
 

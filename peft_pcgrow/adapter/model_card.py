@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from peft_pcgrow.adapter.register import NAME
 from peft_pcgrow.adapter.seal import SEAL_MARK, Seal
@@ -64,7 +64,7 @@ def sealed_as(place: Path) -> str | None:
         with safe_open(place / SAFETENSORS_WEIGHTS_NAME, "pt") as held:
             key = next((key for key in held.keys() if f".{SEAL_MARK}." in key), None)  # noqa: SIM118
             return None if key is None else Seal.read(held.get_tensor(key)).whole
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         return None
 
 
@@ -125,21 +125,20 @@ def _tag(data: Any, base: str | None, task: str | None, licence: str | None) -> 
 def _loading(configs: Mapping[str, Any], base: str | None, repo: str) -> str:
     revision = next(iter(configs.values())).get("revision")
     pinned = f", revision={revision!r}" if revision else ""
+    whole = f'base = AutoModelForCausalLM.from_pretrained("{base if is_on_hub(base) else "its base"}"{pinned})'
+    first = "import peft_pcgrow  # first: it makes PEFT know the method"
     if list(configs) == ["default"]:
-        lines = [
-            "import peft_pcgrow  # first: it makes PEFT know the method",
-            "from peft import AutoPeftModelForCausalLM",
-            "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")',
-        ]
+        lines = [first, "from peft import AutoPeftModelForCausalLM", ""]
+        lines += [f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")']
+    elif all(name == "default" or name.startswith("round-") for name in configs):
+        lines = ["from peft_pcgrow import load_grown", "from transformers import AutoModelForCausalLM", "", whole]
+        lines += [f'model = load_grown(base, "{repo}")  # all of its adapters: {", ".join(configs)}']
     else:
-        lines = [
-            "from peft_pcgrow import load_grown",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base if is_on_hub(base) else "its base"}"{pinned})',
-            f'model = load_grown(base, "{repo}")  # all of its adapters: {", ".join(configs)}',
-        ]
+        lines = [first, "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "", whole]
+        for number, name in enumerate(configs):
+            step = "model.load_adapter(" if number else "model = PeftModel.from_pretrained(base, "
+            below = "" if name == "default" else f', subfolder="{name}"'
+            lines.append(f'{step}"{repo}", adapter_name="{name}"{below})')
     return (
         f"## Loading\n\nThis adapter's method, {NAME}, is not part of PEFT: `pip install peft-pcgrow`, and import it "
         "before any loader.\n\n```python\n" + "\n".join(lines) + "\n```\n\nIt loads onto the weights that it grew "
@@ -175,9 +174,12 @@ def _size(places: Mapping[str, Path]) -> str:
         path = place / SAFETENSORS_WEIGHTS_NAME
         if not path.is_file():
             continue
-        with safe_open(path, "pt") as held:
-            slices = {key: held.get_slice(key) for key in held.keys() if f".{SEAL_MARK}." not in key}  # noqa: SIM118
-            kinds = sorted({each.get_dtype() for each in slices.values()})
+        try:
+            with safe_open(path, "pt") as held:
+                own = [key for key in held.keys() if f".{SEAL_MARK}." not in key]  # noqa: SIM118
+                kinds = sorted({held.get_slice(key).get_dtype() for key in own})
+        except SafetensorError as error:
+            raise ValueError(f"{path} was not written to its end ({error}): save it again") from None
         total += (size := path.stat().st_size)
         rows.append(f"| {name} | {size:,} | {', '.join(kinds)} |")
     return "\n".join([f"## Size\n\n{total:,} bytes.\n\n| adapter | bytes | held in |\n|---|---|---|", *rows, ""])

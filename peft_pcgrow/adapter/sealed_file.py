@@ -15,8 +15,8 @@ from peft_pcgrow.adapter import seal
 from peft_pcgrow.adapter.adapter_file import tail
 from peft_pcgrow.adapter.seal import KEY, SEAL_MARK, Seal
 
-# keys of a layer's tensors: that of the layer, and the tensor's own name; whole banks are the only weights there
-_INSIDE, _BANK = re.compile(r"(.*)\.(pcgrow_.*)"), re.compile(r"pcgrow_\w+\.weight")
+# banks are the only weights among a layer's tensors
+_BANK = re.compile(r".*\.pcgrow_\w+\.weight")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class SealedFile:
         """
         tensors, worst = dict(self.tensors), 0.0
         for key, tensor in self.tensors.items():
-            inside = _INSIDE.fullmatch(key)
-            if inside is None or not _BANK.fullmatch(inside[2]) or not tensor.is_floating_point():
+            if not _BANK.fullmatch(key) or not tensor.is_floating_point():
                 continue
             tensors[key] = cast = tensor.to(dtype)
             error, norm = (torch.linalg.vector_norm(each.double()) for each in (cast.double() - tensor, tensor))

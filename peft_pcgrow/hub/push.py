@@ -20,7 +20,7 @@ from peft_pcgrow.compress.shrink import shrink_adapter
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.hub.contents import Grown, find_grown, write_card
 from peft_pcgrow.hub_access import LOGIN, check_repo, is_on_hub, plain_errors
-from peft_pcgrow.maps.batches import losses, read_batches
+from peft_pcgrow.maps.batches import IGNORED, Batch, losses, read_batches
 from peft_pcgrow.rounds.load import load_grown
 from peft_pcgrow.say import say
 
@@ -127,30 +127,28 @@ def push(
         staging = Path(made)
         if (grown.folder / CARD).is_file():
             shutil.copy(grown.folder / CARD, staging)
-        measured: tuple[float | None, float | None] = (None, None)
+        read = None if model is None or heldout is None else _read(model, heldout)
         if shrink is None:
-            stored = _rounded(grown, dtype, staging)
-            if model is not None and heldout is not None:
-                measured = tuple(_loss(model, each, list(grown.places), heldout) for each in (grown.folder, staging))
+            stored, before, after = _rounded(grown, dtype, staging), None, None
+            if model is not None and read is not None:
+                before, after = (_loss(model, each, list(grown.places), read) for each in (grown.folder, staging))
         else:
-            stored, measured = _shrunk(model, grown, shrink, heldout, staging)  # type: ignore[arg-type]
-        if measured[1] is not None:
-            stored += f" Held-out loss {measured[0]:.4f} before that and {measured[1]:.4f} after, nats per token."
+            stored, before, after = _shrunk(model, grown, shrink, read, staging)  # type: ignore[arg-type]
+        if after is not None:
+            stored += f" Held-out loss {before:.4f} before that and {after:.4f} after, nats per token."
         if base is None and not is_on_hub(grown.base[0]):
             say(f"pcgrow: the base is noted as {grown.base[0]}, which nobody else has: give its name on the Hub, base=")
         if base is not None:
             for path in staging.rglob(CONFIG_NAME):
                 held = json.loads(path.read_text()) | {"base_model_name_or_path": base, "revision": None}
                 write_whole(path, json.dumps(held, indent=2, sort_keys=True).encode())
-        known = grown.measured + (
-            f"\nThese were measured before this: {stored}\n" if grown.journal else f"\n{stored}\n"
-        )
-        card = write_card(grown, staging, known, repo)
+        when = "These were measured before this: " if grown.journal is not None else ""
+        card = write_card(grown, staging, f"{grown.measured}\n{when}{stored}\n", repo)
         files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
         sizes = {name: path.stat().st_size for name, path in files.items()}
         commit = None if dry_run else _send(repo, files, private, revision, token)
     url, oid = (None, None) if commit is None else (str(commit.commit_url), str(commit.oid))
-    return Pushed(repo, oid, url, sizes, card, stored, *measured)
+    return Pushed(repo, oid, url, sizes, card, stored, before, after)
 
 
 def _rounded(grown: Grown, dtype: str, staging: Path) -> str:
@@ -170,28 +168,34 @@ def _rounded(grown: Grown, dtype: str, staging: Path) -> str:
 
 
 def _shrunk(
-    model: nn.Module, grown: Grown, shrink: float, heldout: Any, staging: Path
-) -> tuple[str, tuple[float | None, float | None]]:
-    option = {"target": shrink} if isinstance(shrink, float) and shrink <= 1 else {"bits": shrink}
+    model: nn.Module, grown: Grown, shrink: float, read: list[Batch] | None, staging: Path
+) -> tuple[str, float | None, float | None]:
+    option: dict[str, Any] = {"target": shrink} if isinstance(shrink, float) and shrink <= 1 else {"bits": shrink}
     for place in grown.places.values():
         SealedFile.read(place)
     loaded: Any = load_grown(model, grown.folder, list(grown.places))
     try:
-        read = None if heldout is None else list(read_batches(loaded, heldout))
         before = None if read is None else losses(loaded, [read])[0]
-        reports = {name: shrink_adapter(loaded, name, **option) for name in grown.places}  # type: ignore[arg-type]
+        reports = {name: shrink_adapter(loaded, name, **option) for name in grown.places}
         after = None if read is None else losses(loaded, [read])[0]
         loaded.save_pretrained(str(staging))
     finally:
         loaded.unload()
     told = "; ".join(f"{name}: {report.form}, deltas off by {report.error:.1%}" for name, report in reports.items())
-    return f"Banks are shrunk to what they add to the base ({told}), and cannot be trained.", (before, after)
+    return f"Banks are shrunk to what they add to the base ({told}), and cannot be trained.", before, after
 
 
-def _loss(model: nn.Module, folder: Path, names: list[str], heldout: Any) -> float:
+def _read(model: nn.Module, heldout: Any) -> list[Batch]:
+    read = list(read_batches(model, heldout))
+    if not any(bool((target[:, 1:] != IGNORED).any()) for _, target, _ in read):
+        raise ValueError("heldout holds no token to predict: give texts of 2 tokens or more, or leave it out")
+    return read
+
+
+def _loss(model: nn.Module, folder: Path, names: list[str], read: list[Batch]) -> float:
     loaded: Any = load_grown(model, folder, names)
     try:
-        return losses(loaded, [list(read_batches(loaded, heldout))])[0]
+        return losses(loaded, [read])[0]
     finally:
         loaded.unload()
 

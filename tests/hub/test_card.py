@@ -57,6 +57,19 @@ def test_newborns_are_not_merged(base, tmp_path):
     assert "| 2 | - | 0, 3, 7 |" in card
 
 
+def test_the_lines_of_a_card_load_what_they_say(base, tmp_path):
+    """Several adapters, none of which a run made: run as they stand there, with the folder for its name."""
+    model = get_peft_model(base, PCGrowConfig(locus=LOCUS), adapter_name="law")
+    model.add_adapter("medicine", PCGrowConfig(locus={0: [5]}))
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter/README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    lines = lines.replace("this adapter", str(tmp_path / "adapter")).replace("its base", str(tmp_path / "base"))
+    found = {}
+    exec(lines, found)
+    assert list(found["model"].peft_config) == ["law", "medicine"]
+
+
 def test_a_base_of_the_hub(tmp_path):
     """Its name, its revision, and how both load; without a licence there is a line that asks for it."""
     get_peft_model(build(), PCGrowConfig(locus=LOCUS, revision="v2")).save_pretrained(tmp_path)
