@@ -18,6 +18,8 @@ on is marked (`Mark`, and `Top` for the last one's output), and all marks hang o
 takes the trainable parameters as inputs. The user's loss, whatever layers' outputs it reads, is differentiated by
 autograd down to the marks, which note the errors that arrive; the ground's backward comes last and settles the rest.
 The state belongs to that one forward, so two forwards before a backward are both right.
+
+Where an engine gathers sharded weights by hooks of modules, all of this is left to torch: see `checkpointed`.
 """
 
 from collections.abc import Callable, Iterable
