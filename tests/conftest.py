@@ -94,3 +94,11 @@ def seeded(request):
             yield
     finally:
         torch.set_default_device(None)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

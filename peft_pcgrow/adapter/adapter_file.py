@@ -11,6 +11,7 @@ from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.seal import KEY, SEAL_MARK, Seal
 from peft_pcgrow.adapter.sealed_layer import came
+from peft_pcgrow.architectures.sharded import whole
 from peft_pcgrow.settling.host import WRAPPED
 
 # modules that wrap others and leave no trace in a state dict
@@ -21,8 +22,8 @@ Rename = Callable[[str, str], str]
 
 
 class Closing(dict):
-    """An adapter's tensors, in which `items` first closes the seals: PEFT adds what is beside the layers, then asks
-    for the items once, to write them."""
+    """An adapter's tensors, in which `items` first gathers what is sharded and closes the seals: PEFT adds what is
+    beside the layers, then asks for the items once, to write them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], model: nn.Module, adapter: str, rename: Rename):
         super().__init__(tensors)
@@ -31,7 +32,8 @@ class Closing(dict):
     def items(self) -> ItemsView:
         layers = {tail(name): layer for name, layer in grown_layers(self.model, self.adapter).items()}
         tensors, names, others = {}, {}, {}
-        for key, tensor in super().items():
+        for key, tensor in list(super().items()):
+            self[key] = tensor = whole(tensor)
             key = self.rename(key, self.adapter)
             name, inside, rest = key.partition(".pcgrow_")
             layer = layers.get(tail(name)) if inside else None

@@ -15,8 +15,8 @@ from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.resolve import Resolved, birth, check_base, check_resolved, check_tokens, resolve
 from peft_pcgrow.architectures import experts, fingerprint
 from peft_pcgrow.architectures.find import ExpertsSite, Tree, check_in_memory, check_unhooked, find_experts
-from peft_pcgrow.architectures.plain_weight import check_whole
 from peft_pcgrow.architectures.router_capacity import check_flat
+from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.packed.quantize import left_unpacked
@@ -66,7 +66,7 @@ def prepare(config: PCGrowConfig, model: nn.Module, grown: Sequence[PCGrowExpert
     measured = _map(config)
     nodes = config.nodes or (measured.base.get("nodes") if measured is not None else None)
     tree = find_experts(model, nodes)
-    check_whole(model)
+    check_whole(model, "growing")
     check_in_memory(tree)
     check_unhooked(tree)
     base = fingerprint.describe_base(model, tree)

@@ -27,6 +27,7 @@ from peft_pcgrow.adapter.what_trains import rows_alone, what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
 from peft_pcgrow.architectures.decoder import UNPATCHED
 from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
+from peft_pcgrow.architectures.sharded import check_whole, like
 from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
 from peft_pcgrow.settling.descent import Way
 from peft_pcgrow.settling.host import in_forward_mode
@@ -234,7 +235,8 @@ class PCGrowModel(WholeSteps):
             raise RuntimeError(
                 "forward-mode derivatives do not pass settled layers: model.eval(), or PCGrowConfig(settle='backprop')"
             )
-        return next(iter(ways.values()), Way())
+        way = next(iter(ways.values()), None) or Way()
+        return replace(way, checkpoint=self._guard is not None and self._guard.sharded)
 
     def _check_loaded(self) -> None:
         """What transformers' own loader has brought is compared before it is used: it asks no tuner."""
@@ -319,6 +321,7 @@ class PCGrowModel(WholeSteps):
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Refuse before any layer has been written."""
+        check_whole(self.model, "merging")
         self._check_loaded()
         for layer in self.tuner_layers():
             check_mergeable(layer, safe_merge, layer.active_adapters if adapter_names is None else adapter_names)
@@ -338,4 +341,7 @@ class PCGrowModel(WholeSteps):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict: dict[str, Tensor]):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return adapter_file.check_file(model, adapter_name, config.verify, found, cls._remove_adapter_name_from_key)  # type: ignore
+        rename = cls._remove_adapter_name_from_key
+        found = adapter_file.check_file(model, adapter_name, config.verify, found, rename)  # type: ignore
+        places = {name: p for name, p in model.named_parameters() if name in found}
+        return {key: like(tensor, places.get(key)) for key, tensor in found.items()}

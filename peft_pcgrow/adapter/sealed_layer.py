@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter.bank import KIND
 from peft_pcgrow.adapter.birth import Birth
-from peft_pcgrow.adapter.seal import KEY, Seal, check_contents, check_facts, unsealed
+from peft_pcgrow.adapter.seal import Seal, check_contents, check_facts, unsealed
 from peft_pcgrow.architectures.host import LOADED
 
 
@@ -91,7 +91,8 @@ class SealedLayer(nn.Module):
             if isinstance(held, Tensor):
                 found[name] = held
             elif held is not None:
-                found |= {f"{name}.{key}": t for key, t in held.state_dict(keep_vars=True).items() if key != KEY}
+                # not its state dict, for which FSDP2 would take gathered weights away from a forward that needs them
+                found |= {f"{name}.{key}": t for key, t in (*held.named_parameters(), *held.named_buffers())}
         return found
 
     def check_loaded(self) -> None:

@@ -6,7 +6,7 @@ hand, by an optimizer of another kind, from copies that an optimizer holds.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.optimizer_hooks import StepWatcher, held_anywhere, moves
 from peft_pcgrow.adapter.without_rows import RowsMet
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.plain_weight import check_whole
+from peft_pcgrow.architectures.sharded import first_slice, how_sharded, is_by_fsdp2, largest, local, reshard
 from peft_pcgrow.say import ends, say
 
 # layer, expert, and what a slice of a bank is called
@@ -88,7 +88,8 @@ class TrainingGuard(StepWatcher):
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
         self.rows_met.forget()
-        self.announced = False
+        # whether fully_shard has put a part of each bank here, and gradients have yet to come of a training forward
+        self.announced = self.sharded = self.awaited = False
         self.watched: MutableMapping[Tensor, _Watched] = WeakTensorKeyDictionary()
 
     def loaded(self, *_: Any) -> None:
@@ -99,11 +100,17 @@ class TrainingGuard(StepWatcher):
     def training_forward(self) -> None:
         """Called at the start of each forward that trains."""
         if not self.announced:
-            check_whole(self.model)
+            self.sharded = is_by_fsdp2(self.model)
             self.announced = True
             say(self.summary())
+        self.awaited = self.sharded
         if any(seen.left_out for seen in self.watched.values()):
             self._report_left_out()
+
+    def is_mine(self, optimizer: Any) -> bool:
+        if self.sharded:
+            reshard(self.model)  # it holds no others
+        return super().is_mine(optimizer)
 
     def _of(self, weight: Tensor) -> _Watched:
         return self.watched.setdefault(weight, _Watched())
@@ -136,16 +143,18 @@ class TrainingGuard(StepWatcher):
             return  # a GradScaler is at work, and a fused optimizer skips this step by itself
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         banks = list(self._banks())
-        graded = [(*bank, bank[2].grad) for bank in banks if bank[2].grad is not None]
+        if self.awaited:
+            self._refuse_lost(banks, groups)
+        graded = [(*bank, local(bank[2].grad)) for bank in banks if bank[2].grad is not None]
         mine = [entry for entry in graded if id(entry[2]) in groups]
         self._refuse_nonfinite(optimizer, mine)
-        self.rows_met.before_step(mine)
+        self.rows_met.before_step(mine, self.sharded)
         for *_, weight in banks:
             self._of(weight).held |= id(weight) in groups
         # also of adapters that were switched off since the backward: their gradients are still there
         for layer, adapter, weight in self._banks(every=True):
             if weight.grad is not None and id(weight) in groups:
-                self._protect(layer, adapter, weight, weight.grad)
+                self._protect(layer, adapter, weight, local(weight.grad))
         for _, _, weight, gradient in mine:
             seen = self._of(weight)
             seen.left_out = None
@@ -156,23 +165,43 @@ class TrainingGuard(StepWatcher):
         for layer, adapter, weight, gradient in graded if len(mine) < len(graded) else ():
             seen = self._of(weight)
             if not (seen.held or seen.checked or seen.left_out):
-                places = _reached(gradient).nonzero().flatten().tolist()
-                seen.left_out = _bits(weight), [layer.node(adapter, weight, place) for place in places]
+                seen.left_out = _bits(weight), _nodes(layer, adapter, weight, _reached(gradient))
+
+    def _refuse_lost(self, banks: list[tuple[PCGrowExperts, str, nn.Parameter]], groups: Mapping[int, Any]) -> None:
+        """Raise RuntimeError if weights that train have no gradient after a training forward of a sharded model."""
+        held = {id(weight) for *_, weight in banks} & groups.keys()
+        for name, parameter in self.model.named_parameters() if held else ():
+            if not parameter.requires_grad or id(parameter) not in groups:
+                continue
+            if how_sharded(parameter) is None:
+                raise RuntimeError(
+                    f"{name} trains beside parameters that fully_shard has sharded and is none of them: processes "
+                    "would move it apart. Call fully_shard on the whole model too, without ignored_params that train"
+                )
+            if id(parameter) in held and parameter.grad is None:
+                raise RuntimeError(
+                    f"{name} has no gradient in this process after a training forward of a model that fully_shard has "
+                    "sharded: call backward() with gradients synchronized (set_requires_gradient_sync) before step()"
+                )
+        self.awaited = self.awaited and not held
 
     def _refuse_nonfinite(
         self, optimizer: torch.optim.Optimizer, graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]
     ) -> None:
         """Raise FloatingPointError for a gradient of this model that is not finite, before anything has changed."""
-        given = [(p, _dense(p.grad)) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        every = (p for group in optimizer.param_groups for p in group["params"])
+        given = [(p, local(_dense(p.grad))) for p in every if p.grad is not None]
         # the largest number of all: one pass, and the one value that a step has to wait for
-        largest = get_total_norm([gradient for _, gradient in given if gradient.numel()], math.inf)
-        if math.isfinite(float(largest)):
+        most = get_total_norm([gradient for _, gradient in given if gradient.numel()], math.inf)
+        if self.sharded and given:
+            # another process may hold what is not finite: all refuse the step
+            most = largest(most.nan_to_num(math.inf), given[0][0])
+        if math.isfinite(float(most)):
             return
         broken = {id(p) for p, gradient in given if not bool(torch.isfinite(gradient).all())}
         for layer, adapter, weight, gradient in graded:
             if id(weight) in broken:
-                places = (~torch.isfinite(_rows(gradient)).all(dim=1)).nonzero().flatten().tolist()
-                nodes = [layer.node(adapter, weight, place) for place in places]
+                nodes = _nodes(layer, adapter, weight, ~torch.isfinite(_rows(gradient)).all(dim=1))
                 whole = layer.births[adapter].pieces is None
                 listed = ", ".join(ends([node[1] for node in nodes]))
                 named = f"layer {layer.layer_index}, experts [{listed}]" if whole else _names(nodes)
@@ -180,15 +209,18 @@ class TrainingGuard(StepWatcher):
         for name, parameter in self.model.named_parameters():
             if id(parameter) in broken:
                 raise FloatingPointError(NOT_FINITE.format(name))
+        if self.sharded:
+            raise FloatingPointError(NOT_FINITE.format("what another process holds"))
 
     @torch.no_grad()
     def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
         """Before a step: take the kept-off directions out of the gradient, and note what the bank has along them."""
         if not layer.is_protected(adapter):
             return
-        stack, seen = layer.stack_of(adapter, weight), self._of(weight)
-        directions, transposed = layer.directions(adapter, stack), layer.base_layer.is_transposed
+        stack, seen, here = layer.stack_of(adapter, weight), self._of(weight), _here(weight)
+        directions, transposed = _directions(layer, adapter, weight), layer.base_layer.is_transposed
         if seen.fixed is None:
+            held = local(weight)
 
             def along(held: Tensor) -> Tensor:
                 if directions is None:
@@ -196,11 +228,11 @@ class TrainingGuard(StepWatcher):
                 return (held.mT if transposed else held) @ directions.to(weight.device, weight.dtype)
 
             # what the bank has itself: its donors may have been trained on or switched off since its birth
-            seen.fixed = along(weight)
+            seen.fixed = along(held)
             if not experts.is_packed(layer.base_layer):
                 # where they are what they were, theirs: training that is resumed goes on with the same bits
-                donors = along(layer.donors(layer.births[adapter])[stack].to(weight.device, weight.dtype))
-                rounding = 2 * torch.finfo(weight.dtype).eps * _rows(weight).norm(dim=1)
+                donors = along(layer.donors(layer.births[adapter])[stack][here].to(held.device, held.dtype))
+                rounding = 2 * torch.finfo(held.dtype).eps * _rows(held).norm(dim=1)
                 same = _rows(donors - seen.fixed).norm(dim=1) <= rounding
                 seen.fixed[same] = donors[same]
         if directions is None:
@@ -223,22 +255,22 @@ class TrainingGuard(StepWatcher):
                 continue
             if seen.fixed is not None:
                 # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
-                directions = layer.directions(adapter, layer.stack_of(adapter, weight))
+                directions, held = _directions(layer, adapter, weight), local(weight)
                 if directions is None:
-                    weight.copy_(seen.fixed)
+                    held.copy_(seen.fixed)
                 else:
-                    project_out(weight, directions, seen.fixed, layer.base_layer.is_transposed)
+                    project_out(held, directions, seen.fixed, layer.base_layer.is_transposed)
             if (start := seen.start) is not None:
                 started.append((layer, adapter, weight, seen, start, _bits(weight) == start.bits))
         checked = any(id(weight) in groups for weight, seen in self.watched.items() if seen.checked)
         some = checked or any(not bool(same.all()) for *_, same in started)
         still, waited = [], 0
         for layer, adapter, weight, seen, start, same in started:
-            here = (start.reached & same).nonzero().flatten().tolist()
-            if here and bool(same.all()) and start.waited < PATIENCE and (some or moves(groups[id(weight)]) is None):
+            stuck, turns = start.reached & same, some or moves(groups[id(weight)]) is None
+            if bool(stuck.any()) and bool(same.all()) and start.waited < PATIENCE and turns:
                 start.waited += 1  # optimizers may take banks in turns
                 continue
-            still += [layer.node(adapter, weight, place) for place in here]
+            still += _nodes(layer, adapter, weight, stuck)
             waited = max(waited, start.waited)
             seen.checked, seen.start = True, None
         if still:
@@ -260,7 +292,25 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 def _rows(bank: Tensor) -> Tensor:
-    return bank.detach().reshape(bank.shape[0], -1)
+    held = local(bank.detach())
+    return held.reshape(held.shape[0], held.shape[1:].numel())
+
+
+def _here(weight: Tensor) -> slice:
+    """The slices of a bank that this process holds."""
+    return slice(start := first_slice(weight), start + len(local(weight.detach())))
+
+
+def _directions(layer: PCGrowExperts, adapter: str, weight: nn.Parameter) -> Tensor | None:
+    """Those that are protected of the slices here."""
+    every = layer.directions(adapter, layer.stack_of(adapter, weight))
+    return None if every is None else every[_here(weight)]
+
+
+def _nodes(layer: PCGrowExperts, adapter: str, weight: nn.Parameter, marked: Tensor) -> list[Node]:
+    """The nodes of the slices here that are marked, `[G]`."""
+    start = first_slice(weight)
+    return [layer.node(adapter, weight, start + place) for place in marked.nonzero().flatten().tolist()]
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures.sharded import largest
 from peft_pcgrow.say import ends
 
 # optimizer steps without any gradient after which an adapter without rows is refused; rows are counted from the second
@@ -32,23 +33,32 @@ class RowsMet:
             self._leave(adapter)
         self.__init__()
 
-    def before_step(self, graded: Iterable[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]) -> None:
+    def before_step(
+        self, graded: Iterable[tuple[PCGrowExperts, str, nn.Parameter, Tensor]], sharded: bool = False
+    ) -> None:
         """Called with all banks that an optimizer is about to step, and their gradients.
 
+        Args:
+            sharded: whether these are parts of what several processes hold, who are all asked.
+
         Raises:
-            RuntimeError: an adapter's nodes get no rows; it names them, and who takes their rows.
+            RuntimeError: an adapter's nodes get no rows, or, if sharded, no gradient; it names them, and who takes
+                their rows.
         """
-        banks: dict[str, list[tuple[PCGrowExperts, Tensor]]] = {}
-        for layer, adapter, _, gradient in graded:
+        banks: dict[str, list[tuple[PCGrowExperts, Tensor, nn.Parameter]]] = {}
+        for layer, adapter, weight, gradient in graded:
             if adapter not in self.met:
-                banks.setdefault(adapter, []).append((layer, gradient))
+                banks.setdefault(adapter, []).append((layer, gradient, weight))
         for adapter, held in banks.items():
-            if any(bool(gradient.any()) for _, gradient in held) or self.rows.get(adapter, {}).get("computed"):
+            met = torch.tensor(any(bool(gradient.any()) for _, gradient, _ in held), dtype=torch.uint8, device="cpu")
+            if sharded:
+                met = largest(met, held[0][2])
+            if met or (not sharded and self.rows.get(adapter, {}).get("computed")):
                 self.met.add(adapter)
                 self._leave(adapter)
                 continue
             self.steps[adapter] += 1
-            layers = list(dict.fromkeys(layer for layer, _ in held))
+            layers = list(dict.fromkeys(layer for layer, *_ in held))
             if self.steps[adapter] == 1:
                 counted = self.rows[adapter] = Counter()
                 look = partial(_count, adapter, counted)
@@ -88,7 +98,9 @@ def _count(adapter: str, counted: Counter[str], layer: PCGrowExperts, args: tupl
 def _why(adapter: str, layers: list[PCGrowExperts], rows: Counter[str]) -> str:
     names = [f"{layer.layer_index}.{expert}" for layer in layers for expert in layer.grown[adapter]]
     others = [key.removeprefix("by ") for key, count in rows.most_common() if key.startswith("by ") and count]
-    if not rows["routed"]:
+    if rows["computed"]:
+        why = f"they computed {rows['computed']:,}, and no gradient came back to any of them, in no process"
+    elif not rows["routed"]:
         why = "no token is routed to their experts: grow nodes that this text reaches (error_map=)"
     elif not rows["passed"]:
         why = (
@@ -101,7 +113,8 @@ def _why(adapter: str, layers: list[PCGrowExperts], rows: Counter[str]) -> str:
             f"all of {rows['passed']:,} rows that they would take are computed by {by}, asked first: grow from a map "
             f"of the model as it is, with those active, list {adapter!r} before them, or activate it alone"
         )
+    what = "gradient" if rows["computed"] else "row"
     return (
-        f"adapter {adapter!r} trains on nothing: in its first {PATIENCE} steps not one row came to any of its "
+        f"adapter {adapter!r} trains on nothing: in its first {PATIENCE} steps not one {what} came to any of its "
         f"{len(names)} nodes ({', '.join(ends(names))}); {why}"
     )

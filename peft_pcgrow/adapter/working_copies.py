@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.adapter.bank import state_of
 from peft_pcgrow.adapter.birth import Birth
+from peft_pcgrow.architectures.host import MANAGED
 from peft_pcgrow.architectures.stack_view import ViewedExperts
 
 
@@ -51,6 +52,7 @@ class Prepared(nn.Module):
         bank, base = self.bank(adapter_name), self.base_layer
         trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in bank.values())
         elsewhere = isinstance(base, ViewedExperts) or adapter_name in self._composed or torch.compiler.is_compiling()
+        elsewhere |= getattr(self, MANAGED, False)
         own = {name: held for name, held in vars(base)["_parameters"].items() if held is not None}
         composes = self.births[adapter_name].pieces is not None
         alike = not composes and not elsewhere and all(weight.dtype == own[n].dtype for n, weight in bank.items())

@@ -17,6 +17,7 @@ from peft_pcgrow.architectures.adopted_experts import AdoptedExperts
 from peft_pcgrow.architectures.host import LOADED_IN
 from peft_pcgrow.architectures.layout import StackLayout
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
+from peft_pcgrow.architectures.sharded import whole
 from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 
@@ -147,12 +148,12 @@ def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tenso
 
 
 def read_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
-    """Copies of some pieces of each stack."""
+    """Copies of some pieces of each stack; where it is sharded, all processes must call."""
     stacks, found = expert_stacks(base), {}
     for name, held in pieces.items():
         stack = stacks[name].detach()
         if isinstance(stack, Tensor):
-            found[name] = held.read(stack)
+            found[name] = held.read(whole(stack))
         else:
             # packed: decode the experts in question only
             chosen, places = torch.unique(held.experts, return_inverse=True)

@@ -72,8 +72,11 @@ BITSANDBYTES = {"Params4bit": "bitsandbytes.nn", "Int8Params": "bitsandbytes.nn"
 QUANTIZED = ("quant_state", "state")
 # on a layer of 4 bits, that it may pack its weight anew when it evaluates, and on the weight's state, that it has
 REPACKS, REPACKED = "support_avx512bf16_for_cpu", "packing_format_for_cpu"
-# what torch makes of modules that it shards, and of tensors
-SHARDED = {"FSDPModule": "torch.distributed.fsdp", "FullyShardedDataParallel": "torch.distributed.fsdp"}
+# what torch makes of modules that it shards, in two generations, and of tensors
+FSDP1 = {"FullyShardedDataParallel": "torch.distributed.fsdp"}
+FSDP2 = {"FSDPModule": "torch.distributed.fsdp"}
+# set on every module whose weights the second gathers: these are other tensors in each forward
+MANAGED = "_is_fsdp_managed_module"
 DTENSOR = {"DTensor": "torch.distributed.tensor"}
 # set on parameters that lie in a flat one; on those that DeepSpeed partitions
 FLAT, PARTITIONED = ("_fsdp_flattened", "_is_flat_param"), "ds_id"

@@ -4,52 +4,19 @@ Banks are copies of experts' weights, maps are about gradients with respect to t
 needs the numbers themselves, whole, in a floating type of 16 bits or more.
 """
 
-import gc
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.host import BITSANDBYTES, DTENSOR, FLAT, HOOK, PARTITIONED, SHARDED, loaded
+from peft_pcgrow.architectures.host import BITSANDBYTES, HOOK, loaded
+from peft_pcgrow.architectures.sharded import how_sharded
 
 # parameters beside a stack that say how its codes are read, whatever the quantizer
 _SCALES = re.compile(r"(^|_)(scales?|scale_inv|zeros?|zero_point|qzeros|blocks|absmax|codebook|g_idx|lut)(_|$)")
 # how configs call that experts are packed (see `compress.persist`)
 PACKED_METHOD = "pcgrow"
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if parameters of a model are sharded, by themselves or by a wrapper around it."""
-    named = ((name, how_sharded(parameter)) for name, parameter in model.named_parameters())
-    found = next(((name, how) for name, how in named if how is not None), None)
-    if found is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # while they are gathered for a forward, parameters do not tell
-        sharded = _instances(loaded(SHARDED))
-        around = next((type(each).__name__ for each in sharded if model in set(each.modules())), None)
-        found = None if around is None else ("the model", f"inside of {around}")
-    if found is not None:
-        raise ValueError(
-            f"{found[0]} is {found[1]}: growing on sharded parameters is not supported yet, and would train on wrong "
-            "gradients. Keep the model whole on each process, as DDP does"
-        )
-
-
-def _instances(kinds: tuple[type, ...]) -> Iterator[Any]:
-    """All objects of these classes; others are not asked for theirs, which proxies answer by failing."""
-    return (each for each in gc.get_objects() if issubclass(type(each), kinds))
-
-
-def how_sharded(tensor: Any) -> str | None:
-    """What a tensor is a shard of, if it is one."""
-    if isinstance(tensor, loaded(DTENSOR)):
-        return "a DTensor (sharded by fully_shard, or by tensor or expert parallelism)"
-    if any(getattr(tensor, name, False) for name in FLAT):
-        return "part of a flat parameter (sharded by FullyShardedDataParallel)"
-    if hasattr(tensor, PARTITIONED):
-        return "partitioned by DeepSpeed (ZeRO-3)"
-    return None
 
 
 def why_not_plain(tensor: Any) -> str | None:

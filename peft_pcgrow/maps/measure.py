@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
 from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
+from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
@@ -135,6 +136,7 @@ def measure_errors(
     with together("measure_errors"):
         check_causal(model)
         check_gradients(model)
+        check_whole(model, "measure_errors")
         tree = find_experts(model, nodes)
         check_unhooked(tree)
         way = Way(settle, settle_depth, settle_tol)

@@ -34,6 +34,7 @@ class Way:
         depth: of `"direct"`: top layers that the error is carried through exactly; with all of them it is the sweep.
         keep: of `"sweep"`: top layers whose activations are kept from the forward, rather than computed again.
         tol: of `"relax"`: change of a layer's error, as a share of its norm, at which it has settled.
+        checkpoint: whether autograd goes through the layers, where an engine needs it to (see `checkpointed`).
 
     Raises:
         ValueError: an unknown way, a depth or a keep that is not a whole number of layers, a keep of another way than
@@ -44,6 +45,7 @@ class Way:
     depth: int = 0
     tol: float = 0.01
     keep: int = 0
+    checkpoint: bool = False
 
     def __post_init__(self):
         if self.settle not in WAYS:

@@ -18,6 +18,8 @@ on is marked (`Mark`, and `Top` for the last one's output), and all marks hang o
 takes the trainable parameters as inputs. The user's loss, whatever layers' outputs it reads, is differentiated by
 autograd down to the marks, which note the errors that arrive; the ground's backward comes last and settles the rest.
 The state belongs to that one forward, so two forwards before a backward are both right.
+
+Where an engine gathers sharded weights by hooks of modules, all of this is left to torch: see `checkpointed`.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.per_thread import PerThread
+from peft_pcgrow.settling import checkpointed
 from peft_pcgrow.settling.conditions import own_hooks
 from peft_pcgrow.settling.descent import TOP, Descent, Probe, Way
 from peft_pcgrow.settling.host import Moved, node_of, saving_hooks, set_grad_enabled
@@ -56,8 +59,9 @@ HANDED_ON = (node_of(Mark), Moved)
 
 
 class _Open(PerThread):
-    """The forward that a thread is in the middle of, if it settles."""
+    """The forward that a thread is in the middle of: how it settles, and by hand if there is a tape."""
 
+    way: Way | None = None
     tape: Tape | None = None
 
 
@@ -117,20 +121,28 @@ class LayerStack:
     def __exit__(self, *error) -> None:
         self.detach()
 
+    def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.entered is not None:
+            self.entered(index, layer, args, kwargs)
+
+    @torch.compiler.disable
+    def checkpointed(self, index: int, layer: nn.Module) -> Way | None:
+        """How to settle a layer that autograd goes through; None: by hand, or not."""
+        if is_recomputed(layer):
+            return None
+        if index == 0:
+            self._open.tape = self._open.way = None
+            way = self.begin()
+            self._open.way = way if torch.is_grad_enabled() else None
+        way = self._open.way
+        return way if way is not None and way.checkpoint else None
+
     @torch.compiler.disable
     def before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any, Tape | None]:
         """What a layer is to be called with, and the tape if it settles."""
-        if self.entered is not None:
-            self.entered(index, layer, args, kwargs)
-        if is_recomputed(layer):
-            return args, kwargs, None
-        if index == 0:
-            self._open.tape = None
-            way = self.begin()
-            settling = way is not None and torch.is_grad_enabled()
-        else:
-            way, settling = None, self._open.tape is not None
-        if not settling:
+        self.enter(index, layer, args, kwargs)
+        way = self._open.way if index == 0 else None
+        if is_recomputed(layer) or (way is None and self._open.tape is None):
             return args, kwargs, None
         args, kwargs = by_name(layer, args, kwargs)
         if args:
@@ -295,6 +307,10 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
     if not stack.attached:
         return forward(*args, **kwargs)
     enabled, ran = torch.is_grad_enabled(), False
+    if (way := stack.checkpointed(index, layer)) is not None:  # type: ignore
+        around = partial(stack.enter, index, layer), partial(stack.close, index)
+        keeps = partial(stack.keeps, index)
+        return checkpointed.run(way, (index, len(stack.layers)), layer, forward, around, keeps, args, kwargs)
     try:
         args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
         if tape is not None:

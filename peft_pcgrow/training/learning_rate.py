@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
 from peft_pcgrow.maps.distributed import gathered, together
 from peft_pcgrow.training.muon import banks_of, update_of
@@ -66,6 +67,7 @@ def find_lr(
     with together("find_lr"):
         check_causal(model)
         check_gradients(model)
+        check_whole(model, "find_lr")
         banks = banks_of(model)
         with _put_back(model, banks) as starts:
             read = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pcgrow_kernels.orthogonalize import orthogonalize, orthogonalize_, working_dtype
+from peft_pcgrow.architectures.sharded import local
 from peft_pcgrow.training.host import foreach_add_, foreach_lerp_, foreach_mul_
 
 # numbers that are orthogonalised at once, or one matrix: with those of the iteration, 256 MiB on a GPU (512 on a CPU)
@@ -45,6 +46,7 @@ class Muon(torch.optim.Optimizer):
     Groups with `orthogonal=True` hold parameters `[..., O, I]`: momentum, then each matrix's update is orthogonalised
     and scaled by `sqrt(max(1, O / I))` (Jordan et al. 2024, see the module); those of one shape are one batch. The
     other groups are stepped as `torch.optim.AdamW` does. An expert whose gradient has been zero so far does not move.
+    Of stacks that `fully_shard` has split along their first axis, each process steps the matrices that it holds.
 
     Args:
         params (iterable): parameters, or groups of them as dicts; a group may set any of the following.
@@ -116,23 +118,25 @@ class Muon(torch.optim.Optimizer):
                 self._adam(params, group)
                 continue
             if group["weight_decay"] and params:
-                foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
             self._orthogonal(params, group)
         return loss
 
     def _orthogonal(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        gradients, momenta = [p.grad for p in params if p.grad is not None], []
+        weights, gradients, momenta = [], [], []
         for p in params:
             state = self.state[p]
             if not state:
+                _check_matrices_whole(p)
                 state["momentum"] = torch.zeros_like(p)
-            momenta.append(state["momentum"])
+            for found, tensor in zip((weights, gradients, momenta), (p, p.grad, state["momentum"]), strict=True):
+                found.append(local(tensor))
         if params:
             foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         waiting: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for p, *others in zip(params, gradients, momenta, strict=True):
-            for matrices in zip(*map(_matrices, (p, *others)), strict=True):
-                key = matrices[0].shape[1:], p.device, p.dtype
+        for stacks in zip(weights, gradients, momenta, strict=True):
+            for matrices in zip(*map(_matrices, stacks), strict=True) if stacks[0].numel() else ():
+                key = matrices[0].shape[1:], stacks[0].device, stacks[0].dtype
                 held = waiting.setdefault(key, [])
                 if held and sum(len(each[0]) for each in (*held, matrices)) * key[0].numel() > AT_ONCE:
                     self._move(held, group)
@@ -160,11 +164,11 @@ class Muon(torch.optim.Optimizer):
                 zeros = torch.zeros_like(p), torch.zeros_like(p)
                 self.state[p] |= {"step": torch.zeros((), device="cpu"), "mean": zeros[0], "square": zeros[1]}
         states = [self.state[p] for p in params]
-        means, squares, steps = ([state[name] for state in states] for name in ("mean", "square", "step"))
+        means, squares, steps = ([local(state[name]) for state in states] for name in ("mean", "square", "step"))
         first, second = group["betas"]
         adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
+            [local(p) for p in params],
+            [local(p.grad) for p in params if p.grad is not None],
             means,
             squares,
             [],
@@ -177,6 +181,15 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+        )
+
+
+def _check_matrices_whole(stack: Any) -> None:
+    """Raise ValueError if matrices of a stack `[..., O, I]` are split between processes."""
+    if any(placed.is_shard() and placed.dim >= stack.dim() - 2 for placed in getattr(stack, "placements", ())):
+        raise ValueError(
+            f"Muon orthogonalises whole matrices, and those of a parameter of shape {tuple(stack.shape)} are split "
+            f"between processes ({stack.placements}): put it into a group with orthogonal=False"
         )
 
 

@@ -8,7 +8,6 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import FineGrainedFP8Config, Mxfp4Config
@@ -131,13 +130,6 @@ def test_refused_by_name(base, way):
     assert [type(module) for module in model.modules()] == kinds
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @every_way
 def test_sharded_experts(way, one_process):
     model, mesh = build(), init_device_mesh("cpu", (1,))
@@ -145,44 +137,6 @@ def test_sharded_experts(way, one_process):
     experts.gate_up_proj = nn.Parameter(distribute_tensor(experts.gate_up_proj.detach(), mesh))
     with pytest.raises(ValueError, match=r"layers.0.mlp.experts.*gate_up_proj is a DTensor \(sharded by fully_shard"):
         WAYS_IN[way](model)
-
-
-def test_other_sharded_parameters(one_process):
-    """As tensor parallelism makes them."""
-    model, mesh = build(), init_device_mesh("cpu", (1,))
-    attention = model.model.layers[0].self_attn
-    attention.q_proj.weight = nn.Parameter(distribute_tensor(attention.q_proj.weight.detach(), mesh))
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight is a DTensor.*not supported yet.*whole on"):
-        grown_on(model)
-
-
-def by_layers(model: nn.Module) -> nn.Module:
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-SHARDINGS = {
-    "fully_shard, the model": fully_shard,
-    "fully_shard, its layers": by_layers,
-    "fully_shard, inside": lambda model: (fully_shard(model.get_base_model()), model)[1],
-    "FSDP": lambda model: FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("settle", ["sweep", "backprop"])
-@pytest.mark.parametrize("how", SHARDINGS)
-def test_sharded_after_wrapping(how, settle, one_process):
-    """At the first training forward, and again at the next: fully_shard would give gradients of zero."""
-    model = SHARDINGS[how](grown_on(build(), settle=settle)).train()
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"growing on sharded parameters is not supported yet"):
-            model(input_ids=tokens(), labels=tokens())
-    plain = grown_on(build(), settle=settle).train()  # another model of this process is whole
-    plain(input_ids=tokens(), labels=tokens()).loss.backward()
-    assert all(bool(p.grad.any()) for p in plain.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow
