@@ -240,7 +240,10 @@ def refused() -> dict[str, str]:
     matrix = fully_shard(nn.Linear(4, 4))
     matrix(torch.ones(1, 4)).sum().backward()
     muon = Muon([matrix.weight])
+    early = grow()
+    optimizer = create_pcgrow_optimizer(early, lr=0.02)
     return {
+        "optimizer before": said(lambda: step(sharded(early), optimizer, 0)),
         "map": said(lambda: measure_errors(model, text, progress=False)),
         "find_lr": said(lambda: find_lr(model, text)),
         "merge": said(model.merge_adapter),

@@ -18,7 +18,7 @@ def run(script: Path, folder: Path, **environment: str) -> list[dict]:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     each = [{**meeting, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     running = [fresh.Program(script, folder, environment=variables) for variables in each]
-    done = [program.done() for program in running]
+    done = [program.done(1200) for program in running]
     for process in done:
         assert process.returncode == 0, process.stderr[-4000:]
     found = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]

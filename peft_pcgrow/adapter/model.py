@@ -162,6 +162,7 @@ class PCGrowModel(WholeSteps):
             self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
         assert self._guard is not None
         self._guard.rearm()
+        self._guard.note_banks()
         self._unchecked = {name: id(p) for name, p in adapter_file.base_parameters(model)}
 
     @contextmanager

@@ -6,7 +6,8 @@ hand, by an optimizer of another kind, from copies that an optimizer holds.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -70,6 +71,9 @@ class TrainingGuard(StepWatcher):
         summary: gives the line said when training starts.
     """
 
+    # the banks' parameters as they were made
+    made: Sequence["weakref.ref[nn.Parameter]"] = ()
+
     def __init__(self, model: nn.Module, layers: Callable[[], list[PCGrowExperts]], summary: Callable[[], str]):
         self.model, self.layers, self.summary = model, layers, summary
         self.rows_met = RowsMet()
@@ -92,6 +96,10 @@ class TrainingGuard(StepWatcher):
         self.announced = self.sharded = self.awaited = False
         self.watched: MutableMapping[Tensor, _Watched] = WeakTensorKeyDictionary()
 
+    def note_banks(self) -> None:
+        """Called when an adapter was made, before its banks can have been sharded."""
+        self.made = [weakref.ref(weight) for *_, weight in self._banks(every=True)]
+
     def loaded(self, *_: Any) -> None:
         """Called after weights were loaded: they hold what is to stay from then on."""
         for seen in self.watched.values():
@@ -101,6 +109,11 @@ class TrainingGuard(StepWatcher):
         """Called at the start of each forward that trains."""
         if not self.announced:
             self.sharded = is_by_fsdp2(self.model)
+            if self.sharded and {id(weight()) for weight in self.made} & held_anywhere():
+                raise RuntimeError(
+                    "an optimizer holds the banks as they were before fully_shard made others of them, and would train "
+                    "nothing: create it afterwards, or give Accelerator.prepare both the model and the optimizer"
+                )
             self.announced = True
             say(self.summary())
         self.awaited = self.sharded

@@ -126,6 +126,7 @@ BROKEN = {
     "outside": r"lm_head.modules_to_save.default.weight trains beside parameters that fully_shard.*fully_shard on",
 }
 REFUSED = {
+    "optimizer before": r"an optimizer holds the banks as they were before fully_shard.*create it afterwards",
     "map": r"measure_errors needs its weights whole.*before the model is sharded",
     "find_lr": r"find_lr needs its weights whole.*before the model is sharded",
     "merge": r"merging needs its weights whole",
