@@ -82,7 +82,8 @@ def _finite(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
-def _positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """ValueError, with the name, unless a value is a finite number above 0."""
     _finite(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be above 0, got {value!r}")
@@ -119,6 +120,10 @@ def _config(name: str, value: Any) -> None:
 
 def _trainer(name: str, value: Any) -> None:
     _options(name, value, TrainingArguments, OURS)
+    try:
+        TrainingArguments(output_dir="nothing is written", **value)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _options(name: str, given: Any, kind: Any, ours: Mapping[str, str]) -> None:
@@ -143,9 +148,9 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "batch_size": _whole("windows"),
     # on fewer no gates can be fitted
     "map_windows": _whole("windows", 4),
-    "epochs": _positive,
+    "epochs": check_positive,
     "max_steps": _or_none(_whole("steps")),
-    "lr": _or_none(_positive),
+    "lr": _or_none(check_positive),
     "max_forgetting": _or_none(_finite),
     # what numpy takes
     "seed": _whole("a seed", 0, 2**32 - 1),

@@ -2,7 +2,7 @@
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,12 +20,9 @@ SWITCHES = ("training", "gradient_checkpointing")
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters grow on a base, and train. Afterwards random numbers, `config.use_cache`, gradient checkpointing
-    and what is in training mode are as before; after an exception the adapters are gone, too, wherever it came.
-    Parameters train as before unless adapters are left.
-
-    Args:
-        model: without adapters.
+    """Inside, adapters grow on a model, and train. Afterwards random numbers, `config.use_cache`, gradient
+    checkpointing and what is in training mode are as before; after an exception new adapters are gone, too, wherever it
+    came, and earlier ones active as they were. Parameters train as before unless new adapters are left.
     """
     state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     python, array = random.getstate(), np.random.get_state()
@@ -36,6 +33,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     hooked = _hooked(model)
+    earlier, active = adapters_of(model), list(getattr(model, "active_adapters", ())) if adapters_of(model) else []
 
     def put_back() -> None:
         torch.set_rng_state(state)
@@ -49,7 +47,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             for name in SWITCHES:
                 vars(module).pop(name, None)
             vars(module).update(held)
-        grown = hasattr(model, "peft_config")
+        grown = adapters_of(model) != earlier
         for p, flag in trains if not grown else ():
             p.requires_grad_(flag)
         if _hooked(model) and not hooked and not (grown and getattr(model, "is_gradient_checkpointing", False)):
@@ -58,10 +56,23 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        completed(lambda: _unload(model))
+        completed(lambda: take_back(model, earlier, active) if earlier else _unload(model))
         raise
     finally:
         completed(put_back)
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """All that a model carries, active or not."""
+    return list(getattr(model, "peft_config", ()))
+
+
+def take_back(model: nn.Module, earlier: Sequence[str], active: Sequence[str]) -> None:
+    """Delete adapters but earlier ones, and make some of these active, of which none trains."""
+    for name in [name for name in adapters_of(model) if name not in earlier]:
+        model.delete_adapter(name)  # type: ignore[operator]
+    model.base_model.set_adapter(list(active))  # type: ignore[operator,union-attr]
+    model.requires_grad_(False)
 
 
 def _hooked(model: nn.Module) -> bool:

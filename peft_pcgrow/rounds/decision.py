@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from peft_pcgrow.files import write_whole
 from peft_pcgrow.locate.budget import choose, leading, located
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps.error_map import ErrorMap
+from peft_pcgrow.rounds.arguments import check_positive
 
 GROWTHS = ("deepen", "spawn", "auto", "stop")
-# of retain inputs' energy that updates are kept off, once newborns without that forgot too much at every gate
+# of retain inputs' energy that updates are kept off: at equal forgetting that gains more than gates alone
 PROTECT = 0.8
 # where nothing more is to be done; "unlearned" text has something to learn everywhere
 NOTHING = ("covered", "memorised")
@@ -101,20 +101,13 @@ def _read(given: dict[str, Any]) -> dict[str, Any]:
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number above 0")
     if given.get("lr") is not None:
-        given["lr"] = positive(given["lr"], "lr")
+        check_positive("lr", given["lr"])
     if "gate_fpr" in given:
         check_rate(given["gate_fpr"])
     check_share("protect", given.get("protect", 0.0), "[0, 1)")
     if not isinstance(given.get("locus", {}), dict):
         raise ValueError(f"locus={given['locus']!r} must be a mapping, layer -> experts")
     return given | {"locus": Locus(given.get("locus", {})).to_json()}
-
-
-def positive(value: Any, name: str = "it") -> float:
-    """`value`, if it is a finite number above 0; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number above 0")
-    return float(value)
 
 
 def note_decision(decision: RoundDecision, folder: Path) -> None:
@@ -179,9 +172,3 @@ def decide_round(
         concentrated = found.verdict == "concentrated" and not again
         growth, why = ("auto" if concentrated else "spawn"), share
     return RoundDecision(growth, why, found.verdict, numbers, locus.to_json(), gate_fpr, protect)
-
-
-def protected(decision: RoundDecision) -> RoundDecision:
-    """The same round once more, with updates kept off what the retain text needs."""
-    why = "the same nodes once more, kept off the retain text's directions, which forgot too much without"
-    return replace(decision, protect=PROTECT, why=why)

@@ -16,9 +16,9 @@ from peft_pcgrow.maps.batches import check_causal
 from peft_pcgrow.maps.resume import weights_in_use
 from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.rounds.arguments import check_arguments, plain_form
-from peft_pcgrow.rounds.as_it_was import as_it_was, at_rest
+from peft_pcgrow.rounds.as_it_was import adapters_of, as_it_was, at_rest
 from peft_pcgrow.rounds.journal import ADAPTER, RETAIN, Journal, alone, check_folder, open_journal
-from peft_pcgrow.rounds.load import load_grown
+from peft_pcgrow.rounds.load import check_grown, load_grown
 from peft_pcgrow.rounds.one_round import Settings, losses_of, run_round
 from peft_pcgrow.rounds.result import GrowthResult
 from peft_pcgrow.rounds.run_card import measured_by
@@ -50,7 +50,7 @@ def grow(
     epochs: float = 4.0,
     max_steps: int | None = None,
     lr: float | None = None,
-    gate_fpr: float = 0.1,
+    gate_fpr: float = 0.03,
     map_windows: int = 192,
     curriculum: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -63,15 +63,16 @@ def grow(
 
     Each round measures the error map of the model as it is, decides (see `decide_round`), grows newborns or deepens
     experts, trains them in a transformers `Trainer` until the held-out loss no longer falls, and looks at all losses.
-    Newborns' gates are then set as strict as `max_forgetting` needs; where no rate will do, the round is taken back and
-    tried once more with its updates kept off the retain text's directions. It ends when the domain is covered or
-    memorised, when a round brings too little, or after `rounds`. What was decided is in `output_dir`
-    (`rounds/N/decision.json`): copied, edited, into a new folder, it is followed there. The same call on the same
-    folder goes on with a run that was interrupted anywhere, to the same result. After an exception the model is the
-    base as it was given, without adapters; random numbers are as before either way.
+    Newborns' gates are then set as open as `max_forgetting` allows; where no rate will do, the round is taken back. It
+    ends when the domain is covered or memorised, when a round brings too little or forgets too much, or after `rounds`.
+    What was decided is in `output_dir` (`rounds/N/decision.json`): copied, edited, into a new folder, it is followed
+    there. The same call on the same folder goes on with a run that was interrupted anywhere, to the same result (on the
+    same class of machine and as many threads). After an exception the model is as it was given, but that experts which
+    `base_quantization` has packed stay packed; random numbers are as before either way.
 
     Args:
-        model: a transformers causal LM with experts, or a dense one, whose MLPs grow; without adapters.
+        model: a transformers causal LM with experts, or a dense one, whose MLPs grow; without adapters, or with those
+            of earlier runs (see `load_grown`), which stay active and as they are.
         train_on: the domain's text, as for `measure_errors`: strings with `tokenizer`, token ids, a data set.
         output_dir: folder of the run; new, or a run's to go on with.
         heldout: text of the domain that is not trained on; None: one window in ten is kept apart.
@@ -99,7 +100,7 @@ def grow(
         The grown model, of which nothing trains, and what each round did.
 
     Raises:
-        TypeError: no causal LM, one with adapters, or an option that the loop decides itself or does not know.
+        TypeError: no causal LM, one with other adapters, or an option that the loop decides itself or does not know.
         ValueError: too little text, held-out or retain text that is the domain's, a number out of its range, or a
             folder with a run of other arguments.
         FileExistsError: a folder that holds something else. RuntimeError: another process is running there.
@@ -120,12 +121,8 @@ def grow(
     # JSON knows no numbers of numpy's
     read = {name: plain_form(value) for name, value in given.items()}
     check_causal(model)
-    if hasattr(model, "peft_config"):
-        raise TypeError(
-            "the model has adapters already: give the base; a run goes on when its folder is given again. For a second "
-            'domain add an adapter by hand (see examples/guides/spawn.md, "Grow again"), or make these part of the '
-            "base with export_flat"
-        )
+    check_grown(model)
+    earlier = adapters_of(model)
     if max_forgetting is not None and retain is None:
         raise ValueError(f"max_forgetting={max_forgetting} is about retain text: give retain=, or 'self'")
     itself = isinstance(retain, str)
@@ -148,6 +145,7 @@ def grow(
         settings = Settings(
             **{name: read[name] for name in SETTINGS}, most_forgetting=limit, config=config,
             trainer={**trainer, "seed": read["seed"]}, callbacks=tuple(callbacks),
+            rounds_before=max([1 if name == "default" else int(name[6:]) for name in earlier], default=0),
         )  # fmt: skip
         if not journal.before:
             journal.before = losses_of(model, texts, batch_size)

@@ -8,8 +8,13 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME as CONFIG
 from torch import nn
 
+from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.adapter.model_card import adapters_in
 from peft_pcgrow.hub_access import fetched, is_on_hub
+from peft_pcgrow.rounds.as_it_was import adapters_of
+
+# names of the adapters of a run
+ROUNDS = re.compile(r"default|round-\d+")
 
 
 def load_grown(
@@ -21,15 +26,15 @@ def load_grown(
     ones, and need these beside them.
 
     Args:
-        model: the base, without adapters.
+        model: the base, without adapters, or with those of the run that this one went on from.
         folder: `adapter` of a run, or a repository of the Hub that it was pushed to, such as "me/olmoe-medicine".
         names: those of some rounds, the first that was grown first; None: all.
         revision: of the repository: a branch, a tag, or a commit's hash.
 
     Raises:
         FileNotFoundError: no adapter in the folder, or not that one, or no such repository. TypeError: a model with
-            adapters. ValueError: names=[], or revision= of a folder. PermissionError, ConnectionError: the Hub does not
-            show it, or is not reached.
+            other adapters. ValueError: names=[], an adapter that the model has already, or revision= of a folder.
+            PermissionError, ConnectionError: the Hub does not show it, or is not reached.
 
     Example:
         >>> import copy
@@ -39,8 +44,8 @@ def load_grown(
         >>> list(load_grown(base, folder / "run" / "adapter").peft_config)
         ['default']
     """
-    if hasattr(model, "peft_config"):
-        raise TypeError("the model has adapters already: give the base that they were grown on")
+    check_grown(model)
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     root = Path(folder)
     if not root.exists() and is_on_hub(str(folder)):
         root = fetched(str(folder), revision)
@@ -55,16 +60,31 @@ def load_grown(
     for name, place in places.items():
         if not (place / CONFIG).is_file():
             raise FileNotFoundError(f"{place} has no {CONFIG}, so there is no adapter {name!r}: give those of the run")
-    for number, (name, place) in enumerate(places.items()):
-        if number == 0:
+    if again := [name for name in places if name in adapters_of(model)]:
+        raise ValueError(f"the model has an adapter {again[0]!r} already: give the base that these were grown on")
+    for name, place in places.items():
+        if not isinstance(model, PeftModel):
             model = PeftModel.from_pretrained(model, str(place), adapter_name=name)  # type: ignore[arg-type]
         else:
             model.load_adapter(str(place), adapter_name=name)  # type: ignore[operator]
-    if len(places) > 1:
-        model.base_model.set_adapter(list(places)[::-1])  # type: ignore[operator,union-attr]
+        # one after the other: each is asked for the rows of those before it
+        active = [name, *active]
+    if len(active) > 1:
+        model.base_model.set_adapter(active)  # type: ignore[operator,union-attr]
     return model.requires_grad_(False)
 
 
 def rounds_in(root: Path) -> dict[str, Path]:
     """Folders of the adapters of a run's rounds, by name, in their order."""
-    return {n: place for n, place in adapters_in(root).items() if n == "default" or re.fullmatch(r"round-\d+", n)}
+    return {name: place for name, place in adapters_in(root).items() if ROUNDS.fullmatch(name)}
+
+
+def check_grown(model: nn.Module) -> None:
+    """TypeError if a model has adapters that are no run's."""
+    names = adapters_of(model)
+    ours = isinstance(getattr(model, "base_model", None), PCGrowModel)
+    if names and not (ours and all(ROUNDS.fullmatch(name) for name in names)):
+        raise TypeError(
+            f"the model has adapters {', '.join(map(repr, names))} that no run of grow made: give the base, or "
+            'load_grown(base, "RUN/adapter") to go on from a run'
+        )

@@ -15,29 +15,29 @@ from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.files import write_whole
+from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.batches import losses, read_batches
 from peft_pcgrow.maps.corpus import Text
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
-from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision, positive, protected
+from peft_pcgrow.rounds.arguments import check_positive
+from peft_pcgrow.rounds.as_it_was import adapters_of, take_back
+from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision
 from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round
-from peft_pcgrow.rounds.texts import Texts, in_batches, spread
+from peft_pcgrow.rounds.texts import Texts, drawn, in_batches
 from peft_pcgrow.rounds.train import best_of, steps_of, train
 from peft_pcgrow.say import say
 from peft_pcgrow.settings import number
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
 
-# gates are set stricter in these steps, on retain text that they were not fitted on
-RATES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 # a round that lowers the held-out loss by less than this share of it has found nothing more to learn
 LEAST_GAIN = 0.005
 # looks at the held-out text, in one pass over the corpus
 LOOKS = 4
 # batches that the learning rate is searched on
 SEARCHED = 4
-FORGOT = "forgot too much"
 # what is said where nothing can grow, by `locate.decide` and by `find_lr`
 NO_MORE = (
     "located nodes can grow at gate_fpr",
@@ -48,7 +48,8 @@ NO_MORE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of `grow`, read. most_forgetting: None without retain text."""
+    """Arguments of `grow`, read. most_forgetting: None without retain text. rounds_before: number of the last one of
+    the run that is gone on from; 0: there is none."""
 
     budget: float
     batch_size: int
@@ -63,6 +64,7 @@ class Settings:
     trainer: dict[str, Any]
     callbacks: tuple[Any, ...]
     progress: bool
+    rounds_before: int
 
 
 def losses_of(model: nn.Module, texts: Texts, batch_size: int, *names: str) -> dict[str, float]:
@@ -82,14 +84,14 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     turn = len(journal.rounds) + 1
     folder = journal.at(turn)
     seconds: dict[str, float] = {}
-    decision, emap = _decided(model, texts, settings, journal, folder, seconds)
+    decision, emap = _decided(model, texts, settings, folder, seconds)
     say(f"pcgrow: round {turn}: {decision}")
     if decision.growth == "stop":
         return _ended(journal, decision.why, model)
-    name = "default" if not journal.kept else f"round-{turn}"
+    earlier = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    name = f"round-{settings.rounds_before + turn}" if earlier else "default"
     before = journal.kept[-1].heldout if journal.kept else journal.before["heldout"]
     config = _config(emap, decision, settings)
-    earlier = list(model.active_adapters) if isinstance(model, PeftModel) else []
     grown = model
     # what LoRA beside the experts starts from
     torch.manual_seed(settings.trainer["seed"] + turn)
@@ -105,21 +107,19 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
         looks = _trained(grown, texts, decision, lr, settings, folder)
     with _timed(seconds, "looking"):
         rate, after = _as_strict_as_needed(grown, name, config, texts, settings, journal.before)
-    forgot = (
-        settings.most_forgetting is not None and after["retain"] - journal.before["retain"] > settings.most_forgetting
-    )
+    rose = 0.0 if settings.most_forgetting is None else after["retain"] - journal.before["retain"]
+    forgot = settings.most_forgetting is not None and rose > settings.most_forgetting
     gain = before - after["heldout"]
-    useless = gain < LEAST_GAIN * before
-    if kept := not forgot and not useless:
-        grown.save_pretrained(str(journal.folder / ADAPTER), selected_adapters=[name])
-        outcome = f"held-out loss fell by {gain:.3f}"
-    elif forgot:
+    outcome = f"held-out loss fell by {gain:.3f}"
+    if forgot:
         outcome = (
-            f"{FORGOT}: the retain text's loss rose by {after['retain'] - journal.before['retain']:.3f}, more than "
-            f"{settings.most_forgetting:g}, at the strictest gate"
+            f"forgot too much: the retain text's loss rose by {rose:.3f}, more than {settings.most_forgetting:g}, at "
+            "the strictest gate: give more retain text, or config= a higher protect"
         )
-    else:
-        outcome = f"held-out loss fell by {gain:.3f}, less than {LEAST_GAIN:.1%} of it"
+    elif gain < LEAST_GAIN * before:
+        outcome += f", less than {LEAST_GAIN:.1%} of it"
+    if kept := not forgot and gain >= LEAST_GAIN * before:
+        grown.save_pretrained(str(journal.folder / ADAPTER), selected_adapters=[name])
     done = Round(
         turn, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
         lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
@@ -127,7 +127,7 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     )  # fmt: skip
     result = grown if kept else _taken_back(grown, name, earlier)
     journal.rounds.append(done)
-    journal.ended = "" if kept or (forgot and decision.growth != "deepen" and decision.protect < PROTECT) else outcome
+    journal.ended = "" if kept else outcome
     journal.save()
     shutil.rmtree(folder / "training", ignore_errors=True)
     say(f"pcgrow: round {turn}: {'kept' if kept else 'taken back'}: {outcome}")
@@ -141,39 +141,34 @@ def _ended(journal: Journal, why: str, model: nn.Module) -> nn.Module:
 
 
 def _decided(
-    model: nn.Module, texts: Texts, settings: Settings, journal: Journal, folder: Path, seconds: dict[str, float]
+    model: nn.Module, texts: Texts, settings: Settings, folder: Path, seconds: dict[str, float]
 ) -> tuple[RoundDecision, ErrorMap]:
     """What the round does, and the map that it rests on; both are read where they are there already."""
-    last = journal.rounds[-1] if journal.rounds else None
-    # after a round that was taken back the model is the one that was measured
-    again = last is not None and not last.kept
-    place = journal.at(last.number) if again and last is not None else folder
     with _timed(seconds, "measuring"):
-        emap = _measured(model, texts, settings, place)
+        emap = _measured(model, texts, settings, folder)
     path = folder / "decision.json"
-    if path.exists():
-        return RoundDecision.load(path), emap
-    if again and last is not None:
-        decision = protected(RoundDecision.load(place / "decision.json"))
-    else:
-        grown = [RoundDecision.load(journal.at(done.number) / "decision.json") for done in journal.kept]
-        deepened: dict[str, set[int]] = {}
-        for held in grown:
-            for layer, experts in held.locus.items() if held.growth == "deepen" else ():
-                deepened.setdefault(layer, set()).update(experts)
+    if not path.exists():
         decision = decide_round(
             emap,
             settings.budget,
-            {layer: sorted(experts) for layer, experts in deepened.items()},
+            _deepened(model),
             settings.gate_fpr,
-            number(settings.config.get("protect", 0.0)),
-            bool(journal.kept),
+            number(settings.config.get("protect", PROTECT if texts.fit else 0.0)),
+            isinstance(model, PeftModel),
         )
         total, every = steps_of(len(texts.train), settings.batch_size, settings.epochs, LOOKS, settings.max_steps)
-        decision = replace(decision, lr=settings.lr, max_steps=total, every=every)
-    decision.save(path)
+        replace(decision, lr=settings.lr, max_steps=total, every=every).save(path)
     # as whoever goes on reads it
     return RoundDecision.load(path), emap
+
+
+def _deepened(model: nn.Module) -> dict[str, list[int]]:
+    """Experts that adapters deepen already, layer -> experts."""
+    found: dict[str, list[int]] = {}
+    for layer in model.base_model.tuner_layers() if isinstance(model, PeftModel) else ():
+        for birth in layer.births.values():
+            found.setdefault(str(layer.layer_index), []).extend(set(birth.grown) - set(birth.spawned))
+    return found
 
 
 def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) -> ErrorMap:
@@ -182,9 +177,9 @@ def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) 
     count, size = settings.map_windows, settings.batch_size
     emap = measure_errors(
         model,
-        in_batches(spread(texts.train, count), size),
-        heldout=in_batches(spread(texts.heldout, count), size),
-        retain=in_batches(spread(texts.fit, count), size) if texts.fit else None,
+        in_batches(drawn(texts.train, count), size),
+        heldout=in_batches(drawn(texts.heldout, count), size),
+        retain=in_batches(drawn(texts.fit, count), size) if texts.fit else None,
         checkpoint=folder / "measuring",
         progress=settings.progress,
     )
@@ -207,26 +202,22 @@ def _with_adapter(model: nn.Module, config: PCGrowConfig, name: str, earlier: li
         return get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type,return-value]
     model.add_adapter(name, config)
     # first: a Trainer takes the first active adapter for the one that it trains
-    activate(model, [name, *earlier])
+    model.base_model.set_adapter([name, *earlier])  # type: ignore[operator]
+    if earlier:
+        model.set_requires_grad(earlier, False)
     return model
-
-
-def activate(model: PeftModel, names: list[str]) -> None:
-    """Make adapters active, of which only the first trains."""
-    model.base_model.set_adapter(names)  # type: ignore[operator]
-    if names[1:]:
-        model.set_requires_grad(names[1:], False)
 
 
 def _found_rate(model: PeftModel, texts: Texts, settings: Settings, folder: Path) -> float:
     path = folder / "rate.json"
     if not path.exists():
-        some = spread(texts.train, SEARCHED * settings.batch_size)
+        some = drawn(texts.train, SEARCHED * settings.batch_size)
         # a step on some batches, a look at others
         size = min(settings.batch_size, len(some) // 2)
         write_whole(path, json.dumps(find_lr(model, in_batches(some, size))).encode())
     try:
-        return positive(json.loads(path.read_text()))
+        check_positive("it", found := json.loads(path.read_text()))
+        return found
     except ValueError as error:
         raise ValueError(f"{path} holds no learning rate ({error}): delete it to have one found anew") from None
 
@@ -253,16 +244,21 @@ def _as_strict_as_needed(
     after = losses_of(model, texts, settings.batch_size)
     if not config.spawned or settings.most_forgetting is None:
         return None, after
-    rate = open_to = config.gate_fpr
-    for stricter in (each for each in RATES if each < open_to):
-        if after["retain"] - before["retain"] <= settings.most_forgetting:
-            break
-        rate = stricter
-        model.set_gate_fpr(rate, name)  # type: ignore[operator]
-        after |= losses_of(model, texts, settings.batch_size, "retain")
-    if rate != open_to:
-        after |= losses_of(model, texts, settings.batch_size, "heldout")
-    return rate, after
+    rates = [rate for rate in RATES if rate < config.gate_fpr]
+    if after["retain"] - before["retain"] <= settings.most_forgetting or not rates:
+        return config.gate_fpr, after
+    # the stricter, the less is forgotten: halve the rates that are left
+    tried: dict[float, float] = {}
+    first, spares = 0, len(rates)
+    while first < spares:
+        middle = (first + spares) // 2
+        model.set_gate_fpr(rates[middle], name)  # type: ignore[operator]
+        tried[rates[middle]] = losses_of(model, texts, settings.batch_size, "retain")["retain"]
+        good = tried[rates[middle]] - before["retain"] <= settings.most_forgetting
+        first, spares = (first, middle) if good else (middle + 1, spares)
+    rate = rates[min(spares, len(rates) - 1)]
+    model.set_gate_fpr(rate, name)  # type: ignore[operator]
+    return rate, {**losses_of(model, texts, settings.batch_size, "heldout"), "retain": tried[rate]}
 
 
 def _taken_back(model: nn.Module, name: str, earlier: list[str]) -> nn.Module:
@@ -271,9 +267,7 @@ def _taken_back(model: nn.Module, name: str, earlier: list[str]) -> nn.Module:
         return model
     if not earlier:
         return model.unload()  # type: ignore[operator,return-value]
-    if name in model.peft_config:
-        model.delete_adapter(name)
-    activate(model, earlier)
+    take_back(model, [each for each in adapters_of(model) if each != name], earlier)
     return model
 
 

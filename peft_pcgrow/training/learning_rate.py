@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
@@ -41,8 +40,10 @@ def find_lr(
     lowers the loss most.
 
     The update is that of half of the batches, the loss that of the others; weights, gradients, mode and random numbers
-    are left as they were. Costs a training step on one half and 5 to 15 forwards of the other. Under torch.distributed
-    each process searches with its own batches, and all get the geometric mean; all must call.
+    are left as they were. What is protected is not taken out of the update: a first step without its main part may go
+    several times as far, which is too far for those that follow (see RESULTS.md). Costs a training step on one half and
+    5 to 15 forwards of the other. Under torch.distributed each process searches with its own batches, and all get the
+    geometric mean; all must call.
 
     Args:
         model (nn.Module): after `get_peft_model(model, PCGrowConfig(...))`.
@@ -120,24 +121,18 @@ def best_step(loss: Callable[[float], float]) -> float:
 
 
 def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) -> list[Tensor]:
-    """The first update of each bank, as Muon would take it at a rate of one, off what is protected."""
+    """The first update of each bank, as Muon would take it at a rate of one, without protection."""
     model.train()
     for inputs, target, _ in batches:
         settle_batch(model, inputs, target)
     found = {}
     for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
         for adapter in layer.active_banks():
-            for stack, bank in layer.bank(adapter).items():
+            for bank in layer.bank(adapter).values():
                 if not bank.requires_grad or bank.dim() < 3 or id(bank) in found:
                     continue
                 gradient = torch.zeros_like(bank) if bank.grad is None else bank.grad.clone()
-                directions = layer.directions(adapter, stack) if layer.is_protected(adapter) else None
-                transposed = layer.base_layer.is_transposed
-                if directions is not None:
-                    project_out(gradient, directions, None, transposed)
-                found[id(bank)] = update = update_of(gradient)
-                if directions is not None:
-                    project_out(update, directions, None, transposed)
+                found[id(bank)] = update_of(gradient)
     if not any(bool(update.any()) for update in found.values()):
         raise ValueError(
             "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "

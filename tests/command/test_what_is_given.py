@@ -17,6 +17,7 @@ from peft_pcgrow.command.fail import exit_codes
 from peft_pcgrow.command.load import load_config
 from peft_pcgrow.command.main import app
 from peft_pcgrow.command.settings_file import read_settings
+from peft_pcgrow.rounds.arguments import check_arguments
 
 MODEL = Path(__file__).parents[2] / "examples/embedded-moe"
 
@@ -136,6 +137,14 @@ def test_a_full_disk_is_nobodys_usage(number, code, wrapped, capsys):
     with pytest.raises(SystemExit) as caught, exit_codes():
         raise error
     assert (caught.value.code, capsys.readouterr().err.count("\n")) == (code, 1)
+
+
+def test_what_others_raise_deep_within_is_nobodys_usage(capsys):
+    with pytest.raises(ValueError, match="invalid literal"), exit_codes():
+        int("x")
+    with pytest.raises(SystemExit) as caught, exit_codes():
+        check_arguments({"lr": 0})
+    assert (caught.value.code, capsys.readouterr().err) == (2, "error: lr must be above 0, got 0\n")
 
 
 def test_standard_output_is_the_results(capsys):

@@ -7,7 +7,11 @@ from transformers import TrainerCallback
 from peft_pcgrow import grow
 from tiny import DOMAIN_WORDS, RETAIN_WORDS, build, snapshot
 
-OPTIONS = {"length": 24, "map_windows": 32, "max_steps": 12, "progress": False}
+# of a random model, most directions that the domain needs are the retain text's too
+UNPROTECTED = {"protect": 0.0}
+OPTIONS = {
+    "length": 24, "map_windows": 64, "max_steps": 12, "gate_fpr": 0.1, "progress": False, "config": UNPROTECTED,
+}  # fmt: skip
 
 
 def text(words: tuple[int, int], count: int, seed: int) -> Tensor:
@@ -24,7 +28,7 @@ def corpora() -> dict[str, Tensor]:
     return {
         "train_on": text(DOMAIN_WORDS, 64, 1),
         "heldout": text(DOMAIN_WORDS, 16, 2),
-        "retain": text(RETAIN_WORDS, 64, 3),
+        "retain": text(RETAIN_WORDS, 128, 3),
     }
 
 

@@ -38,6 +38,7 @@ REFUSED = {
     "trainer ours": ({"trainer": {"max_steps": 3}}, TypeError, "trainer sets max_steps, .*: give max_steps= to grow"),
     "trainer batch": ({"trainer": {"per_device_train_batch_size": 3}}, TypeError, "give batch_size= to grow"),
     "trainer rate": ({"trainer": {"optim": "sgd", "learning_rate": 1}}, TypeError, "optim, learning_rate, .* lr= to"),
+    "trainer value": ({"trainer": {"logging_strategy": "seldom"}}, ValueError, "trainer: .*seldom"),
     "trainer unknown": ({"trainer": {"report_too": "none"}}, TypeError, "no field report_too: did you mean report_to"),
 }
 

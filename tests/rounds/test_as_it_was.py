@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from short_runs import Interrupt, banks, run, text
+from short_runs import UNPROTECTED, Interrupt, banks, run, text
 from transformers import TrainerCallback
 
 from peft_pcgrow import load_grown
@@ -132,7 +132,7 @@ def test_settings_of_the_training_are_gone_afterwards(tmp_path, kept):
 @pytest.mark.slow
 def test_the_last_stretch_is_looked_at_and_gone_on_from(tmp_path):
     """With LoRA beside, whose start is random, and from the checkpoint of the last step."""
-    options = {"max_steps": 3, "config": {"lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}}
+    options = {"max_steps": 3, "config": {**UNPROTECTED, "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}}
     whole = run(tmp_path / "whole", **options)
     assert [step for step, _ in whole.rounds[0].looks] == [2, 3]
     torch.manual_seed(9)

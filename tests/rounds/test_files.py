@@ -23,8 +23,8 @@ JOURNAL = {"asked": {}, "before": {"heldout": 2.0}, "rounds": [ROUND], "ended": 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": "0.1"}, "lr='0.1' must be a finite number above 0"),
-        ({"lr": 0}, "lr=0 must be"),
+        ({"lr": "0.1"}, "lr='0.1' is a text: give a number"),
+        ({"lr": 0}, "lr must be above 0, got 0"),
         ({"gate_fpr": "a"}, "gate_fpr must be"),
         ({"protect": 1.5}, "protect must be"),
         ({"numbers": [1]}, "numbers=.* must be a mapping"),
@@ -134,5 +134,5 @@ def test_load_grown_says_what_is_wrong(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json, so there is no adapter 'round-2'"):
         load_grown(build(), tmp_path, ["default", "round-2"])
-    with pytest.raises(TypeError, match="has adapters already: give the base"):
+    with pytest.raises(ValueError, match="has an adapter 'default' already: give the base"):
         load_grown(grown(), tmp_path)

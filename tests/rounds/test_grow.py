@@ -15,6 +15,7 @@ from short_runs import Interrupt, banks, corpora, run, text
 from transformers import TrainerCallback
 
 from peft_pcgrow import find_experts, load_grown, sample_text
+from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.rounds.decision import RoundDecision
 from peft_pcgrow.rounds.one_round import losses_of
 from peft_pcgrow.rounds.texts import read_texts
@@ -119,13 +120,33 @@ def test_killed_anywhere_goes_on_to_the_same_result(tmp_path, seen):
 def test_a_round_that_forgets_too_much_is_taken_back(tmp_path):
     model = build()
     before = snapshot(model)
-    result = run(tmp_path, model, rounds=3, max_forgetting=-10.0)
-    assert [(done.kept, done.protect) for done in result.rounds] == [(False, 0.0), (False, 0.8)]
-    assert result.rounds[0].gate_fpr == 0.001
+    result = run(tmp_path, model, rounds=3, max_forgetting=-10.0, config=None)
+    assert [(done.kept, done.protect) for done in result.rounds] == [(False, 0.8)]
+    assert result.rounds[0].gate_fpr == RATES[-1]
     assert "forgot" in result.ended
     assert result.adapter is None
     assert result.after == result.before
     assert_same(before, snapshot(result.model))
+
+
+@pytest.mark.slow
+def test_gates_are_as_open_as_the_limit_allows(tmp_path):
+    """The next more open rate of the table forgets more than allowed."""
+    given = corpora()
+    texts = read_texts(given["train_on"], given["heldout"], given["retain"], None, 24, 8)
+    model = run(tmp_path / "any", max_forgetting=10.0).model
+
+    def forgets(rate: float) -> float:
+        model.set_gate_fpr(rate)
+        return losses_of(model, texts, 8, "retain")["retain"] - before["retain"]
+
+    before = losses_of(build(), texts, 8)
+    limit = (forgets(0.1) + forgets(RATES[-1])) / 2
+    result = run(tmp_path / "limited", max_forgetting=limit)
+    rate = result.rounds[0].gate_fpr
+    assert rate in RATES
+    assert result.rounds[0].kept
+    assert result.forgetting == forgets(rate) <= limit < forgets(RATES[RATES.index(rate) - 1])
 
 
 def test_nothing_grows_where_the_domain_is_covered(tmp_path):
@@ -244,10 +265,3 @@ def test_refuses_to_go_on_with_another_run(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"holds a run with {name}="):
             run(tmp_path, **{"max_steps": 2, **changes})
-
-
-@pytest.mark.slow
-def test_refuses_a_model_with_adapters(tmp_path):
-    result = run(tmp_path / "one", max_steps=2)
-    with pytest.raises(TypeError, match="has adapters already"):
-        run(tmp_path / "two", result.model)

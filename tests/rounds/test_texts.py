@@ -1,0 +1,33 @@
+"""Windows of texts that come in turns: every part that something is fitted or measured on has all of them."""
+
+import pytest
+import torch
+
+from peft_pcgrow.rounds.texts import drawn, read_texts
+
+
+@pytest.mark.parametrize("sources", [2, 3, 4, 5])
+def test_sources_that_come_in_turn_are_in_every_part(sources):
+    """Half of the retain text is fitted on, of which a map takes some, of which every fourth sets the thresholds."""
+    windows = torch.arange(96 * sources).unsqueeze(1).expand(-1, 4) + 1000
+    texts = read_texts(
+        [[1, 2, index] for index in range(64)], [[3, 4, index] for index in range(8)], windows, None, 4, 8
+    )
+
+    def of(some) -> set[int]:
+        return {int(text["input_ids"][0] - 1000) % sources for text in some}
+
+    fitted = drawn(texts.fit, 40 * sources)
+    thresholds = fitted[3::4]
+    directions = [text for place, text in enumerate(fitted) if place % 4 != 3]
+    assert all(len(of(some)) == sources for some in (texts.fit, texts.watch, directions, thresholds))
+    both = [int(text["input_ids"][0]) for text in (*texts.fit, *texts.watch)]
+    assert sorted(both) == windows[:, 0].tolist()
+
+
+def test_drawing_is_without_repetition_and_always_the_same():
+    texts = [{"input_ids": torch.tensor([index])} for index in range(20)]
+    some = [int(text["input_ids"]) for text in drawn(texts, 12)]
+    assert len(set(some)) == 12
+    assert some == [int(text["input_ids"]) for text in drawn(texts, 12)]
+    assert sorted(int(text["input_ids"]) for text in drawn(texts)) == list(range(20))
