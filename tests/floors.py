@@ -39,6 +39,7 @@ PUBLIC = {
     "Diagnosis",
     "ErrorMap",
     "ErrorMapCallback",
+    "GrowthResult",
     "Locus",
     "Muon",
     "PCGrowConfig",

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.architectures.operations import Shapes
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.batches import losses, read_batches
@@ -21,6 +20,7 @@ from peft_pcgrow.maps.corpus import Text
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision, positive, protected
+from peft_pcgrow.rounds.energy import LOOKING, MEASURING, RATE, TRAINING, Meter, measured, trained
 from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round
 from peft_pcgrow.rounds.texts import Texts, in_batches, spread
 from peft_pcgrow.rounds.train import best_of, steps_of, train
@@ -48,7 +48,7 @@ NO_MORE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of `grow`, read. most_forgetting: None without retain text."""
+    """Arguments of `grow`, read. most_forgetting: None without retain text. shapes: of the base."""
 
     budget: float
     batch_size: int
@@ -63,6 +63,7 @@ class Settings:
     trainer: dict[str, Any]
     callbacks: tuple[Any, ...]
     progress: bool
+    shapes: Shapes
 
 
 def losses_of(model: nn.Module, texts: Texts, batch_size: int, *names: str) -> dict[str, float]:
@@ -81,8 +82,8 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     """
     turn = len(journal.rounds) + 1
     folder = journal.at(turn)
-    seconds: dict[str, float] = {}
-    decision, emap = _decided(model, texts, settings, journal, folder, seconds)
+    meter = Meter(settings.shapes, journal.spent.setdefault(str(turn), {}), journal.keep)
+    decision, emap = _decided(model, texts, settings, journal, folder, meter)
     say(f"pcgrow: round {turn}: {decision}")
     if decision.growth == "stop":
         return _ended(journal, decision.why, model)
@@ -95,15 +96,16 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     torch.manual_seed(settings.trainer["seed"] + turn)
     try:
         grown = _with_adapter(model, config, name, earlier)
-        lr = _found_rate(grown, texts, settings, folder) if decision.lr is None else decision.lr
+        with meter.phase(RATE, grown, trained(settings.shapes, grown, emap, config.settle, False)):
+            lr = _found_rate(grown, texts, settings, folder) if decision.lr is None else decision.lr
     except ValueError as error:
         # at first it is the user's to know
         if not journal.rounds or not any(said in str(error) for said in NO_MORE):
             raise
         return _ended(journal, f"nothing more can grow: {error}", _taken_back(grown, name, earlier))
-    with _timed(seconds, "training"):
+    with meter.phase(TRAINING, grown, trained(settings.shapes, grown, emap, config.settle, True)):
         looks = _trained(grown, texts, decision, lr, settings, folder)
-    with _timed(seconds, "looking"):
+    with meter.phase(LOOKING, grown):
         rate, after = _as_strict_as_needed(grown, name, config, texts, settings, journal.before)
     forgot = (
         settings.most_forgetting is not None and after["retain"] - journal.before["retain"] > settings.most_forgetting
@@ -123,7 +125,8 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     done = Round(
         turn, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
         lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
-        after.get("retain"), grown.get_nb_trainable_parameters()[0], seconds,
+        after.get("retain"), grown.get_nb_trainable_parameters()[0],
+        dict(meter.spent["seconds"]),
     )  # fmt: skip
     result = grown if kept else _taken_back(grown, name, earlier)
     journal.rounds.append(done)
@@ -141,14 +144,14 @@ def _ended(journal: Journal, why: str, model: nn.Module) -> nn.Module:
 
 
 def _decided(
-    model: nn.Module, texts: Texts, settings: Settings, journal: Journal, folder: Path, seconds: dict[str, float]
+    model: nn.Module, texts: Texts, settings: Settings, journal: Journal, folder: Path, meter: Meter
 ) -> tuple[RoundDecision, ErrorMap]:
     """What the round does, and the map that it rests on; both are read where they are there already."""
     last = journal.rounds[-1] if journal.rounds else None
     # after a round that was taken back the model is the one that was measured
     again = last is not None and not last.kept
     place = journal.at(last.number) if again and last is not None else folder
-    with _timed(seconds, "measuring"):
+    with meter.phase(MEASURING, model, measured(settings.shapes)):
         emap = _measured(model, texts, settings, place)
     path = folder / "decision.json"
     if path.exists():
@@ -191,6 +194,15 @@ def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) 
     emap.save(folder / "map")
     shutil.rmtree(folder / "measuring", ignore_errors=True)
     return emap
+
+
+def measure_last(model: nn.Module, texts: Texts, settings: Settings, journal: Journal) -> None:
+    """Measure the map that another round would begin with, unless there is one of the model as it is now."""
+    turn = len(journal.rounds) + 1
+    if journal.rounds and journal.rounds[-1].kept and not map_file.exists(journal.at(turn) / "map"):
+        meter = Meter(settings.shapes, journal.spent.setdefault(str(turn), {}), journal.keep)
+        with meter.phase(MEASURING, model, measured(settings.shapes)):
+            _measured(model, texts, settings, journal.at(turn))
 
 
 def _config(emap: ErrorMap, decision: RoundDecision, settings: Settings) -> PCGrowConfig:
@@ -275,10 +287,3 @@ def _taken_back(model: nn.Module, name: str, earlier: list[str]) -> nn.Module:
         model.delete_adapter(name)
     activate(model, earlier)
     return model
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
