@@ -210,20 +210,21 @@ def _chart(points: Sequence[tuple[float, float, str, bool]], across: list[float]
         drawn.append(f'<line class="limit" x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{bottom}"/>')
     way = " ".join("{:.1f},{:.1f}".format(*at(*point[:2])) for point in points if point[3])
     drawn.append(f'<polyline class="way" points="{way}"/>')
-    taken: list[tuple[float, float]] = []
-    for value, gain, name, kept in points:
-        here = at(value, gain)
-        drawn.append(f'<circle class="{"kept" if kept else "back"}" cx="{here[0]:.1f}" cy="{here[1]:.1f}" r="5"/>')
-        # to the side with more room, below the labels that are there already
-        aside = -9 if here[0] > (left + right) / 2 else 9
-        y = here[1] - 7
-        while any(abs(y - other) < 12 and abs(here[0] - where) < 110 for where, other in taken):
-            y += 12
-        taken.append((here[0], y))
-        anchor = "end" if aside < 0 else "start"
-        drawn.append(
-            f'<text class="label" x="{here[0] + aside:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
-        )
+    placed = [at(*point[:2]) for point in points]
+    drawn += [
+        f'<circle class="{"kept" if point[3] else "back"}" cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="5"/>'
+        for spot, point in zip(placed, points, strict=True)
+    ]
+    # boxes that no label may lie on: first the points, then the labels that are there already
+    taken = [(spot[0] - 6, spot[0] + 6, spot[1] - 6, spot[1] + 6) for spot in placed]
+    for (place, y), (_, _, name, _) in zip(placed, points, strict=True):
+        wide = 6.5 * len(name)
+        # to the side with more room, and down until there is some
+        start = place - 9 - wide if place > (left + right) / 2 else place + 9
+        while any(start < b and start + wide > a and y - 5 < d and y + 5 > c for a, b, c, d in taken):
+            y += 3
+        taken.append((start, start + wide, y - 5, y + 5))
+        drawn.append(f'<text class="label" x="{start:.1f}" y="{y + 4:.1f}">{escape(name)}</text>')
     drawn.append(f'<text x="{(left + right) / 2}" y="{bottom + 33}" text-anchor="middle">{escape(x)}</text>')
     middle = (top + bottom) / 2
     turned = f'<text transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">gain, nats per token</text>'

@@ -8,10 +8,10 @@ import pytest
 import torch
 from short_runs import corpora, run
 
-from html_pages import HOSTILE, assert_runs, data_of, needs_node, stands_alone
+from html_pages import HOSTILE, Parsed, assert_runs, data_of, needs_node, stands_alone
 from peft_pcgrow import ErrorMap, GrowthResult, load_grown
 from peft_pcgrow.maps.lifecycle import STAGES
-from peft_pcgrow.rounds.page import _ticks
+from peft_pcgrow.rounds.page import _chart, _ticks
 from peft_pcgrow.rounds.pictures import GIVEN, WRITTEN
 from tiny import build, logits
 
@@ -176,6 +176,21 @@ def test_page_where_nothing_grew_and_nothing_was_counted(grown, tmp_path):
     (tmp_path / "copy/texts.json").write_text('[{"given": 3}]')
     with pytest.raises(ValueError, match=r"texts.json cannot be read .*: delete it"):
         result.page(tmp_path / "growth.html")
+
+
+def test_labels_lie_on_nothing():
+    """Of points that lie in a heap."""
+    points = [(0.0, 0.0, "base", True)]
+    points += [(0.01 + 1e-4 * n, 0.4 - 1e-3 * n, f"round {n}", n % 2 == 0) for n in range(1, 6)]
+    tags = Parsed(_chart(points, [0.0, 0.03], 0.02, "forgetting")).tags
+    dots = [(float(attrs["cx"]), float(attrs["cy"])) for tag, attrs in tags if tag == "circle"]
+    labels = [(float(at["x"]), float(at["y"])) for tag, at in tags if tag == "text" and at.get("class") == "label"]
+    assert len(dots) == len(labels) == len(points)
+    # a letter is some 6 wide and 8 high, and stands on its line
+    boxes = [(x, x + 6 * len(name), y - 8, y) for (x, y), (_, _, name, _) in zip(labels, points, strict=True)]
+    for number, (left, right, top, bottom) in enumerate(boxes):
+        assert not [dot for dot in dots if left - 5 < dot[0] < right + 5 and top - 4 < dot[1] < bottom + 4]
+        assert all(left > b or right < a or top > d or bottom < c for a, b, c, d in boxes[:number])
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.6), (0.0, 3.2), (-1e-4, 2e-5), (-12.0, 400.0)])
