@@ -25,6 +25,7 @@ from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.packed.checkpoint import register_packed
 from peft_pcgrow.rounds.grow import grow
 from peft_pcgrow.rounds.load import load_grown
+from peft_pcgrow.rounds.result import GrowthResult
 from peft_pcgrow.training.callback import ErrorMapCallback
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
@@ -35,6 +36,7 @@ __all__ = [
     "Diagnosis",
     "ErrorMap",
     "ErrorMapCallback",
+    "GrowthResult",
     "Locus",
     "Muon",
     "PCGrowConfig",

@@ -41,6 +41,7 @@ PUBLIC = {
     "Diagnosis",
     "ErrorMap",
     "ErrorMapCallback",
+    "GrowthResult",
     "Locus",
     "Muon",
     "PCGrowConfig",

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import find_experts
+from peft_pcgrow.architectures.operations import chosen_of
 from peft_pcgrow.command.fail import Unusable
 from peft_pcgrow.locate.budget import check_budget
 
@@ -82,14 +83,12 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
     count = sum(site.experts for site in tree.sites)
     parameters = sum(p.numel() for p in model.parameters())
     grown = max(1, round(budget * count))
-    text = experts.text_config(config)
-    chosen = next((getattr(text, name) for name in CHOSEN if isinstance(getattr(text, name, None), int)), None)
     return Checkup(
         architecture=type(model).__name__,
         nodes=tree.nodes,
         layers=len(tree.sites),
         experts=tree.sites[0].experts,
-        chosen=chosen if tree.nodes == "routed" else None,
+        chosen=chosen_of(config) if tree.nodes == "routed" else None,
         parameters=parameters,
         in_nodes=one * count,
         in_one=one,
@@ -101,10 +100,6 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
         bank=grown * one * BANK,
         step=grown * one * (GRADIENT + MOMENTUM),
     )
-
-
-# what configs call the number of experts that a token is assigned to
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 def _field(holder: Any, name: str) -> Any:

@@ -138,7 +138,7 @@ def grow(
         }  # fmt: skip
         given = options | (read_settings(config, names, OF_COMMAND) if config is not None else {})
         typed = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-        given |= {name: options[name] for name in typed}
+        given = {"map_after": True} | given | {name: options[name] for name in typed}
         if revision is not None:
             given["config"] = {**(given.get("config") or {}), "revision": revision}
         check_arguments(given)
@@ -155,7 +155,9 @@ def grow(
             return
         loaded, tokenizer = load_model(model, revision, dtype, device)
         result = grow_model(loaded, read.pop("train_on"), output_dir=out, tokenizer=tokenizer, **read, **given)
-        show(result, result.row(), as_json, stdout)
+        page = out / "growth.html"
+        result.page(page, domain=data.stem)
+        show(f"{result}\n{page}", result.row() | {"page": str(page)}, as_json, stdout)
 
 
 # arguments of grow that the command has in another form, or cannot have

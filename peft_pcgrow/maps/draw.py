@@ -24,8 +24,8 @@ HUES = {
     # blue and brown differ for every kind of colour vision
     "change": ("#1b5fa5", "#8fbfe0", "#f5f5f5", "#e9b16e", "#9a4d05"),
 }
-# of the stages of lifecycle.STAGES, after Okabe and Ito
-STAGE_COLOURS = ("#dfe2e6", "#b9a7d3", "#e69f00", "#56b4e9", "#00795a")
+# of the stages of lifecycle.STAGES, after Okabe and Ito, and of what is compressible
+STAGE_COLOURS = ("#dfe2e6", "#b9a7d3", "#e69f00", "#56b4e9", "#00795a", "#cc79a7")
 NOWHERE = "#cfd2d6"
 INK = "#444444"
 # above this quantile of its values a panel's colours do not tell apart: a few nodes must not bleach thousands
@@ -137,9 +137,11 @@ def figure(page: Page) -> Any:
     wide = min(6.4, max(4.7, 2.4 + 0.045 * experts))
     high = 1.4 + min(3.6, max(1.5, 0.25 * min(layers, 8), 0.08 * layers))
     width = across * wide + 0.15
+    title = wrap(page.title, int(7.5 * width))
     facts = [part for line in page.facts for part in wrap(line, int(13 * width))]
     top = wrap(page.top, int(13.5 * width))
-    head, foot = 0.62 + 0.22 * len(facts), 0.2 + 0.2 * len(top)
+    named = 0.5 + 0.28 * (len(title) - 1)
+    head, foot = named + 0.12 + 0.22 * len(facts), 0.2 + 0.2 * len(top)
     height = down * high + head + foot
     # a Figure of its own, without pyplot: no window, no global state
     drawn = Figure(figsize=(width, height), facecolor="white")
@@ -147,9 +149,9 @@ def figure(page: Page) -> Any:
     def say(text: str, above: float, **style: Any) -> None:
         drawn.text(0.18 / width, above / height, text, parse_math=False, va="top", **style)
 
-    say(page.title, height - 0.14, fontsize=15, weight="bold", color="#1a1a1a")
+    say("\n".join(title), height - 0.14, fontsize=15, weight="bold", color="#1a1a1a")
     for i, line in enumerate(facts):
-        say(line, height - 0.5 - 0.22 * i, fontsize=9.5, color=INK)
+        say(line, height - named - 0.22 * i, fontsize=9.5, color=INK)
     for i, line in enumerate(top):
         say(line, foot - 0.06 - 0.2 * i, fontsize=9, color=INK)
     for i, panel in enumerate(panels):

@@ -16,10 +16,16 @@ from peft_pcgrow.maps.draw import HUES, NOWHERE, STAGE_COLOURS, Column, Page, li
 DIGITS = 6
 
 
-def draw(page: Page) -> bytes:
-    """The page as UTF-8 HTML. Text is escaped, so that no marker of the frame can come from it."""
+def draw(page: Page, story: str = "", style: str = "") -> bytes:
+    """The page as UTF-8 HTML. Text is escaped, so that no marker of the frame can come from it.
+
+    Args:
+        story: HTML that stands above the panels. style: of it, CSS.
+    """
     frame = files("peft_pcgrow.maps").joinpath("page.html").read_text(encoding="utf-8")
     parts = {
+        "style": style,
+        "story": story,
         "title": escape(page.title),
         "facts": "\n".join(f"<p>{escape(line)}</p>" for line in page.facts),
         "top": escape(page.top),
@@ -44,7 +50,7 @@ def _data(page: Page) -> dict:
         "nowhere": NOWHERE,
         "stages": [
             {"name": name, "meaning": meaning, "colour": colour}
-            for (name, meaning), colour in zip(page.stages, STAGE_COLOURS, strict=True)
+            for (name, meaning), colour in zip(page.stages, STAGE_COLOURS, strict=False)
         ],
         "columns": [
             {

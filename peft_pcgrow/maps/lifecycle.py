@@ -12,8 +12,13 @@ With e the error mass per routed row (nats per unit of output), before and now, 
 
 What grew is what was located, and the donors of newborns; a newborn's rows count where they are routed.
 Ratios only, so that the unit of the errors does not matter.
+
+Over the rounds of a run there is one stage more: of what is generic, relieved or converged, those nodes are
+compressible that hold the least of the error, altogether at most `LIGHT` of it. That ranks what removing single nodes
+costs (see RESULTS.md, "What predicts the damage"); how much it does cost, `compress.plan` tries.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +35,8 @@ CONVERGED = 0.5
 COVERED = 0.1
 # times the mean node's share of the error, above which a node weighs much: none does in a flat map
 HEAVY = 2.0
+# the stage that only a run over rounds has, behind STAGES; and the share of the error that all of its nodes hold
+COMPRESSIBLE, LIGHT = "compressible", 0.01
 
 
 def check_pair(now: Any, before: Any) -> None:
@@ -78,3 +85,22 @@ def stages(now: Any, before: Any, located: Tensor) -> Tensor:
     }.items():
         stage[found] = STAGES.index(name)
     return stage
+
+
+def course(maps: Sequence[Any], located: Sequence[Tensor]) -> Tensor:
+    """Stages of every node at each map of a run, `[R, L, E]` int8: places in `(*STAGES, COMPRESSIBLE)`.
+
+    Args:
+        maps: of one corpus and one base; the first is from before growth.
+        located: nodes that have grown until each of them, `[L, E]` bool.
+    """
+    found = []
+    for emap, grown in zip(maps, located, strict=True):
+        stage, mass = stages(emap, maps[0], grown), emap.with_newborns("error").flatten()
+        order = mass.argsort()
+        least = torch.zeros_like(mass, dtype=torch.bool)
+        least[order[mass[order].cumsum(0) <= LIGHT * mass.sum()]] = True
+        idle = sum(stage == STAGES.index(name) for name in ("generic", "relieved", "converged")) > 0
+        stage[idle & least.view(stage.shape)] = len(STAGES)
+        found.append(stage)
+    return torch.stack(found)

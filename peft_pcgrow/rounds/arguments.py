@@ -155,6 +155,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     # what numpy takes
     "seed": _whole("a seed", 0, 2**32 - 1),
     "curriculum": _flag,
+    "map_after": _flag,
     "progress": _flag,
     "config": _or_none(_config),
     "trainer": _or_none(_trainer),

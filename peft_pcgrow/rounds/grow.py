@@ -11,18 +11,21 @@ from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.model_card import save_card
+from peft_pcgrow.architectures.find import find_experts
+from peft_pcgrow.architectures.operations import Shapes
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps.batches import check_causal
 from peft_pcgrow.maps.resume import weights_in_use
 from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.rounds.arguments import check_arguments, plain_form
 from peft_pcgrow.rounds.as_it_was import adapters_of, as_it_was, at_rest
+from peft_pcgrow.rounds.energy import LOOKING, WRITING, Meter, Spent
 from peft_pcgrow.rounds.journal import ADAPTER, RETAIN, Journal, alone, check_folder, open_journal
 from peft_pcgrow.rounds.load import check_grown, load_grown
-from peft_pcgrow.rounds.one_round import Settings, losses_of, run_round
+from peft_pcgrow.rounds.one_round import Settings, losses_of, measure_last, run_round
 from peft_pcgrow.rounds.result import GrowthResult
 from peft_pcgrow.rounds.run_card import measured_by
-from peft_pcgrow.rounds.texts import read_texts
+from peft_pcgrow.rounds.texts import read_texts, spread
 
 # nats per token that the retain text's loss may rise by, unless said otherwise
 FORGETTING = 0.02
@@ -32,6 +35,10 @@ WRITTEN = 128
 SETTINGS = (
     "budget", "batch_size", "epochs", "max_steps", "lr", "gate_fpr", "map_windows", "curriculum", "progress",
 )  # fmt: skip
+# arguments that change nothing of what is grown
+BESIDE = ("progress", "map_after")
+# held-out windows that a page of the run shows continued
+SHOWN = 3
 
 
 def grow(
@@ -52,6 +59,7 @@ def grow(
     lr: float | None = None,
     gate_fpr: float = 0.03,
     map_windows: int = 192,
+    map_after: bool = False,
     curriculum: bool = False,
     config: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
@@ -89,6 +97,7 @@ def grow(
         lr: of Muon; None: `find_lr` finds one for each round.
         gate_fpr: of the training (see `PCGrowConfig`); afterwards gates are at most as open.
         map_windows: windows that maps, and gates, are measured on; 4 at least.
+        map_after: measure a map after the last round, too, for the pictures of the result; it changes nothing else.
         curriculum: train in the order of surprisal, least surprising first, instead of shuffled.
         config: further fields of `PCGrowConfig`, such as `lora`.
         trainer: further `TrainingArguments`, such as `report_to`.
@@ -115,7 +124,7 @@ def grow(
         "budget": budget, "rounds": rounds, "length": length, "batch_size": batch_size, "epochs": epochs,
         "max_steps": max_steps, "lr": lr, "gate_fpr": gate_fpr, "max_forgetting": max_forgetting,
         "map_windows": map_windows, "curriculum": curriculum, "config": config, "trainer": trainer, "seed": seed,
-        "progress": progress,
+        "map_after": map_after, "progress": progress,
     }  # fmt: skip
     check_arguments(given)
     # JSON knows no numbers of numpy's
@@ -134,9 +143,12 @@ def grow(
     corpora = (tokenizer, length, batch_size)
     texts = None if itself else read_texts(train_on, heldout, retain, *corpora)
     with alone(folder), as_it_was(model):
+        shapes, before = Shapes.of(model, find_experts(model)), Spent()
         if texts is None:
-            texts = read_texts(train_on, heldout, _written(model, folder, length, seed, progress), *corpora)
-        shaping = {name: value for name, value in read.items() if name != "progress"} | {
+            with Meter(shapes, before).phase(WRITING, model):
+                written = _written(model, folder, length, seed, progress)
+            texts = read_texts(train_on, heldout, written, *corpora)
+        shaping = {name: value for name, value in read.items() if name not in BESIDE} | {
             "max_forgetting": limit, "texts": texts.digest(), "weights": weights_in_use(model),
             # one form of what can be said in several
             "config": {name: getattr(PCGrowConfig(**config), name) for name in config}, "trainer": trainer,
@@ -144,11 +156,13 @@ def grow(
         journal = open_journal(folder, plain_form(shaping))
         settings = Settings(
             **{name: read[name] for name in SETTINGS}, most_forgetting=limit, config=config,
-            trainer={**trainer, "seed": read["seed"]}, callbacks=tuple(callbacks),
+            trainer={**trainer, "seed": read["seed"]}, callbacks=tuple(callbacks), shapes=shapes,
             rounds_before=max([1 if name == "default" else int(name[6:]) for name in earlier], default=0),
         )  # fmt: skip
         if not journal.before:
-            journal.before = losses_of(model, texts, batch_size)
+            with Meter(shapes, before).phase(LOOKING, model):
+                journal.before = losses_of(model, texts, batch_size)
+            journal.spent["0"] = before
             journal.save()
         training = model.training
         kept = [done.adapter for done in journal.kept]
@@ -158,27 +172,20 @@ def grow(
         if not journal.ended:
             journal.ended = f"{rounds} rounds are done"
             journal.save()
-        return _result(at_rest(grown, training), journal)
+        _tell_card(grown, journal)
+        if map_after:
+            measure_last(grown, texts, settings, journal)
+        shown = tuple(window["input_ids"].tolist() for window in spread(texts.heldout, SHOWN))
+        return GrowthResult.of(at_rest(grown, training), journal, tokenizer, shown)
 
 
-def _result(model: nn.Module, journal: Journal) -> GrowthResult:
-    after = journal.kept[-1] if journal.kept else None
-    losses = dict(journal.before)
-    if after is not None:
-        losses = {"heldout": after.heldout} | ({} if after.retain is None else {"retain": after.retain})
-    adapter = journal.folder / ADAPTER if journal.kept else None
-    if adapter is not None and isinstance(model, PeftModel):
-        # for the card beside the adapters, and of those that the caller saves elsewhere
+def _tell_card(model: nn.Module, journal: Journal) -> None:
+    """Put the run's numbers on the card beside the adapters, and on those that the caller saves elsewhere."""
+    if journal.kept and isinstance(model, PeftModel):
         measured = measured_by(journal)
         for done in journal.kept:
             model.peft_config[done.adapter].run = measured  # type: ignore[union-attr]
-        save_card(adapter, measured)
-    size = sum(file.stat().st_size for file in adapter.rglob("*.safetensors")) if adapter is not None else 0
-    seconds: dict[str, float] = {}
-    for done in journal.rounds:
-        for phase, taken in done.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + taken
-    return GrowthResult(model, tuple(journal.rounds), journal.ended, journal.before, losses, adapter, size, seconds)
+        save_card(journal.folder / ADAPTER, measured)
 
 
 def _written(model: nn.Module, folder: Path, length: int, seed: int, progress: bool) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What a run leaves in its folder, and how an interrupted one goes on.
 
-    journal.json           what was asked, losses before, each round that ended, and why the run did
+    journal.json           what was asked, losses before, each round that ended, what all took, and why the run ended
     retain.safetensors     retain text that the model wrote itself
     rounds/N/map/          the error map of round N; decision.json: what it led to, followed if it is there before;
     rounds/N/rate.json     the learning rate that was found; training/: the Trainer's checkpoints, until the round ends
@@ -27,7 +27,7 @@ except ImportError:  # not on Windows
 JOURNAL, RETAIN, ADAPTER, LOCK = "journal.json", "retain.safetensors", "adapter", ".lock"
 FORMAT = 1
 # of what is read from a file
-KINDS = {"asked": dict, "before": dict, "ended": str}
+KINDS = {"asked": dict, "before": dict, "ended": str, "spent": dict}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Journal:
     Attributes:
         asked: what must agree for going on: arguments, digests of the texts, what tells the base from others.
         before: losses of the base by text. ended: why the run did; "": it has not.
+        spent: what was taken (see `energy`) before the rounds, "0", and in each; by a map after the last one, as by the
+            one that would follow.
     """
 
     folder: Path
@@ -76,11 +78,17 @@ class Journal:
     before: dict[str, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     ended: str = ""
+    spent: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     format: int = FORMAT
 
     def save(self) -> None:
         held = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_whole(self.folder / JOURNAL, (json.dumps(held, indent=1) + "\n").encode())
+
+    def keep(self) -> None:
+        """Save, in the middle of a phase; a run is one to go on with once the base's losses are known."""
+        if self.before:
+            self.save()
 
     def at(self, number: int) -> Path:
         """The folder of a round."""
@@ -126,19 +134,32 @@ def open_journal(folder: Path, asked: Mapping[str, Any]) -> Journal:
 
 
 def read_journal(folder: Path, otherwise: str = "give the file as it was") -> Journal:
-    """The journal that is there; raises ValueError, with what to do `otherwise`, if it is none."""
+    """The journal of a run.
+
+    Args:
+        otherwise: what to do where it cannot be read.
+
+    Raises:
+        FileNotFoundError: no run is there. ValueError: its journal is none.
+    """
     path = folder / JOURNAL
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {JOURNAL}: give the output_dir of a run of grow")
     try:
         held = json.loads(path.read_text())
         if held["format"] != FORMAT:
             raise ValueError(f"format {held['format']}, this version reads {FORMAT}")
         found = Journal(
-            folder, held["asked"], held["before"], [Round(**each) for each in held["rounds"]], held["ended"]
-        )
+            folder, held["asked"], held["before"], [Round(**each) for each in held["rounds"]], held["ended"],
+            held.get("spent", {}),
+        )  # fmt: skip
         if wrong := [name for name, kind in KINDS.items() if not isinstance(getattr(found, name), kind)]:
             raise TypeError(f"{wrong[0]} is no {KINDS[wrong[0]].__name__}")
         if not all(type(loss) in (int, float) for loss in found.before.values()):
             raise TypeError("before holds what is no loss")
+        for part in found.spent.values():
+            if not all(type(each) in (int, float) for held in part.values() for each in held.values()):
+                raise TypeError("spent holds what is no number")
         for done in found.rounds:
             _check(done)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.architectures.operations import Shapes
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.maps import map_file
@@ -24,6 +23,7 @@ from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.rounds.arguments import check_positive
 from peft_pcgrow.rounds.as_it_was import adapters_of, take_back
 from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision
+from peft_pcgrow.rounds.energy import LOOKING, MEASURING, RATE, TRAINING, Meter, measured, trained
 from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round
 from peft_pcgrow.rounds.texts import Texts, drawn, in_batches
 from peft_pcgrow.rounds.train import best_of, steps_of, train
@@ -48,8 +48,8 @@ NO_MORE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of `grow`, read. most_forgetting: None without retain text. rounds_before: number of the last one of
-    the run that is gone on from; 0: there is none."""
+    """Arguments of `grow`, read. most_forgetting: None without retain text. shapes: of the base. rounds_before: number
+    of the last one of the run that is gone on from; 0: there is none."""
 
     budget: float
     batch_size: int
@@ -64,6 +64,7 @@ class Settings:
     trainer: dict[str, Any]
     callbacks: tuple[Any, ...]
     progress: bool
+    shapes: Shapes
     rounds_before: int
 
 
@@ -83,8 +84,8 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     """
     turn = len(journal.rounds) + 1
     folder = journal.at(turn)
-    seconds: dict[str, float] = {}
-    decision, emap = _decided(model, texts, settings, folder, seconds)
+    meter = Meter(settings.shapes, journal.spent.setdefault(str(turn), {}), journal.keep)
+    decision, emap = _decided(model, texts, settings, folder, meter)
     say(f"pcgrow: round {turn}: {decision}")
     if decision.growth == "stop":
         return _ended(journal, decision.why, model)
@@ -97,15 +98,16 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     torch.manual_seed(settings.trainer["seed"] + turn)
     try:
         grown = _with_adapter(model, config, name, earlier)
-        lr = _found_rate(grown, texts, settings, folder) if decision.lr is None else decision.lr
+        with meter.phase(RATE, grown, trained(settings.shapes, grown, emap, config.settle, False)):
+            lr = _found_rate(grown, texts, settings, folder) if decision.lr is None else decision.lr
     except ValueError as error:
         # at first it is the user's to know
         if not journal.rounds or not any(said in str(error) for said in NO_MORE):
             raise
         return _ended(journal, f"nothing more can grow: {error}", _taken_back(grown, name, earlier))
-    with _timed(seconds, "training"):
+    with meter.phase(TRAINING, grown, trained(settings.shapes, grown, emap, config.settle, True)):
         looks = _trained(grown, texts, decision, lr, settings, folder)
-    with _timed(seconds, "looking"):
+    with meter.phase(LOOKING, grown):
         rate, after = _as_strict_as_needed(grown, name, config, texts, settings, journal.before)
     rose = 0.0 if settings.most_forgetting is None else after["retain"] - journal.before["retain"]
     forgot = settings.most_forgetting is not None and rose > settings.most_forgetting
@@ -123,7 +125,8 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     done = Round(
         turn, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
         lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
-        after.get("retain"), grown.get_nb_trainable_parameters()[0], seconds,
+        after.get("retain"), grown.get_nb_trainable_parameters()[0],
+        dict(meter.spent["seconds"]),
     )  # fmt: skip
     result = grown if kept else _taken_back(grown, name, earlier)
     journal.rounds.append(done)
@@ -141,10 +144,10 @@ def _ended(journal: Journal, why: str, model: nn.Module) -> nn.Module:
 
 
 def _decided(
-    model: nn.Module, texts: Texts, settings: Settings, folder: Path, seconds: dict[str, float]
+    model: nn.Module, texts: Texts, settings: Settings, folder: Path, meter: Meter
 ) -> tuple[RoundDecision, ErrorMap]:
     """What the round does, and the map that it rests on; both are read where they are there already."""
-    with _timed(seconds, "measuring"):
+    with meter.phase(MEASURING, model, measured(settings.shapes)):
         emap = _measured(model, texts, settings, folder)
     path = folder / "decision.json"
     if not path.exists():
@@ -186,6 +189,15 @@ def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) 
     emap.save(folder / "map")
     shutil.rmtree(folder / "measuring", ignore_errors=True)
     return emap
+
+
+def measure_last(model: nn.Module, texts: Texts, settings: Settings, journal: Journal) -> None:
+    """Measure the map that another round would begin with, unless there is one of the model as it is now."""
+    turn = len(journal.rounds) + 1
+    if journal.rounds and journal.rounds[-1].kept and not map_file.exists(journal.at(turn) / "map"):
+        meter = Meter(settings.shapes, journal.spent.setdefault(str(turn), {}), journal.keep)
+        with meter.phase(MEASURING, model, measured(settings.shapes)):
+            _measured(model, texts, settings, journal.at(turn))
 
 
 def _config(emap: ErrorMap, decision: RoundDecision, settings: Settings) -> PCGrowConfig:
@@ -269,10 +281,3 @@ def _taken_back(model: nn.Module, name: str, earlier: list[str]) -> nn.Module:
         return model.unload()  # type: ignore[operator,return-value]
     take_back(model, [each for each in adapters_of(model) if each != name], earlier)
     return model
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began

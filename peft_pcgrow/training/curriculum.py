@@ -148,7 +148,7 @@ class _Meter:
                 inputs, target = self._read(indices)
                 values = _mean_losses(self.model, inputs, target, indices)
                 if relative:
-                    with _adapters_off(self.model):
+                    with adapters_off(self.model):
                         values = values - _mean_losses(self.model, inputs, target, indices)
                 found[start : indices.stop] = values
         return found
@@ -193,7 +193,7 @@ def _has_branch(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> Iterator[None]:
     """As PEFT's `disable_adapter`, which however leaves every active adapter trainable, those that were frozen too."""
     switched: list[Any] = [
         module

@@ -77,6 +77,9 @@ def test_grow_goes_on_and_loads(texts, tmp_path):
     assert (first.exit_code, second.exit_code) == (0, 0)
     row = json.loads(first.stdout)
     assert row["gain"] > 0
+    page = Path(row["page"]).read_text()
+    for said in ("prose: what growing did", "What it writes", "Lifecycle after round 1", "Round 1, kept"):
+        assert said in page
     assert json.loads(second.stdout) == row
     assert load_grown(AutoModelForCausalLM.from_pretrained(MODEL), row["adapter"])
 

@@ -3,28 +3,20 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from close import assert_close
+from html_pages import HOSTILE, Parsed, assert_runs, data_of, needs_node, stands_alone
 from invented import LOCUS, PARTS, made
 from peft_pcgrow import ErrorMap, Locus, measure_errors
 from peft_pcgrow.gates.gate import RATES, at_rate
 from peft_pcgrow.maps.draw import Column, limits, outline
 from peft_pcgrow.maps.lifecycle import STAGES
 from tiny import build, domain, retain
-
-
-def data_of(path):
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
-    assert found
-    return json.loads(found.group(1))
 
 
 def column(data, name, like):
@@ -71,44 +63,16 @@ def test_only_what_was_measured_has_a_panel(tmp_path):
     assert [each["name"] for each in data_of(tmp_path / "map.html")["columns"] if each["hue"]] == ["share", "frequency"]
 
 
-class Parsed(HTMLParser):
-    """Tags with their attributes, and the text outside of scripts and styles."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.inside = [], "", ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, data):
-        if self.inside not in ("script", "style"):
-            self.text += data
-
-
 def test_html_stands_alone_and_reads_without_scripts(tmp_path):
     emap = made()
     emap.page(tmp_path / "map.html", before=made(seed=1), locus=LOCUS)
-    text = (tmp_path / "map.html").read_text()
-    page = Parsed(text)
-    assert not re.search(r"https?:|//[\w.]+/|url\(|@import|\bimport\b|fetch\(|XMLHttp", text)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"link", "img", "iframe", "object", "base"})
-    assert not [attrs for _, attrs in page.tags if {"src", "href"} & attrs.keys()]
-    assert "<!--" not in text.replace("<!doctype", "")
+    page = stands_alone((tmp_path / "map.html").read_text())
     best = emap.top(1)[0]
     for said in (f"{best.layer}.{best.expert}", str(emap.diagnosis), "qwen3_moe", "1,010 tokens", *STAGES[:1]):
         assert said in page.text
     assert sum(tag == "table" for tag, _ in page.tags) == 2
     for tag, attrs in page.tags:
         assert tag != "table" or attrs["aria-label"]
-
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'<!--data-->"
 
 
 @pytest.mark.slow
@@ -141,14 +105,10 @@ def test_size_of_a_large_page(tmp_path):
     assert (tmp_path / "map.html").stat().st_size < 1_500_000
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no node to read JavaScript")
+@needs_node
 def test_the_script_is_javascript(tmp_path):
     made().page(tmp_path / "map.html")
-    script = re.search(r"<script>(.*?)</script>", (tmp_path / "map.html").read_text(), re.DOTALL)
-    assert script
-    (tmp_path / "map.js").write_text(script.group(1))
-    done = subprocess.run(["node", "--check", str(tmp_path / "map.js")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert_runs(tmp_path / "map.html")
 
 
 @pytest.mark.slow
