@@ -68,7 +68,6 @@ class Given(nn.Module):
                 "adapter's weights"
             )
 
-    @torch.compiler.disable
     def _gate_asked(self, adapter_name: str, kind: str, device: torch.device) -> tuple[Gate, Tensor]:
         """A gate on a device, its law in fp64, and its threshold for the rate in use.
 
@@ -100,6 +99,7 @@ class Given(nn.Module):
                 found[kind] = self.gate(adapter_name, kind), self._buffers_of(f"{kind}_threshold")[adapter_name]
         return replace(birth, directions=self.protected_directions(adapter_name), **found)
 
+    @torch.compiler.disable  # what a text has shown so far outlives the call, as no buffer of a CUDA graph does
     def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True, kind: str = "gate") -> Tensor:
         """How far above a gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.call.sequence
