@@ -14,6 +14,8 @@ from peft_pcgrow.gates.gate import Gate, at_rate
 GATES = ("gate", "entry")
 # what each consists of: see `gate.Gate`, and the thresholds for `gate.RATES`
 GATE_TENSORS = ("direction", "law", "threshold")
+# torch says of it that it takes no arguments
+_uncompiled: Any = torch.compiler.disable
 
 
 class Given(nn.Module):
@@ -99,7 +101,7 @@ class Given(nn.Module):
                 found[kind] = self.gate(adapter_name, kind), self._buffers_of(f"{kind}_threshold")[adapter_name]
         return replace(birth, directions=self.protected_directions(adapter_name), **found)
 
-    @torch.compiler.disable  # what a text has shown so far outlives the call, as no buffer of a CUDA graph does
+    @_uncompiled  # what a text has shown so far outlives the call, as no buffer of a CUDA graph does
     def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True, kind: str = "gate") -> Tensor:
         """How far above a gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.call.sequence

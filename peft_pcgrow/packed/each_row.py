@@ -42,8 +42,9 @@ def each_row(module: Any, x: Tensor, chosen: Tensor, stack: str) -> Tensor:
         matrices = lowbit.decode(found, *shape, form.width, form.sparsity, x.dtype, module.pcgrow_half)
         columns = None if left is None else module.columns(stack, left)
         # neurons are what leaves the first matrix and what enters the second
-        narrow = columns is not None and stack == "down_proj"
-        y = torch.bmm((x.index_select(1, columns) if narrow else x).unsqueeze(1), matrices.mT).squeeze(1)
+        narrow = stack == "down_proj"
+        given = x if columns is None or not narrow else x.index_select(1, columns)
+        y = torch.bmm(given.unsqueeze(1), matrices.mT).squeeze(1)
         if columns is not None and not narrow:
             y = y.new_zeros(made.shape).index_copy(1, columns, y)
         made = torch.where(_there(mine, x.device)[chosen].unsqueeze(1), y, made)

@@ -10,17 +10,20 @@ from tiny import domain, spawned
 
 
 def grown() -> nn.Module:
-    """A layer with newborns, one that is deepened, and one as it was."""
+    """A layer with newborns that is also deepened, and two as they were."""
     model = spawned(implementation="grouped_mm", gate_fpr=0.3, locus={1: [1, 4]})
-    torch.manual_seed(1)
-    model.add_adapter("deepened", PCGrowConfig(locus={2: [0, 3, 7]}, init_weights=False))
+    model.add_adapter("deepened", PCGrowConfig(locus={1: [0, 3, 7]}))
     model.base_model.set_adapter(["default", "deepened"])
+    torch.manual_seed(1)
+    for layer in model.base_model.tuner_layers():
+        for weight in (weight for name in layer.births for weight in layer.bank(name).values()):
+            weight.data += torch.randn_like(weight)
     return model.eval()
 
 
 def answers(model: nn.Module, device: str = "cpu", **options) -> list[list[int]]:
     ids = domain(2)[:, :6].to(device)
-    return model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None, **options).tolist()
+    return model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None, **options).tolist()
 
 
 def test_static_cache():
