@@ -140,7 +140,8 @@ def run(
         CPUs, and on an H100 with "eager" and "grouped_mm". "batched_mm", which `generate` decodes by on a GPU, is
         products of as many rows as the base's here too, but untried there: count on the rounding of the dtype.
     """
-    if one_sort.kept_from(base, exact, together):
+    # on a CPU bits keep them apart, and every token that is decoded comes by here
+    if (exact and hidden.device.type == "cpu") or one_sort.kept_from(base, exact, together):
         return _taken_apart(base, branches, hidden, index, weight, exact, asking)
     joint = _joint(branches)
 
@@ -173,7 +174,7 @@ def _taken_apart(
     exact: bool,
     asking: bool | None = None,
 ) -> Tensor:
-    way, (tokens, choices) = run_rows.implementation(base), index.shape
+    way, (tokens, choices) = run_rows.implementation(base, index), index.shape
     exact = exact and way is not None
     silent = exact and (run_rows.asks_nothing(base, way, hidden) if asking is None else not asking)
     # on a CPU answers are at hand
@@ -184,14 +185,16 @@ def _taken_apart(
         groups, order, idle = _of_their_rows(base, way, branches, index, exact)
     if len(idle) == len(branches):
         return _counted(base(hidden, index, weight), idle)
-    given = hidden.repeat_interleave(choices, dim=0) if order is None else hidden[order // choices]
+    if order is None:
+        given = hidden.repeat_interleave(choices, dim=0)
+    else:
+        given = hidden[torch.div(order, choices, rounding_mode="floor")]
     made = run_rows.run_row_groups(base, way, given, groups, joint=exact)
     if order is None:
         weighted = made * weight.reshape(-1, 1)
     else:
-        places = torch.arange(order.numel(), device=order.device)
         weighted = made * weight.reshape(-1)[order].unsqueeze(-1)
-        weighted = weighted[torch.empty_like(order).scatter_(0, order, places)]
+        weighted = torch.empty_like(weighted).index_copy_(0, order, weighted)
     weighted = weighted.view(tokens, choices, -1)
     if exact:
         # what no expert computes may come out as anything

@@ -14,6 +14,8 @@ from peft_pcgrow.gates.gate import Gate, at_rate
 GATES = ("gate", "entry")
 # what each consists of: see `gate.Gate`, and the thresholds for `gate.RATES`
 GATE_TENSORS = ("direction", "law", "threshold")
+# torch says of it that it takes no arguments
+_uncompiled: Any = torch.compiler.disable
 
 
 class Given(nn.Module):
@@ -68,7 +70,6 @@ class Given(nn.Module):
                 "adapter's weights"
             )
 
-    @torch.compiler.disable
     def _gate_asked(self, adapter_name: str, kind: str, device: torch.device) -> tuple[Gate, Tensor]:
         """A gate on a device, its law in fp64, and its threshold for the rate in use.
 
@@ -100,6 +101,7 @@ class Given(nn.Module):
                 found[kind] = self.gate(adapter_name, kind), self._buffers_of(f"{kind}_threshold")[adapter_name]
         return replace(birth, directions=self.protected_directions(adapter_name), **found)
 
+    @_uncompiled  # what a text has shown so far outlives the call, as no buffer of a CUDA graph does
     def margin(self, adapter_name: str, hidden: Tensor, remember: bool = True, kind: str = "gate") -> Tensor:
         """How far above a gate's threshold the evidence for each of `hidden [T, H]` is, `[T]` nats."""
         call = self.call.sequence

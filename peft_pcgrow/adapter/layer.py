@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -124,12 +125,13 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
     def bank(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Parameters of an adapter's bank by stack name, `[G, ...]`, or a slice for each piece; decoded, if shrunk."""
         stacks = experts.expert_stacks(self.base_layer) if self.is_shrunk(adapter_name) else {}
-        banks = {name.removeprefix("pcgrow_"): getattr(self, name) for name in self.adapter_layer_names}
-        return {
-            name: held[adapter_name].read(stacks.get(name), partial(self.born, adapter_name, name))
-            for name, held in banks.items()
-            if adapter_name in held
-        }
+        found: dict[str, Any] = {}
+        for name in self.adapter_layer_names:
+            held: Any = self._modules[name]
+            if (bank := held._modules.get(adapter_name)) is not None:
+                stack = name.removeprefix("pcgrow_")
+                found[stack] = bank.read(stacks.get(stack), partial(self.born, adapter_name, stack))
+        return found
 
     def born(self, adapter_name: str, stack: str) -> Tensor:
         """The base's own slices of what an adapter grows of a stack, also while they are merged over."""
@@ -233,36 +235,41 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         newborns, total = self.newborns, self.base_layer.num_experts
         if not newborns:
             return index
-        branches = self._branches(hidden, remember=False)
+        branches = self._branches(self.active_banks(), hidden, remember=False)
         owners = [name if branch.passes is not None else "" for name, branch in branches]
         return dispatch.nodes([branch for _, branch in branches], owners, newborns, index, total)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self.call.begin()
-        if self.disable_adapters:
+        base = self.base_layer
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        active = [] if self.merged else self.active_banks()
+            return base(hidden_states, top_k_index, top_k_weights)
+        active = [] if self.merged_adapters else self.active_banks()
         if not active:
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        branches = [branch for _, branch in self._branches(hidden_states)]
+            return base(hidden_states, top_k_index, top_k_weights)
+        branches = [branch for _, branch in self._branches(active, hidden_states)]
         # training needs no bits, and computes no row twice
-        return dispatch.run(
-            self.base_layer, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training
-        )
+        return dispatch.run(base, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training)
 
-    def _branches(self, hidden: Tensor, remember: bool = True) -> list[tuple[str, dispatch.Branch]]:
-        """What computes the rows of grown experts, with its adapter, in the order of `asked`."""
-        births = {name: self.births[name] for name in self.active_banks()}
-        key, now = (hidden.device, *births), tuple(births.values())
+    def _branches(
+        self, active: Sequence[str], hidden: Tensor, remember: bool = True
+    ) -> list[tuple[str, dispatch.Branch]]:
+        """What computes the rows of experts that the `active` adapters grow, with its adapter, in the order of
+        `asked`."""
+        births = {name: self.births[name] for name in active}
+        key, now = (hidden.device, *active), tuple(births.values())
         held = self._asked.get(key)
-        if held is None or any(a is not b for a, b in zip(held[0], now, strict=True)):
+        if held is None or not all(map(is_, held[0], now)):
             everyone = asked(births, self.base_layer.num_experts)
             order = [(name, slot.to(hidden.device), gated, parents) for name, slot, gated, parents in everyone]
             held = self._asked[key] = now, order
-        banks = {name: self.weights_to_run(name) for name in births}
-        passes = {n: self.margin(n, hidden, remember) > 0 for n, birth in births.items() if birth.spawned}
+        banks, passes = {}, {}
+        for name, birth in births.items():
+            banks[name] = self.weights_to_run(name)
+            if birth.spawned:
+                passes[name] = self.margin(name, hidden, remember) > 0
         branches = [
             (name, dispatch.Branch(slot, banks[name], passes[name] if gated else None, parents))
             for name, slot, gated, parents in held[1]

@@ -59,7 +59,7 @@ def names_for(module: nn.Module) -> Names | None:
 
 def adapters_in_use(layer: BaseTunerLayer) -> list[str]:
     """The adapters that the call at hand names, or those that are active."""
-    names = names_for(layer)  # type: ignore[arg-type]
+    names = names_for(layer) if _under_way else None  # type: ignore[arg-type]
     return layer.active_adapters if names is None else [*dict.fromkeys(names.given)]
 
 

@@ -202,7 +202,7 @@ class PCGrowModel(WholeSteps):
 
     def _begin(self) -> Way | None:
         """At the start of each forward: how to settle; None: let autograd go through the layers."""
-        if (patched := next(filter(forward_replaced, self.tuner_layers()), None)) is not None:
+        for patched in [layer for layer in self._grown if "forward" in vars(layer) and forward_replaced(layer)]:
             raise RuntimeError(
                 f"the grown experts of layer {patched.layer_index} had their forward replaced after get_peft_model, by "
                 f"Liger's kernels for example: {UNPATCHED}"

@@ -8,7 +8,7 @@ cast, and then have others.
 import gc
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,11 @@ class StepWatcher:
     def is_mine(self, optimizer: Any) -> bool:
         """Whether an optimizer holds a parameter of this model."""
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group.get("params", ())}
-        return any(id(p) in held for p in self.model.parameters())
+        return any(id(p) in held for p in self.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of its model, the likeliest first: this is asked twice a step."""
+        return self.model.parameters()
 
     @abstractmethod
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:

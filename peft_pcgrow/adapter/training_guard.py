@@ -89,6 +89,12 @@ class TrainingGuard(StepWatcher):
         self.rearm()
         self.watch()
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for layer in self.layers():
+            for name in layer.adapter_layer_names:
+                yield from getattr(layer, name).parameters()
+        yield from self.model.parameters()
+
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
         self.rows_met.forget()

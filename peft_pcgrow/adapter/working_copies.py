@@ -50,17 +50,16 @@ class Prepared(nn.Module):
     def weights_to_run(self, adapter_name: str) -> Mapping[str, Tensor]:
         """`weights`, cast to the base's dtype and composed once for all forwards that need no gradient of them."""
         bank, base = self.bank(adapter_name), self.base_layer
-        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in bank.values())
         elsewhere = isinstance(base, ViewedExperts) or adapter_name in self._composed or torch.compiler.is_compiling()
         elsewhere |= getattr(self, MANAGED, False)
-        own = {name: held for name, held in vars(base)["_parameters"].items() if held is not None}
-        composes = self.births[adapter_name].pieces is not None
-        alike = not composes and not elsewhere and all(weight.dtype == own[n].dtype for n, weight in bank.items())
-        if self.training or trains or elsewhere or alike:
+        own, composes = vars(base)["_parameters"], self.births[adapter_name].pieces is not None
+        alike = not (composes or elsewhere) and all(weight.dtype == own[n].dtype for n, weight in bank.items())
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in bank.values())
+        if alike or elsewhere or self.training or trains:
             # also because an optimizer may write where nothing counts it
             self._working.held.pop(adapter_name, None)
             return bank if alike else self.weights(adapter_name)
-        sources = [*bank.values(), *(own.values() if composes else (own[name] for name in bank))]
+        sources = [*bank.values(), *(filter(torch.is_tensor, own.values()) if composes else map(own.get, bank))]
         return self._working.read(adapter_name, sources, lambda: self._cast(adapter_name))
 
     def _cast(self, adapter_name: str) -> dict[str, Tensor]:

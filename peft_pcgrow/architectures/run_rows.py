@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, is_adopted, is_packed
+from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, is_packed
 from peft_pcgrow.architectures.host import (
     IMPLEMENTATIONS,
     batched_linear,
@@ -118,16 +118,15 @@ def sum_rows(way: str | None, weighted: Tensor, index: Tensor, dtype: torch.dtyp
     return total
 
 
-def implementation(base: ExpertsModule) -> str | None:
-    """How `base` runs its experts; None: by code that cannot be taken apart.
+def implementation(base: ExpertsModule, index: Tensor | None = None) -> str | None:
+    """How `base` runs its experts, for rows `index [T, K]` or in general; None: by code that cannot be taken apart.
 
     "eager", "grouped_mm" or "batched_mm"; adopted ones also "sorted" (as "grouped_mm", added up as "eager"), "spread"
     (each expert is handed all rows, as zeros where they are not its own).
     """
-    if is_packed(base):
-        return "grouped_mm"
-    if is_adopted(base):
-        return base.implementation
+    if isinstance(base, ViewedExperts):
+        each = index is not None and base.takes_each_row(index)
+        return "batched_mm" if each else "grouped_mm" if base.packed else base.implementation  # type: ignore
     way = IMPLEMENTATIONS.get(implementation_name(base.config))
     return "eager" if way is None else FAST_PATHS.get(way)
 
@@ -150,9 +149,8 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor]) -> ExpertsModule:
     stacks = {name: weight.to(own[name].dtype) for name, weight in bank.items()}
     module: Any = object.__new__(type(base))
     # a shallow copy shares its dicts with the base: give it its own before anything is put into them
-    vars(module).update(vars(base), _parameters={**own, **stacks})
+    vars(module).update(vars(base), _parameters={**own, **stacks}, num_experts=next(iter(stacks.values())).shape[0])
     vars(module).pop("forward", None)
-    module.num_experts = next(iter(stacks.values())).shape[0]
     return module
 
 
@@ -175,20 +173,18 @@ def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:
 
 def _ends(way: str | None, module: ExpertsModule, chosen: Tensor) -> Any:
     """Where the rows of each expert end, for ways that sort them; of negative experts, they are the first one's too."""
-    if is_packed(module):
-        return module.ends_of(chosen)
     if way != "grouped_mm":
         return None
+    if is_packed(module):
+        return module.ends_of(chosen)
     every = torch.arange(module.num_experts, device=chosen.device)
     return torch.searchsorted(chosen, every, right=True, out_int32=True)
 
 
 def _linear(module: ExpertsModule, inputs: Tensor, chosen: Tensor, name: str, ends: Any) -> Tensor:
     """transformers' own product of rows `[N, I]` with their experts' matrices, by its fast paths."""
-    if is_packed(module):
-        return module.linear(inputs, chosen, name, ends)
-    if is_adopted(module):
-        return module.linear(inputs, chosen, name)
+    if isinstance(module, ViewedExperts):
+        return module.linear(inputs, chosen, name, *([ends] if module.packed else []))  # type: ignore
     held = module._parameters
     stack, bias = held[name], held[f"{name}_bias"] if module.has_bias else None
     if ends is None or bias is not None:

@@ -91,6 +91,10 @@ class ViewedExperts:
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
         """The module with dense stacks, `[G, ...]` by name, in the place of its own."""
 
+    def takes_each_row(self, index: Tensor) -> bool:
+        """Whether rows `index [T, K]` are not sorted, but each multiplied by a matrix that is read for it."""
+        return False
+
     @abstractmethod
     def composed_once(self) -> AbstractContextManager[None]:
         """Inside, the weights are dense leaves, the same in every forward: their gradients can be asked for."""

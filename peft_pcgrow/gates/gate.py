@@ -17,6 +17,7 @@ Shapes: B texts of S tokens, P tokens of them seen in earlier calls, H hidden.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,6 +68,11 @@ class Gate:
     law: Tensor
     window: int
 
+    @cached_property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The law's, in fp64."""
+        return self.law.double().unbind()
+
     def scores(self, x: Tensor) -> Tensor:
         """`[..., H]` -> `[...]`, in fp32 whatever the model and autocast compute in."""
         return gate_score(x, self.direction)
@@ -76,7 +82,7 @@ class Gate:
         to it, `[B, P + S, 2]`, that the next call needs as `rows.past`."""
         running = totals(scores.unsqueeze(-1), None if rows.whole else rows.real, rows.past)
         mean, n = window_means(running, rows.real.shape[1], self.window, rows.start)
-        middle, distance, between, within = self.law.double()
+        middle, distance, between, within = self.numbers
         scatter = (between + within / n.clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)
         return ((mean.squeeze(-1) - middle) * distance / scatter).float(), running
 

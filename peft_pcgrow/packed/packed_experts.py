@@ -21,6 +21,7 @@ from peft_pcgrow.architectures.adoption import change_class
 from peft_pcgrow.architectures.experts import ExpertsModule
 from peft_pcgrow.architectures.stack_view import StackView, ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
+from peft_pcgrow.packed.each_row import each_row
 from peft_pcgrow.packed.forms import WHOLE, Form, first_neurons, full_matrix, matrix_shape
 from peft_pcgrow.packed.grouped import grouped_product, joined
 
@@ -30,6 +31,8 @@ PREFIX = "packed_"
 CHANGED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 # bytes of matrices that are decoded at a time, if it is more than one: on CPUs, what stays in the caches
 DECODED, DECODED_ON_CPU = 64 * 2**20, 4 * 2**20
+# devices whose answers the host need not wait for
+AT_HAND = ("cpu",)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -71,7 +74,7 @@ class PackedExperts(ViewedExperts):
         """The matrices of some experts of one form, `[G, O, I]`."""
         module: Any = self
         form, offsets, data = self.forms[chosen[0]], module.pcgrow_offsets[stack], module._buffers[PREFIX + stack]
-        shape = self._shape(stack, form)
+        shape = self.shape_of(stack, form)
         size = lowbit.size(*shape, form.width, form.sparsity)
         # bytes that lie side by side are not copied
         spans = [
@@ -88,7 +91,7 @@ class PackedExperts(ViewedExperts):
                 by_form.setdefault(form, []).append(expert)
         most = DECODED_ON_CPU if self.pcgrow_like.device.type == "cpu" else DECODED
         for form, hit in by_form.items():
-            outputs, inputs = self._shape(stack, form)
+            outputs, inputs = self.shape_of(stack, form)
             count = max(1, most // (outputs * inputs * dtype.itemsize))
             if Form(neurons=form.neurons) == form and dtype == self.pcgrow_half:
                 # read where they are: as many as lie side by side
@@ -104,7 +107,7 @@ class PackedExperts(ViewedExperts):
         Args:
             ends: where the rows of each expert end, `[E]`. Rows beyond belong to no expert.
         """
-        outputs, inputs = self._shape(stack, WHOLE)
+        outputs, inputs = self.shape_of(stack, WHOLE)
         made = x.new_empty(len(x), inputs if back else outputs)
         starts = (0, *ends)
         made[ends[-1] :] = 0
@@ -116,7 +119,7 @@ class PackedExperts(ViewedExperts):
             blocks = joined(spans)
             rows = torch.cat([x[start:end] for start, end in blocks]) if len(blocks) > 1 else x[slice(*blocks[0])]
             left = self.forms[chunk[0]].neurons
-            columns = None if left is None else self._columns(stack, left)
+            columns = None if left is None else self.columns(stack, left)
             # neurons are what leaves the first matrix and what enters the second
             narrow = (stack == "down_proj") != back
             if columns is not None and narrow:
@@ -131,7 +134,7 @@ class PackedExperts(ViewedExperts):
                 made[start:end] = piece
         return made
 
-    def _shape(self, stack: str, form: Form) -> tuple[int, int]:
+    def shape_of(self, stack: str, form: Form) -> tuple[int, int]:
         """`matrix_shape`, looked up once."""
         found: dict[tuple[str, Form], tuple[int, int]] = self.__dict__.setdefault("_shapes", {})
         if (stack, form) not in found:
@@ -139,7 +142,7 @@ class PackedExperts(ViewedExperts):
             found[stack, form] = matrix_shape(module, stack, form)
         return found[stack, form]
 
-    def _columns(self, stack: str, left: int) -> Tensor:
+    def columns(self, stack: str, left: int) -> Tensor:
         """Where the first neurons lie on a matrix's own axis of neurons, looked up once."""
         found: dict[Any, Tensor] = self.__dict__.setdefault("_places", {})
         key = stack, left, self.pcgrow_like.device
@@ -161,7 +164,7 @@ class PackedExperts(ViewedExperts):
 
     def packed_bytes(self, stack: str) -> int:
         """Bytes that a stack takes in its experts' forms."""
-        shapes = (self._shape(stack, form) for form in self.forms)
+        shapes = (self.shape_of(stack, form) for form in self.forms)
         return sum(lowbit.size(*s, form.width, form.sparsity) for s, form in zip(shapes, self.forms, strict=True))
 
     def replaced(self, stacks: Mapping[str, Tensor]) -> Any:
@@ -188,13 +191,15 @@ class PackedExperts(ViewedExperts):
         """The product of rows with their experts' matrices, and the bias, `[R, O]`.
 
         Args:
-            x: `[R, I]`. chosen: expert of each, ascending, `[R]`; from `num_experts` on: none. ends: see `ends_of`.
+            x: `[R, I]`. chosen: expert of each, `[R]`; from `num_experts` on: none, and what comes out means nothing.
+            ends: see `ends_of`, of ascending `chosen`, whose rows of no expert are zeros. None: see `takes_each_row`.
         """
         module: Any = self
-        ends = self.ends_of(chosen) if ends is None else ends
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.dense is not None:
+        if ends is None:
+            y = each_row(module, x, chosen.clamp(0, module.num_experts - 1), stack)
+        elif self.dense is not None:
             weights = self.dense[stack].to(x.dtype)
             # laid out as decoded ones are: few rows are multiplied in another order otherwise
             weights = weights.mT.contiguous() if module.is_transposed else weights
@@ -205,7 +210,14 @@ class PackedExperts(ViewedExperts):
             y = _PackedLinear.apply(x, self, stack, ends)
         if not module.has_bias:
             return y
-        return y + getattr(module, f"{stack}_bias")[chosen.clamp(max=module.num_experts - 1)].to(y.dtype)
+        return y + getattr(module, f"{stack}_bias")[chosen.clamp(0, module.num_experts - 1)].to(y.dtype)
+
+    def takes_each_row(self, index: Tensor) -> bool:
+        """Whether rows `index [T, K]` are so few that each is multiplied by a matrix decoded for itself, no more of
+        them than there are experts: a token that is decoded on a GPU never waits for the host to read where it goes.
+        """
+        few = index.numel() * len({*self.forms}) <= len(self.forms)
+        return few and index.device.type not in AT_HAND and not torch.is_grad_enabled()
 
     def ends_of(self, chosen: Tensor) -> list[int]:
         """Where the rows of each expert end, of rows sorted by expert `chosen [R]`."""
@@ -217,18 +229,24 @@ class PackedExperts(ViewedExperts):
         """As transformers' `grouped_mm_experts_forward`, step by step: an adapter's rows are run in the same order."""
         module: Any = self
         tokens, choices = top_k_index.shape
-        chosen, order = torch.sort(top_k_index.reshape(-1))
-        ends = self.ends_of(chosen)
+        if self.takes_each_row(top_k_index):
+            chosen, order, ends = top_k_index.reshape(-1), None, None
+        else:
+            chosen, order = torch.sort(top_k_index.reshape(-1))
+            ends = self.ends_of(chosen)
         first = experts.first_matrix(module)
-        inner = self.linear(hidden_states[order // choices], chosen, first, ends)
+        given = hidden_states.repeat_interleave(choices, dim=0) if order is None else hidden_states[order // choices]
+        inner = self.linear(given, chosen, first, ends)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         y = self.linear(inner, chosen, "down_proj", ends)
         y = module.post_expert_norm(y) if module.has_post_expert_norm else y
-        weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        if ends[-1] < len(chosen):
+        weight = top_k_weights.reshape(-1)
+        weighted = y * (weight if order is None else weight[order]).unsqueeze(-1)
+        if ends is None or ends[-1] < len(chosen):
             # sentinels of expert parallelism
             weighted = weighted.masked_fill((chosen >= module.num_experts).unsqueeze(1), 0)
-        return weighted[torch.argsort(order)].view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
+        weighted = weighted if order is None else weighted[torch.argsort(order)]
+        return weighted.view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 @cache

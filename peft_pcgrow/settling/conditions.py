@@ -14,6 +14,9 @@ from peft_pcgrow.settling.host import ADAPTERS, ATTENTION, EXPERTS, HOLDERS, ONL
 SMALL = 2**16
 # attributes of modules that change nothing of what they compute, or stand among the settings
 NO_SETTINGS = ("training", "gradient_checkpointing", "activation_checkpointing")
+# what tuners' layers have, one of them at least
+TUNED = frozenset((*ADAPTERS, "births"))
+PLAIN = frozenset((bool, int, float, str))
 
 # layers whose graphs have been looked through, and the hooks that were there
 _looked_through: "WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ...]]" = WeakKeyDictionary()
@@ -43,12 +46,12 @@ class Setting(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module, outermost: bool) -> "Setting":
         held = vars(module)
-        hooks = {} if outermost else {**module._forward_pre_hooks, **module._forward_hooks}
+        hooked = not outermost and (module._forward_pre_hooks or module._forward_hooks)
         config = held.get("config")
         return cls(
             module.training,
-            tuple(own_hooks(hooks)),
-            adapters_in_use(module),
+            tuple(own_hooks({**module._forward_pre_hooks, **module._forward_hooks})) if hooked else (),
+            () if TUNED.isdisjoint(held) else adapters_in_use(module),
             tuple(getattr(config, name, None) for name in (ATTENTION, EXPERTS)) if config else (),
         )
 
@@ -219,7 +222,7 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if type(value) in (bool, int, float, str) and name[0] != "_" and name not in NO_SETTINGS
+        if type(value) in PLAIN and name[0] != "_" and name not in NO_SETTINGS
     }
 
 

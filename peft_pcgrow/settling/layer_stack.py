@@ -313,12 +313,13 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
         return checkpointed.run(way, (index, len(stack.layers)), layer, forward, around, keeps, args, kwargs)
     try:
         args, kwargs, tape = stack.before(index, layer, args, kwargs)  # type: ignore
-        if tape is not None:
-            set_grad_enabled(tape.leaf is not None or tape.keeps)
-        weighed = stack._weighed.around(index, layer) if tape is not None and tape.leaf is not None else nullcontext()
-        with weighed, nullcontext() if tape is None else tapped(layer, tape.tap):
+        if tape is None:
             output = forward(*args, **kwargs)
-        if tape is not None:
+        else:
+            set_grad_enabled(tape.leaf is not None or tape.keeps)
+            weighed = nullcontext() if tape.leaf is None else stack._weighed.around(index, layer)
+            with weighed, tapped(layer, tape.tap):
+                output = forward(*args, **kwargs)
             set_grad_enabled(enabled)
             output = stack.after(tape, index, layer, kwargs, output)  # type: ignore
         ran = True

@@ -1,7 +1,6 @@
 """Both ways to run a bank's rows beside the base's: against a loop over rows, and against each other."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +8,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
+from asked import nothing_asked
 from close import assert_all_close
 from pcgrow_kernels import grouped
 from peft_pcgrow import PCGrowConfig
@@ -256,34 +255,6 @@ def test_banks_keep_their_dtype(dtype):
 
 
 # ---- what a GPU would have to wait for
-
-
-class Asked(TorchDispatchMode):
-    """Fails where the host asks for what a GPU has computed."""
-
-    ASKS = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "equal", "is_nonzero", "bincount")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert not any(name == ask or name.startswith(("unique", "_unique", ask + "_")) for ask in self.ASKS), name
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            kinds = [held.dtype for held in args[1] if held is not None]
-            assert not {torch.bool, torch.uint8} & {*kinds}, f"{name} by a mask"
-            assert name == "index" or not (len(args) > 3 and args[3]), "an accumulating index_put"
-        return func(*args, **(kwargs or {}))
-
-
-def refuse(*_: Any, **__: Any) -> None:
-    raise AssertionError("the host read a tensor")
-
-
-@contextmanager
-def nothing_asked() -> Iterator[None]:
-    """Reads that never come to a dispatcher are looked for too."""
-    with pytest.MonkeyPatch.context() as patch, Asked():
-        for name in ("item", "tolist", "numpy", "cpu", "__int__", "__float__", "__bool__", "__index__"):
-            patch.setattr(Tensor, name, refuse)
-        yield
 
 
 @pytest.fixture

@@ -373,3 +373,14 @@ def test_an_adapter_that_is_switched_off_before_the_step():
     assert moved
     assert all(".default." in name for name in moved)
     assert_kept(before, kept(model))
+
+
+def test_the_optimizer_of_a_bank_is_known_without_a_walk(monkeypatch):
+    """Asked twice a step, whose optimizer it is; of another one, all parameters say that it is not."""
+    model, other = grow(build()), torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    guard, mine = model.base_model._guard, torch.optim.SGD(trainable(model), 1.0)
+    assert not guard.is_mine(other)
+    monkeypatch.setattr(guard.model, "parameters", lambda: pytest.fail("walked"))
+    assert guard.is_mine(mine)
+    with pytest.raises(pytest.fail.Exception, match="walked"):
+        guard.is_mine(other)

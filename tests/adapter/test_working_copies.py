@@ -154,6 +154,34 @@ def test_unasked_as_asked(way, gated):
     assert_close(way, found, want, "fp32")
 
 
+class Counted(TorchDispatchMode):
+    """How many operations torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_operations_of_a_token():
+    """Decoding is as many calls as products: a grown layer adds few to the base's, fewer where no row is taken."""
+    module, branches, *_ = called("grouped_mm", False)
+    hidden, weight = torch.randn(2, HIDDEN), torch.rand(2, 2)
+    counts = {}
+    for kind, index in (("taken", [[1, 5], [2, 3]]), ("idle", [[2, 5], [2, 3]])):
+        with Counted() as alone:
+            module(hidden, torch.tensor(index), weight)
+        with Counted() as both:
+            dispatch.run(module, branches[:1], hidden, torch.tensor(index), weight)
+        counts[kind] = both.found - alone.found
+    assert counts["idle"] <= 8
+    assert counts["idle"] < counts["taken"] <= 20
+
+
 def test_the_watch_sees_questions():
     with pytest.raises(AssertionError), Unasked():
         dispatch.run(*called("grouped_mm", False), asking=True)
