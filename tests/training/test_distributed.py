@@ -1,6 +1,5 @@
 """Two processes (gloo) train as one process does on the whole batch."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,7 @@ pytestmark = pytest.mark.cpu("processes meet over gloo")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what torchrun sets; accelerate's own launcher starts several processes on CPUs through MPI only
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    each = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    running = [fresh.Program(Path(ddp_script.__file__), folder, environment=variables) for variables in each]
-    done = [program.done() for program in running]
+    done = fresh.two(Path(ddp_script.__file__), folder)
     for process in done:
         assert process.returncode == 0, process.stderr[-4000:]
     found = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
