@@ -6,6 +6,7 @@ One server imports them, once, and forks for each program: importing costs more 
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,19 @@ class Program:
         with self.written:
             said = [Path(self.written.name, name).read_text() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *said)
+
+
+def two(program: Path, *arguments: object, **variables: str) -> list[subprocess.CompletedProcess[str]]:
+    """A file as two processes that meet on this machine, with what torchrun sets and `variables`: how both ended.
+
+    Accelerate's own launcher starts several processes on CPUs through MPI only.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **variables}
+    each = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [program.done() for program in [Program(program, *arguments, environment=one) for one in each]]
 
 
 def run(program: str | Path, *arguments: object, **options) -> subprocess.CompletedProcess[str]:

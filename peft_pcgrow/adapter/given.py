@@ -41,6 +41,16 @@ class Given(nn.Module):
         stacks = self.births[adapter_name].directions
         return {stack: self._buffers_of(f"protect_{stack}")[adapter_name] for stack in stacks}
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "Given":
+        """Gates go to other devices, and are no other gates where a model is cast, as DeepSpeed does to 16 bits."""
+        names = [f"{kind}_{name}" for kind in GATES for name in GATE_TENSORS]
+        held = [(self._buffers_of(name), key, t) for name in names for key, t in self._buffers_of(name).items()]
+        super()._apply(*args, **kwargs)
+        for buffers, key, tensor in held:
+            if buffers[key].dtype != tensor.dtype:
+                buffers[key] = tensor.to(buffers[key].device)
+        return self
+
     def is_protected(self, adapter_name: str) -> bool:
         return bool(self.births[adapter_name].directions)
 

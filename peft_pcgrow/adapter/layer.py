@@ -270,6 +270,14 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
             banks[name] = self.weights_to_run(name)
             if birth.spawned:
                 passes[name] = self.margin(name, hidden, remember) > 0
+        # read where they are, by no call of the modules that offloading brings them back for
+        own: Any = self.base_layer
+        here = [*own._parameters.values(), *(weight for bank in banks.values() for weight in bank.values())]
+        if not hidden.is_meta and any(tensor is not None and tensor.is_meta for tensor in here):
+            raise RuntimeError(
+                f"weights of layer {self.layer_index} are offloaded, and grown experts read them where they are: keep "
+                "the experts of layers that grow in memory (by device_map, or by no cpu_offload after growing)"
+            )
         branches = [
             (name, dispatch.Branch(slot, banks[name], passes[name] if gated else None, parents))
             for name, slot, gated, parents in held[1]

@@ -26,6 +26,7 @@ from peft_pcgrow.adapter.training_guard import TrainingGuard
 from peft_pcgrow.adapter.what_trains import rows_alone, what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
 from peft_pcgrow.architectures.decoder import UNPATCHED
+from peft_pcgrow.architectures.engines import PROTECTED, ZERO, check_engine, is_copied, stepped_by
 from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
 from peft_pcgrow.architectures.sharded import check_whole, like
 from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
@@ -220,8 +221,10 @@ class PCGrowModel(WholeSteps):
                 "the adapter is merged, so its banks are not used: call unmerge_adapter() before training"
             )
         if self._guard is not None:
-            if not self._guard.announced:
+            first = not self._guard.announced
+            if first:
                 self._check_given()
+            self._check_protected(first)
             self._guard.training_forward()
         ways = {name: self.peft_config[name].way for name in self.active_adapters if name in self.peft_config}
         if None in ways.values():
@@ -249,8 +252,18 @@ class PCGrowModel(WholeSteps):
         if shrunk and not any(p.requires_grad for p in self.model.parameters()):
             raise RuntimeError(f"{SHRUNK.format(min(shrunk))}; to compute without training, call model.eval()")
 
+    def _check_protected(self, first: bool) -> None:
+        """At each training forward, since engines come at any time; `first`: look for all that there are."""
+        for name in self.active_adapters:
+            kept = [layer for layer in self.tuner_layers() if name in layer.births and layer.is_protected(name)]
+            marked = any(is_copied(weight) for layer in kept for weight in layer.bank(name).values())
+            engine = ZERO if marked else stepped_by(self.model) if first and kept else None
+            if engine is not None:
+                raise ValueError(PROTECTED.format(engine, name))
+
     def _check_given(self) -> None:
         """Newborns behind gates that were never set would train on nothing, and nothing would be protected."""
+        check_engine(self.model)
         for name in self.active_adapters:
             layers = [layer for layer in self.tuner_layers() if name in layer.births]
             for layer in layers:
@@ -329,6 +342,7 @@ class PCGrowModel(WholeSteps):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
+        check_engine(model)
         adapter_file.check_loaded(model, {}, cls._remove_adapter_name_from_key)  # before it is sealed anew
         ours = PCGrowExperts if config.lora is None else (PCGrowExperts, LoraLayer)
         held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

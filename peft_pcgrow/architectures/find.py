@@ -9,6 +9,7 @@ from peft_pcgrow.architectures.adopt_mlps import marked, plain_mlps
 from peft_pcgrow.architectures.adopt_routed import foreign_experts, undecorated, why_none
 from peft_pcgrow.architectures.adoption import Adoption, innermost
 from peft_pcgrow.architectures.decoder import UNPATCHED, in_decoder, layer_list
+from peft_pcgrow.architectures.engines import check_engine
 from peft_pcgrow.architectures.experts import (
     ExpertsModule,
     GrownExperts,
@@ -89,7 +90,8 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
 
     Raises:
         ValueError: nothing of that kind that can be grown, experts outside one list of decoder layers, weights that are
-            no plain ones (quantized, sharded; see `plain_weight`), or a block replaced by a hub kernel.
+            no plain ones (quantized, sharded; see `plain_weight`), a model spread over processes (see `engines`), or a
+            block replaced by a hub kernel.
 
     Example:
         >>> [(site.layer, site.experts) for site in find_experts(model).sites]
@@ -97,6 +99,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     """
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
+    check_engine(model)
     modules = dict(model.named_modules())
     waiting = foreign_experts(model, modules)
     routed = {*marked(modules, "routed"), *waiting}
@@ -206,9 +209,9 @@ def check_in_memory(tree: Tree) -> None:
 
 
 def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
-    _check_forward(name, base)
     if getattr(base, EXPERTS_MARK):
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
+    _check_forward(name, base)
     stacks = [first_matrix(base), "down_proj"]
     names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]
     # adopted ones too: weights may become computed at any time

@@ -80,6 +80,12 @@ MANAGED = "_is_fsdp_managed_module"
 DTENSOR = {"DTensor": "torch.distributed.tensor"}
 # set on parameters that lie in a flat one; on those that DeepSpeed partitions
 FLAT, PARTITIONED = ("_fsdp_flattened", "_is_flat_param"), "ds_id"
+# DeepSpeed's, around a model that it trains
+DEEPSPEED = {"DeepSpeedEngine": "deepspeed.runtime.engine"}
+# set by it on parameters of which ZeRO steps a copy
+COPIED = "_hp_mapping"
+# set on a model that transformers has spread over processes, and the sizes in its config's `distributed_config`
+MESH, SIZES = "_mesh_manager", ("tp_size", "ep_size", "pp_size")
 # Liger's, which take the place of others in transformers' files
 LIGER = {"LigerExperts": "liger_kernel.transformers.swiglu"}
 

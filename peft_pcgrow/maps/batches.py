@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from peft_pcgrow.architectures.engines import check_engine
 from peft_pcgrow.architectures.host import REPACKS
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.text_borders import Told
@@ -21,7 +22,7 @@ NO_GRADIENTS = (
 
 
 def check_causal(model: Any) -> None:
-    """TypeError or ValueError unless `model` may be a causal LM in memory."""
+    """TypeError or ValueError unless `model` may be a causal LM in memory, whole in this process."""
     if not isinstance(model, nn.Module):
         given = (
             f"the {type(model).__name__} {str(model)[:80]!r}"
@@ -32,6 +33,7 @@ def check_causal(model: Any) -> None:
     name = type(getattr(model, "get_base_model", lambda: model)()).__name__
     if name.endswith(("Classification", "QuestionAnswering")):
         raise ValueError(f"{name} predicts no words: load the model with AutoModelForCausalLM")
+    check_engine(model)
 
 
 def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -219,15 +221,17 @@ def held_still(model: nn.Module) -> Iterator[None]:
             raise
 
 
-@torch.no_grad()
 def losses(model: nn.Module, batches: Sequence[Sequence[Batch]]) -> list[float]:
     """Mean loss of each text, nats per predicted token."""
-    found = []
+    return [total / count for total, count in (loss_sum(model, held) for held in batches)]
+
+
+@torch.no_grad()
+def loss_sum(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Loss of a text in nats, and how many tokens of it are predicted."""
+    total, count = 0.0, 0
     with held_still(model):
-        for held in batches:
-            total = count = 0.0
-            for inputs, target, _ in held:
-                total += float(token_losses(predict(model, inputs), target).sum())
-                count += int((target[:, 1:] != IGNORED).sum())
-            found.append(total / count)
-    return found
+        for inputs, target, _ in batches:
+            total += float(token_losses(predict(model, inputs), target).sum())
+            count += int((target[:, 1:] != IGNORED).sum())
+    return total, count

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
+from peft_pcgrow.architectures.engines import inside
 from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
 from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.gates.gate import Rows
@@ -132,7 +133,7 @@ def measure_errors(
         True
     """
     refuse_gone("measure_errors", gone, GONE)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = inside(model)
     with together("measure_errors"):
         check_causal(model)
         check_gradients(model)

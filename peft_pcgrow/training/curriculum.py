@@ -1,5 +1,6 @@
 """Curriculum: put the examples of a dataset in the order of how much they surprise the model."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures.engines import inside
 from peft_pcgrow.maps.batches import IGNORED, check_causal, held_still, known_words, predict, read_batch, token_losses
 from peft_pcgrow.maps.corpus import pad, read_text, whole_number
 from peft_pcgrow.maps.distributed import check_same, process, processes, summed, together
 from peft_pcgrow.maps.resume import weights_in_use
 from peft_pcgrow.settings import refuse_gone
 
+# examples that several processes compare before each measures its share
+LOOKED_AT = 16
 GONE = {
     "prerequisites": "order the examples that must come first by themselves, and put the others after them",
     "live": "call order_by_surprisal again, on the examples that are left, where they should be measured anew",
@@ -75,7 +79,8 @@ def order_by_surprisal(
 
     Raises:
         TypeError: no model, a dataset without length or index, or an option that is gone.
-        ValueError: an example without label tokens, an option out of its range, or other models on other processes.
+        ValueError: an example without label tokens, an option out of its range, or other models or examples on
+            other processes.
         FloatingPointError: a loss that is NaN or infinite.
         RuntimeError: another process failed.
 
@@ -86,6 +91,7 @@ def order_by_surprisal(
         (32, True)
     """
     refuse_gone("order_by_surprisal", gone, GONE)
+    model = inside(model)
     with together("order_by_surprisal"):
         if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             hint = (
@@ -98,9 +104,10 @@ def order_by_surprisal(
         batch_size = whole_number("batch_size", batch_size, "examples")
         window = None if window is None else whole_number("window", window, "examples")
         count = len(dataset)
+        facts = {"examples": count, "texts": _some(dataset)} if processes() > 1 else {}
         meter = _Meter(dataset, model, relative, batch_size, collator, tokenizer)
     if processes() > 1:
-        check_same("order_by_surprisal", {"examples": count, "weights": weights_in_use(model)})
+        check_same("order_by_surprisal", {**facts, "weights": weights_in_use(model)})
     bar = tqdm(total=count, unit="example", desc="measuring surprisal", disable=not progress)
     with together("order_by_surprisal"), bar:
         surprisal = meter.measure(bar)
@@ -112,6 +119,17 @@ def order_by_surprisal(
         order += sorted(range(start, min(start + size, count)), key=keys.__getitem__)
     chosen = _select(dataset, order)
     return (chosen, surprisal[order]) if return_surprisal else chosen
+
+
+def _some(dataset: Any) -> list[str]:
+    """Digests of some examples, spread over a dataset, which tell it from another one, or another order."""
+    found = []
+    for place in {len(dataset) * part // LOOKED_AT for part in range(min(LOOKED_AT, len(dataset)))}:
+        example = dataset[place]
+        ids = example.get("input_ids", example) if isinstance(example, Mapping) else example
+        held = ids.tolist() if hasattr(ids, "tolist") else ids
+        found.append(hashlib.sha256(repr(held).encode()).hexdigest()[:8])
+    return found
 
 
 def _select(dataset: Any, order: list[int]) -> Any:

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter.layer import PCGrowExperts
+from peft_pcgrow.architectures.engines import TAKEN, inside, stepped_by
 from peft_pcgrow.architectures.sharded import check_whole
-from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
-from peft_pcgrow.maps.distributed import gathered, together
+from peft_pcgrow.maps.batches import (
+    IGNORED,
+    Batch,
+    check_causal,
+    check_gradients,
+    loss_sum,
+    read_batches,
+    settle_batch,
+)
+from peft_pcgrow.maps.distributed import everywhere, gathered, process, processes, summed, together
 from peft_pcgrow.training.muon import banks_of, update_of
 
 # the rate as a share of the best single step
@@ -42,8 +51,8 @@ def find_lr(
     The update is that of half of the batches, the loss that of the others; weights, gradients, mode and random numbers
     are left as they were. What is protected is not taken out of the update: a first step without its main part may go
     several times as far, which is too far for those that follow (see RESULTS.md). Costs a training step on one half and
-    5 to 15 forwards of the other. Under torch.distributed each process searches with its own batches, and all get the
-    geometric mean; all must call.
+    5 to 15 forwards of the other. Under torch.distributed the batches are those of all processes, in the order of their
+    ranks; each computes a share, and all get the rate that one would find on all of them. All must call.
 
     Args:
         model (nn.Module): after `get_peft_model(model, PCGrowConfig(...))`.
@@ -56,41 +65,47 @@ def find_lr(
         The rate, what a matrix's update of unit spectral norm is multiplied by.
 
     Raises:
-        ValueError: nothing grown trains, fewer than two batches, nothing to predict in them, no token of theirs that
-            reaches what trains, or no step along the update that lowers the loss (the batches have nothing in common,
-            or there is nothing left to learn from them).
+        ValueError: nothing grown trains, DeepSpeed's ZeRO has the model already, fewer than two batches, nothing to
+            predict in them, no token of theirs that reaches what trains, or no step along the update that lowers the
+            loss (the batches have nothing in common, or there is nothing left to learn from them).
+        RuntimeError: another process failed.
 
     Example:
         >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))
         >>> 0.001 < find_lr(grown, batches) < 1
         True
     """
+    model = inside(model)
     with together("find_lr"):
         check_causal(model)
         check_gradients(model)
         check_whole(model, "find_lr")
+        if (engine := stepped_by(model)) is not None:
+            raise ValueError(TAKEN.format(engine, "find_lr"))
         banks = banks_of(model)
-        with _put_back(model, banks) as starts:
-            read = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
-            if len(read) < 2:
-                raise ValueError(
-                    f"find_lr takes a step on some batches and looks at others, so it needs 2 at least, got {len(read)}"
-                )
-            half = len(read) // 2
-            if not all(
-                any(bool((target != IGNORED).any()) for _, target, _ in some) for some in (read[:half], read[half:])
-            ):
-                raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
-            updates = _updates(model, banks, read[:half])
+    with _put_back(model, banks) as starts:
+        with together("find_lr"):
+            mine = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
+        read = everywhere(mine, next(model.parameters()).device)
+        if len(read) < 2:
+            raise ValueError(
+                f"find_lr takes a step on some batches and looks at others, so it needs 2 at least, got {len(read)}"
+            )
+        halves = read[: len(read) // 2], read[len(read) // 2 :]
+        if not all(any(bool((target != IGNORED).any()) for _, target, _ in half) for half in halves):
+            raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
+        shares = [half[process() :: processes()] for half in halves]
+        updates = _updates(model, banks, shares[0])
 
-            def loss(step: float) -> float:
-                with torch.no_grad():
-                    for bank, start, update in zip(banks, starts, updates, strict=True):
-                        bank.copy_(start).add_(update, alpha=-step)
-                return losses(model, [read[half:]])[0]
+        def loss(step: float) -> float:
+            with together("find_lr"), torch.no_grad():
+                for bank, start, update in zip(banks, starts, updates, strict=True):
+                    bank.copy_(start).add_(update, alpha=-step)
+                found = loss_sum(model, shares[1])
+            total, count = map(sum, zip(*gathered(found), strict=True))
+            return total / count
 
-            found = SHARE * best_step(loss)
-    return math.exp(sum(map(math.log, (each := gathered(found)))) / len(each))
+        return SHARE * best_step(loss)
 
 
 def best_step(loss: Callable[[float], float]) -> float:
@@ -121,17 +136,24 @@ def best_step(loss: Callable[[float], float]) -> float:
 
 
 def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) -> list[Tensor]:
-    """The first update of each bank, as Muon would take it at a rate of one, without protection."""
-    model.train()
-    for inputs, target, _ in batches:
-        settle_batch(model, inputs, target)
-    found = {}
+    """The first update of each bank, as Muon would take it at a rate of one, without protection.
+
+    Args:
+        batches: this process's share; all must call.
+    """
+    with together("find_lr"):
+        model.train()
+        for inputs, target, _ in batches:
+            settle_batch(model, inputs, target)
+    here = {str(place): bank.grad for place, bank in enumerate(banks) if bank.grad is not None}
+    gradients = summed(here, banks[0].device)
+    named, found = {id(bank): str(place) for place, bank in enumerate(banks)}, {}
     for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
         for adapter in layer.active_banks():
             for bank in layer.bank(adapter).values():
                 if not bank.requires_grad or bank.dim() < 3 or id(bank) in found:
                     continue
-                gradient = torch.zeros_like(bank) if bank.grad is None else bank.grad.clone()
+                gradient = gradients.get(named[id(bank)], torch.zeros_like(bank)).to(bank.device, copy=True)
                 found[id(bank)] = update_of(gradient)
     if not any(bool(update.any()) for update in found.values()):
         raise ValueError(

@@ -101,13 +101,20 @@ class Muon(torch.optim.Optimizer):
                 "orthogonal": orthogonal,
             },
         )
+        self._check_matrices()
+
+    def _check_matrices(self) -> None:
         for group in self.param_groups:
             flat = [tuple(p.shape) for p in group["params"] if group["orthogonal"] and p.dim() < 2]
             if flat:
-                raise ValueError(f"an orthogonal group needs matrices or stacks of them, got shapes {flat}")
+                raise ValueError(
+                    f"an orthogonal group needs matrices or stacks of them, got shapes {flat}; DeepSpeed's ZeRO and "
+                    "FSDP1 flatten what they step: use DDP, or torch.optim.AdamW"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self._check_matrices()  # engines put others in their places
         loss = None
         if closure is not None:
             with torch.enable_grad():
