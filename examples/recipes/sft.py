@@ -1,0 +1,52 @@
+"""TRL's SFTTrainer on conversations: packed, and the loss on the assistant's words alone."""
+
+import argparse
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from peft_pcgrow import PCGrowConfig, measure_errors
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="Qwen/Qwen3-30B-A3B-Instruct-2507", help="of the Hub, or a folder")
+parser.add_argument("--data", default="trl-lib/Capybara", help="of the Hub, or a folder of .jsonl files, with messages")
+parser.add_argument("--out", default="tuned", help="where the adapter goes")
+parser.add_argument("--steps", type=int, default=500)
+parser.add_argument("--lr", type=float, default=1e-4)
+parser.add_argument("--lora", action="store_true", help="the twin: LoRA, all else alike")
+args = parser.parse_args()
+
+model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(args.model)
+data = load_dataset(args.data, split="train").shuffle(seed=0).select_columns("messages")
+
+if args.lora:
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+else:
+    spoken = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in data[:256]["messages"]]
+    emap = measure_errors(model, spoken, tokenizer=tokenizer, max_tokens=131_072)
+    config = PCGrowConfig(error_map=emap, budget=0.12)
+
+trainer = SFTTrainer(
+    model=model,
+    args=SFTConfig(
+        args.out,
+        max_steps=args.steps,
+        learning_rate=args.lr,
+        per_device_train_batch_size=2,
+        max_length=512,
+        packing=True,
+        assistant_only_loss=True,
+        logging_steps=1,
+        bf16=torch.cuda.is_available(),
+        report_to="none",
+    ),
+    train_dataset=data,
+    processing_class=tokenizer,
+    peft_config=config,
+)
+trainer.train()
+trainer.save_model(args.out)
