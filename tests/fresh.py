@@ -73,7 +73,7 @@ def two(program: Path, *arguments: object, **variables: str) -> list[subprocess.
         port = str(free.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **variables}
     each = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [program.done() for program in [Program(program, *arguments, environment=one) for one in each]]
+    return [program.done(1200) for program in [Program(program, *arguments, environment=one) for one in each]]
 
 
 def run(program: str | Path, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
