@@ -17,10 +17,9 @@ from peft_pcgrow.settling.host import backward_under_way, keeps_graph
 from peft_pcgrow.settling.inner_outputs import Recorded
 from peft_pcgrow.settling.layer_run import LayerRun
 
-
 NOT_TOP = (
-    "this loss reads hidden states of lower layers, or router logits, and not the top layer's output: add it to the one "
-    "that does before backward(), or use PCGrowConfig(settle='backprop')"
+    "this loss reads hidden states of lower layers, or router logits, and not the top layer's output: add it to the "
+    "one that does before backward(), or use PCGrowConfig(settle='backprop')"
 )
 
 
