@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settle_batch
+from peft_pcgrow.maps.batches import IGNORED, Batch, check_causal, check_gradients, losses, read_batches, settled_losses
 from peft_pcgrow.maps.distributed import gathered, together
+from peft_pcgrow.training.host import WAITING
 from peft_pcgrow.training.muon import banks_of, update_of
 
 # the rate as a share of the best single step
@@ -54,9 +55,9 @@ def find_lr(
         The rate, what a matrix's update of unit spectral norm is multiplied by.
 
     Raises:
-        ValueError: nothing grown trains, fewer than two batches, nothing to predict in them, no token of theirs that
-            reaches what trains, or no step along the update that lowers the loss (the batches have nothing in common,
-            or there is nothing left to learn from them).
+        ValueError: nothing grown trains, or an optimizer steps it inside the sweep; fewer than two batches, nothing to
+            predict in them, no token of theirs that reaches what trains, or no step along the update that lowers the
+            loss (the batches have nothing in common, or there is nothing left to learn from them).
 
     Example:
         >>> grown = get_peft_model(model, PCGrowConfig(locus={1: [0, 4]}))
@@ -67,6 +68,8 @@ def find_lr(
         check_causal(model)
         check_gradients(model)
         banks = banks_of(model)
+        if any(getattr(bank, WAITING) for bank in banks):
+            raise ValueError("an optimizer steps inside the sweep (inside_sweep=True): find its rate before it is made")
         with _put_back(model, banks) as starts:
             read = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
             if len(read) < 2:
@@ -120,8 +123,9 @@ def best_step(loss: Callable[[float], float]) -> float:
 def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) -> list[Tensor]:
     """The first update of each bank, as Muon would take it at a rate of one, off what is protected."""
     model.train()
-    for inputs, target, _ in batches:
-        settle_batch(model, inputs, target)
+    with settled_losses(model) as settle_batch:
+        for inputs, target, _ in batches:
+            settle_batch(inputs, target)
     found = {}
     for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
         for adapter in layer.active_banks():
