@@ -25,6 +25,8 @@ class RowsMet:
         # by adapter, rows: "routed" to the experts of its nodes, "passed" by gates, "computed" by it, "by" others
         self.rows: dict[str, Counter[str]] = {}
         self.handles: dict[str, list[Any]] = {}
+        # layers that have come to a step without a gradient
+        self.still: dict[str, list[PCGrowExperts]] = {}
 
     def forget(self) -> None:
         """Start afresh."""
@@ -32,23 +34,29 @@ class RowsMet:
             self._leave(adapter)
         self.__init__()
 
-    def before_step(self, graded: Iterable[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]) -> None:
-        """Called with all banks that an optimizer is about to step, and their gradients.
+    def before_step(
+        self, graded: Iterable[tuple[PCGrowExperts, str, nn.Parameter, Tensor]], whole: bool = True
+    ) -> None:
+        """Called with all banks that an optimizer is about to step, and their gradients; with some of them first where
+        the step is not a `whole` one.
 
         Raises:
             RuntimeError: an adapter's nodes get no rows; it names them, and who takes their rows.
         """
-        banks: dict[str, list[tuple[PCGrowExperts, Tensor]]] = {}
         for layer, adapter, _, gradient in graded:
             if adapter not in self.met:
-                banks.setdefault(adapter, []).append((layer, gradient))
-        for adapter, held in banks.items():
-            if any(bool(gradient.any()) for _, gradient in held) or self.rows.get(adapter, {}).get("computed"):
-                self.met.add(adapter)
-                self._leave(adapter)
+                self.still.setdefault(adapter, []).append(layer)
+                if bool(gradient.any()) or self.rows.get(adapter, {}).get("computed"):
+                    self.met.add(adapter)
+                    self._leave(adapter)
+        if not whole:
+            return
+        still, self.still = self.still, {}
+        for adapter, held in still.items():
+            if adapter in self.met:
                 continue
             self.steps[adapter] += 1
-            layers = list(dict.fromkeys(layer for layer, _ in held))
+            layers = list(dict.fromkeys(held))
             if self.steps[adapter] == 1:
                 counted = self.rows[adapter] = Counter()
                 look = partial(_count, adapter, counted)
