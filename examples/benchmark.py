@@ -83,13 +83,14 @@ class Arm:
 
     Attributes:
         build: gives the model to train, from the base and a budget. muon: what it is used with; else AdamW.
-        checkpointed: whether layers are. trains: False: a forward alone.
+        checkpointed: whether layers are. trains: False: a forward alone. inside: whether Muon steps inside the sweep.
     """
 
     build: Callable[[Any, float], nn.Module]
     muon: bool = True
     checkpointed: bool = False
     trains: bool = True
+    inside: bool = False
 
 
 def grown(**options: Any) -> Callable[[Any, float], nn.Module]:
@@ -126,6 +127,9 @@ ARMS = {
     "forward": Arm(lambda model, budget: model, trains=False),
     "sweep": Arm(grown()),
     "sweep, top half": Arm(top_half),
+    "sweep, stepped inside": Arm(grown(), inside=True),
+    "sweep, no logits": Arm(grown(keep_logits=False)),
+    "sweep, no logits, stepped inside": Arm(grown(keep_logits=False), inside=True),
     "direct": Arm(grown(settle="direct")),
     "spawn": Arm(spawned(0.0)),
     "spawn, protected": Arm(spawned(0.8)),
@@ -229,8 +233,11 @@ class Runner:
         if arm.checkpointed:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         model = arm.build(base, budget)
-        optimizers = {"Muon": create_pcgrow_optimizer(model, lr=1e-3)} if arm.muon and arm.trains else {}
-        optimizers |= {"AdamW": adamw(model)} if arm.trains else {}
+        optimizers: dict[str, torch.optim.Optimizer] = {}
+        if arm.muon and arm.trains:
+            optimizers["Muon"] = create_pcgrow_optimizer(model, lr=1e-3, inside_sweep=arm.inside)
+        if arm.trains and not arm.inside:
+            optimizers["AdamW"] = adamw(model)
         runner = cls(arm, model.train(arm.trains), optimizers, Clock(ids.device), ids)
         runner.turn(timed=False)  # the state of optimizers is made outside of what is measured
         return runner
@@ -311,6 +318,7 @@ def main() -> None:
     add("--shape", choices=SHAPES, default="small")
     for name in ("layers", "experts", "batch", "length"):
         add(f"--{name}", type=int, help="instead of the shape's own")
+    add("--vocabulary", type=int, help="instead of the shape's own")
     add("--budget", type=float, default=0.12, help="share of the experts grown, chosen at random")
     add("--vary", nargs="+", default=[], metavar="NAME", help="layers, experts, length or budget, and its values")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
@@ -334,7 +342,8 @@ def main() -> None:
         given["budget"] = args.budget
         if name:
             given[name] = type(given[name])(value)
-        config = shape.make(given["layers"], given["experts"])
+        config: Any = shape.make(given["layers"], given["experts"])
+        config.vocab_size = args.vocabulary or config.vocab_size
         ids = torch.randint(config.vocab_size // 2, (given["batch"], given["length"])).to(device)
         for row in measure(config, ids, given["budget"], args):
             corpora.emit({**({name: given[name]} if name else {}), **row}, args.json)

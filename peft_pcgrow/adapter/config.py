@@ -30,7 +30,7 @@ BASE_QUANTIZATIONS = ("nf4", "int8")
 # fields by what they hold (whole numbers: from, to)
 _NUMBERS = ("budget", "gate_fpr", "protect")
 _WHOLE = {"settle_depth": 0, "keep_activations": 0, "gate_window": 0}
-_FLAGS = ("init_weights", "inference_mode")
+_FLAGS = ("keep_logits", "init_weights", "inference_mode")
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version")
 _NAMES = ("modules_to_save", "target_modules", "exclude_modules", "target_parameters", "layers_pattern")
 # of those, what PEFT takes for a regular expression if it is one text
@@ -95,20 +95,19 @@ class PCGrowConfig(PeftConfig):
             of `locus`. All parts of each located expert by default.
         settle (`str`, defaults to `"sweep"`):
             `"sweep"`: local predictive-coding updates, one layer's graph at a time. `"backprop"`: ordinary autograd
-            through the model, with the same gradients (the control). `"direct"`: an approximation that costs less, the
-            residual stream carries the top layer's error down unchanged (per layer, cosines of 0.52 to 0.76 with the
-            exact errors on a model of 6 layers; on one of 30 the gradients have 0.13, in the lowest third 0.02: for a
-            locus in the uppermost layers).
+            through the model, with the same gradients (the control). `"direct"`: an approximation that costs less, for
+            a locus in the uppermost layers: the residual stream carries the top layer's error down unchanged.
         settle_depth (`int`, defaults to `0`):
             Of `settle="direct"`: top decoder layers that the error is carried through exactly, 0 or more; with all of
             them it is the sweep.
         keep_activations (`int`, defaults to `0`):
             Of `settle="sweep"`: top decoder layers whose activations are kept, not computed again. Same gradients.
+        keep_logits (`bool`, defaults to `True`):
+            `False`: a training forward with labels makes its loss of some rows' logits at a time and returns none.
         base_quantization (`str`, *optional*):
             `"nf4"` (4 bits a weight) or `"int8"`: once the adapter holds its copies, read in full precision, all
             experts of the base are packed in so few bits (see `compress.quantize_experts`); loading the adapter packs
-            the base alike. transformers leaves experts in 16 bit where a `BitsAndBytesConfig` quantizes everything
-            else.
+            the base alike. A `BitsAndBytesConfig` of transformers' leaves experts in 16 bit.
         lora (`peft.LoraConfig`, *optional*):
             LoRA beside the grown experts, on the attention for example, as part of this adapter: it is created, saved,
             loaded, switched, disabled and merged with it. Beside newborns it is behind gates like theirs, in the layers
@@ -162,6 +161,7 @@ class PCGrowConfig(PeftConfig):
     settle: str = field(default="sweep", metadata={"help": f"How errors reach the locus: {', '.join(SETTLING)}."})
     settle_depth: int = field(default=0, metadata={"help": "Exact top layers of settle='direct'."})
     keep_activations: int = field(default=0, metadata={"help": "Top layers that settle='sweep' does not run again."})
+    keep_logits: bool = field(default=True, metadata={"help": "Whether training forwards with labels give logits."})
     base_quantization: Optional[str] = field(
         default=None, metadata={"help": f"Pack the base's experts: {', '.join(BASE_QUANTIZATIONS)}."}
     )

@@ -4,6 +4,7 @@ Each name with why; `tests/test_host_peft.py` checks that they are there. Where 
 settling needs too: see its own `host`.
 """
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # files may call a method by another name than the enum does
 from peft.tuners._buffer_dict import BufferDict  # gates: tensors of an adapter's that do not train
 from peft.tuners.lora.layer import (
@@ -15,6 +16,10 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as spelled
 from peft.utils.other import AuxiliaryTrainingWrapper  # what modules_to_save and trainable tokens sit in
 from peft.utils.peft_types import register_peft_method
 
+# where transformers' models keep a loss function that they are given
+LOSS = "_loss_function"
+# a tensor without numbers, whose operations are somebody's own
+wrapper_of = torch.Tensor._make_wrapper_subclass
 # steps of a tuner that ours overrides or asks
 TUNER = (
     "_prepare_adapter_config",

@@ -25,6 +25,7 @@ from peft_pcgrow.adapter.text_hooks import enter, follow_inside, follow_whole_te
 from peft_pcgrow.adapter.training_guard import TrainingGuard
 from peft_pcgrow.adapter.what_trains import rows_alone, what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
+from peft_pcgrow.adapter.without_logits import drop_logits
 from peft_pcgrow.architectures.decoder import UNPATCHED
 from peft_pcgrow.architectures.engines import PROTECTED, ZERO, check_engine, is_copied, stepped_by
 from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
@@ -33,6 +34,7 @@ from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
 from peft_pcgrow.settling.descent import Way
 from peft_pcgrow.settling.host import in_forward_mode
 from peft_pcgrow.settling.layer_stack import LayerStack
+from peft_pcgrow.settling.output_head import OutputHead
 
 
 class PCGrowModel(WholeSteps):
@@ -161,6 +163,9 @@ class PCGrowModel(WholeSteps):
             self._handles += refuse_mixed_rows(model, self.tuner_layers)
             self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
             self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
+        drops = any(isinstance(handle, OutputHead) for handle in self._handles)
+        if not drops and any(not config.keep_logits for config in self.peft_config.values()):
+            self._handles += drop_logits(model, self._drops_logits)
         assert self._guard is not None
         self._guard.rearm()
         self._guard.note_banks()
@@ -293,6 +298,9 @@ class PCGrowModel(WholeSteps):
                     f"layer {index} ran without calling its grown experts: its MoE block was replaced, by a hub kernel "
                     f"for example; {UNPATCHED}"
                 )
+
+    def _drops_logits(self) -> bool:
+        return any(not self.peft_config[name].keep_logits for name in self.active_adapters if name in self.peft_config)
 
     def _summary(self) -> str:
         return what_trains(self.tuner_layers(), self.peft_config, self.active_adapters)

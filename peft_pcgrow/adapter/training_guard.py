@@ -17,12 +17,14 @@ from torch.nn.utils import get_total_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcgrow_kernels.project_out import project_out
+from peft_pcgrow.adapter.inside_sweep import gradient_of
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.optimizer_hooks import StepWatcher, held_anywhere, moves
 from peft_pcgrow.adapter.without_rows import RowsMet
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.sharded import first_slice, how_sharded, is_by_fsdp2, largest, local, reshard
 from peft_pcgrow.say import ends, say
+from peft_pcgrow.settling.host import in_backward
 
 # layer, expert, and what a slice of a bank is called
 Node: TypeAlias = tuple[int, int, str]
@@ -30,9 +32,10 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # steps that a bank may stand still in while its optimizer moves others, or does not say its rate
 PATIENCE = 32
 NOT_FINITE = (
-    "the gradient of {} is NaN or infinite: the step is refused and no weight has changed. Look at the loss of this "
-    "batch, or lower the learning rate"
+    "the gradient of {} is NaN or infinite: the step is refused and {}. Look at the loss of this batch, or lower the "
+    "learning rate"
 )
+UNCHANGED, ABOVE = "no weight has changed", "only banks of the layers above have taken it"
 
 
 @dataclass
@@ -52,7 +55,7 @@ class _Watched:
         held: whether some optimizer holds it. start: until it is seen to move. checked: whether it was.
         left_out: its bits when an error had reached it, and the nodes reached, while an optimizer of this model stepped
             without it.
-        fixed: its part along the protected directions.
+        fixed: its part along the protected directions. inside: whether its last gradient was applied inside a backward.
     """
 
     held: bool = False
@@ -60,6 +63,7 @@ class _Watched:
     start: _Start | None = None
     left_out: tuple[Tensor, list[Node]] | None = None
     fixed: Tensor | None = None
+    inside: bool = False
 
 
 class TrainingGuard(StepWatcher):
@@ -164,19 +168,20 @@ class TrainingGuard(StepWatcher):
         banks = list(self._banks())
         if self.awaited:
             self._refuse_lost(banks, groups)
-        graded = [(*bank, local(bank[2].grad)) for bank in banks if bank[2].grad is not None]
+        given = [(bank, gradient) for bank in banks if (gradient := gradient_of(bank[2])) is not None]
+        graded = [(*bank, local(gradient)) for bank, gradient in given]
         mine = [entry for entry in graded if id(entry[2]) in groups]
         self._refuse_nonfinite(optimizer, mine)
-        self.rows_met.before_step(mine, self.sharded)
+        self.rows_met.before_step(mine, whole=not in_backward(), sharded=self.sharded)
         for *_, weight in banks:
             self._of(weight).held |= id(weight) in groups
         # also of adapters that were switched off since the backward: their gradients are still there
         for layer, adapter, weight in self._banks(every=True):
-            if weight.grad is not None and id(weight) in groups:
-                self._protect(layer, adapter, weight, local(weight.grad))
+            if (gradient := gradient_of(weight)) is not None and id(weight) in groups:
+                self._protect(layer, adapter, weight, local(gradient))
         for _, _, weight, gradient in mine:
             seen = self._of(weight)
-            seen.left_out = None
+            seen.left_out, seen.inside = None, in_backward()
             # a warm-up's first step may have a rate of zero: the check waits for one that moves something
             if not seen.checked and moves(groups[id(weight)]) is not False and weight.numel():
                 seen.start = seen.start or _Start(_bits(weight), _reached(gradient))
@@ -208,8 +213,8 @@ class TrainingGuard(StepWatcher):
         self, optimizer: torch.optim.Optimizer, graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]
     ) -> None:
         """Raise FloatingPointError for a gradient of this model that is not finite, before anything has changed."""
-        every = (p for group in optimizer.param_groups for p in group["params"])
-        given = [(p, local(_dense(p.grad))) for p in every if p.grad is not None]
+        held = [(p, gradient_of(p)) for group in optimizer.param_groups for p in group["params"]]
+        given = [(p, local(_dense(gradient))) for p, gradient in held if gradient is not None]
         # the largest number of all: one pass, and the one value that a step has to wait for
         most = get_total_norm([gradient for _, gradient in given if gradient.numel()], math.inf)
         if self.sharded and given:
@@ -217,6 +222,7 @@ class TrainingGuard(StepWatcher):
             most = largest(most.nan_to_num(math.inf), given[0][0])
         if math.isfinite(float(most)):
             return
+        state = ABOVE if in_backward() else UNCHANGED
         broken = {id(p) for p, gradient in given if not bool(torch.isfinite(gradient).all())}
         for layer, adapter, weight, gradient in graded:
             if id(weight) in broken:
@@ -224,12 +230,12 @@ class TrainingGuard(StepWatcher):
                 whole = layer.births[adapter].pieces is None
                 listed = ", ".join(ends([node[1] for node in nodes]))
                 named = f"layer {layer.layer_index}, experts [{listed}]" if whole else _names(nodes)
-                raise FloatingPointError(NOT_FINITE.format(f"{named} (adapter {adapter!r})"))
+                raise FloatingPointError(NOT_FINITE.format(f"{named} (adapter {adapter!r})", state))
         for name, parameter in self.model.named_parameters():
             if id(parameter) in broken:
-                raise FloatingPointError(NOT_FINITE.format(name))
+                raise FloatingPointError(NOT_FINITE.format(name, state))
         if self.sharded:
-            raise FloatingPointError(NOT_FINITE.format("what another process holds"))
+            raise FloatingPointError(NOT_FINITE.format("what another process holds", state))
 
     @torch.no_grad()
     def _protect(self, layer: PCGrowExperts, adapter: str, weight: nn.Parameter, gradient: Tensor) -> None:
@@ -270,7 +276,7 @@ class TrainingGuard(StepWatcher):
         started = []
         for layer, adapter, weight in self._banks(every=True):
             seen = self.watched.get(weight)
-            if seen is None or id(weight) not in groups:
+            if seen is None or id(weight) not in groups or (seen.inside and not in_backward()):
                 continue
             if seen.fixed is not None:
                 # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay

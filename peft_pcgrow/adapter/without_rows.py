@@ -26,6 +26,8 @@ class RowsMet:
         # by adapter, rows: "routed" to the experts of its nodes, "passed" by gates, "computed" by it, "by" others
         self.rows: dict[str, Counter[str]] = {}
         self.handles: dict[str, list[Any]] = {}
+        # layers that have come to a step without a gradient
+        self.still: dict[str, list[PCGrowExperts]] = {}
 
     def forget(self) -> None:
         """Start afresh."""
@@ -34,9 +36,13 @@ class RowsMet:
         self.__init__()
 
     def before_step(
-        self, graded: Iterable[tuple[PCGrowExperts, str, nn.Parameter, Tensor]], sharded: bool = False
+        self,
+        graded: Iterable[tuple[PCGrowExperts, str, nn.Parameter, Tensor]],
+        whole: bool = True,
+        sharded: bool = False,
     ) -> None:
-        """Called with all banks that an optimizer is about to step, and their gradients.
+        """Called with all banks that an optimizer is about to step, and their gradients; with some of them first where
+        the step is not a `whole` one.
 
         Args:
             sharded: whether these are parts of what several processes hold, who are all asked.
@@ -45,20 +51,26 @@ class RowsMet:
             RuntimeError: an adapter's nodes get no rows, or, if sharded, no gradient; it names them, and who takes
                 their rows.
         """
-        banks: dict[str, list[tuple[PCGrowExperts, Tensor, nn.Parameter]]] = {}
+        banks: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         for layer, adapter, weight, gradient in graded:
             if adapter not in self.met:
-                banks.setdefault(adapter, []).append((layer, gradient, weight))
+                self.still.setdefault(adapter, []).append(layer)
+                banks.setdefault(adapter, []).append((weight, gradient))
         for adapter, held in banks.items():
-            met = torch.tensor(any(bool(gradient.any()) for _, gradient, _ in held), dtype=torch.uint8, device="cpu")
+            met = torch.tensor(any(bool(gradient.any()) for _, gradient in held), dtype=torch.uint8, device="cpu")
             if sharded:
-                met = largest(met, held[0][2])
+                met = largest(met, held[0][0])
             if met or (not sharded and self.rows.get(adapter, {}).get("computed")):
                 self.met.add(adapter)
                 self._leave(adapter)
+        if not whole:
+            return
+        still, self.still = self.still, {}
+        for adapter, layers in still.items():
+            if adapter in self.met:
                 continue
             self.steps[adapter] += 1
-            layers = list(dict.fromkeys(layer for layer, *_ in held))
+            layers = list(dict.fromkeys(layers))
             if self.steps[adapter] == 1:
                 counted = self.rows[adapter] = Counter()
                 look = partial(_count, adapter, counted)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures.find import Tree, adopt, find_experts
-from peft_pcgrow.maps.batches import IGNORED, Batch, check_gradients, held_still, settle_batch
+from peft_pcgrow.maps.batches import IGNORED, Batch, check_gradients, held_still, settled_losses
 from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.distributed import check_same, read_everywhere
 from peft_pcgrow.settling.descent import Probe
@@ -139,7 +139,7 @@ def calibrate(
         raise ValueError("no text to calibrate on: give domain= or retain= batches")
     tree = adopt(find_experts(model))
     probe = _NodeProbe(tree)
-    with held_still(model), LayerStack(tree.layers, probe=probe):
+    with held_still(model), LayerStack(tree.layers, probe=probe), settled_losses(model) as settle_batch:
         for number, (name, batches) in enumerate(texts.items()):
             held = read_everywhere(model, batches, max_tokens)
             count = sum(int((target[:, 1:] != IGNORED).sum()) for _, target, _ in held)
@@ -148,7 +148,7 @@ def calibrate(
             loss = 0.0
             for inputs, target, rows in tqdm(held, desc=f"calibrating on {name}", unit="batch", disable=not progress):
                 probe.begin(rows.real, number, row)
-                loss += settle_batch(model, inputs, target)
+                loss += settle_batch(inputs, target)
                 row += len(target)
             for noted in probe.found.values():
                 for i, piece in enumerate(noted):

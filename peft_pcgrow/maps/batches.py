@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from peft_pcgrow.architectures.host import REPACKS
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.text_borders import Told
 from peft_pcgrow.maps.corpus import IGNORED, read_corpus
+from peft_pcgrow.settling.output_head import OutputHead
 
 NO_GRADIENTS = (
     "errors are gradients, and torch.inference_mode() keeps none: measure outside of it, a model that was made outside "
@@ -67,16 +69,36 @@ def token_losses(logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(flat, wanted.reshape(-1), ignore_index=IGNORED, reduction="none").view(wanted.shape)
 
 
-def settle_batch(model: nn.Module, inputs: dict[str, Any], target: Tensor) -> float:
-    """Sum the token losses of one batch, carry their error down, return the sum in nats."""
+@contextmanager
+def settled_losses(model: nn.Module) -> Iterator[Callable[[dict[str, Any], Tensor], float]]:
+    """Inside, what sums the token losses of one batch, given as `inputs` and `target`, carries their error down, and
+    returns the sum in nats."""
+    head = OutputHead.of(model)
+    try:
+        yield partial(_settle_batch, model, head)
+    finally:
+        if head is not None:
+            head.remove()
+
+
+def _settle_batch(model: nn.Module, head: OutputHead | None, inputs: dict[str, Any], target: Tensor) -> float:
     with torch.enable_grad():
-        logits = predict(model, inputs)
-        loss = token_losses(logits, target).sum()
+        loss = None if head is None or not head.fits else _loss_without_logits(model, head, inputs, target)
+        if loss is None:
+            loss = token_losses(predict(model, inputs), target).sum()
     value = float(loss.detach())
     if not value < float("inf"):
         raise FloatingPointError(f"the loss of a batch is {value}: check the model's weights and the batch's tokens")
     loss.backward()
     return value
+
+
+def _loss_without_logits(model: nn.Module, head: OutputHead, inputs: dict[str, Any], target: Tensor) -> Tensor | None:
+    """Summed; None if it takes the logits."""
+    with head.narrowed() as seen:
+        logits = getattr(model(**inputs, use_cache=False), "logits", None)
+    hidden = head.hidden_of(seen, logits, target)
+    return None if hidden is None else head.loss(hidden, pad(target[:, 1:], (0, 1), value=IGNORED), IGNORED)
 
 
 class Batch(NamedTuple):

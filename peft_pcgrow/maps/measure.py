@@ -26,7 +26,7 @@ from peft_pcgrow.maps.batches import (
     held_still,
     known_words,
     read_batches,
-    settle_batch,
+    settled_losses,
 )
 from peft_pcgrow.maps.corpus import whole_number
 from peft_pcgrow.maps.distributed import check_same, everywhere, over_processes, process, processes, together
@@ -235,6 +235,7 @@ def _sweep(
         held_still(how.model),
         probe.routing(),
         LayerStack(how.tree.layers, lambda: how.way, probe),
+        settled_losses(how.model) as settle_batch,
     ):
         for number, pieces in enumerate(_batches(source, how.max_tokens), start=1):
             for piece in pieces:
@@ -247,7 +248,7 @@ def _sweep(
                     raise saving.stale(OTHER_TEXT)
                 if text.batches > known or saving.folder is None:
                     probe.begin(piece.real, piece.target)
-                    probe.loss += settle_batch(how.model, piece.inputs, piece.target)
+                    probe.loss += settle_batch(piece.inputs, piece.target)
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{probe.loss / max(probe.labels, 1):.3f}")
             if number % saving.every == 0 and text.batches > known:

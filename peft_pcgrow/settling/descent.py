@@ -3,7 +3,7 @@
 One layer at a time, each run again from its stored input; see `settle` for the mathematics.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -103,7 +103,7 @@ class Descent:
         probe: watches each layer while it is settled.
 
     Attributes:
-        found: gradients by parameter id.
+        found: gradients by parameter id, until somebody takes them. below: the error at `bottom`, at the end.
     """
 
     way: Way
@@ -112,20 +112,21 @@ class Descent:
     bottom: Tensor | None = None
     probe: Probe | None = None
     found: dict[int, Tensor] = field(default_factory=dict)
+    below: Tensor | None = None
 
-    def run(self, runs: Sequence[tuple[LayerRun, Tensor]], delta: Tensor) -> Tensor | None:
+    def run(self, runs: Sequence[tuple[LayerRun, Tensor]], delta: Tensor) -> Iterator[int]:
         """From the top layer of `runs` to the lowest.
 
         Args:
             runs: what each layer was called with and its stored input `[B, S, H]`, bottom first.
             delta: error at the top output, `[B, S, H]`.
 
-        Returns:
-            The error at `bottom`, if there is one.
+        Yields:
+            The index of each layer that is done.
         """
         if self.way.settle == "relax":
             self._relaxed(runs, delta)
-            return None
+            return
         carried: Tensor | None = delta
         exact = self.way.lowest_exact(self.total)
         # layers below the lowest that trains are not among the runs
@@ -136,38 +137,48 @@ class Descent:
             if carried is not None:
                 below, *_ = self._through(run, stored, [carried], wants_below)
                 carried = below if wants_below else carried
+            yield run.index
         if self.probe is not None and not self.probe.again and carried is not None:
             for index in range(exact - 1, -1, -1):
                 self.probe.carried(index, carried)
-        return carried if self.bottom is not None else None
+        self.below = carried if self.bottom is not None else None
 
-    def linked(self, runs: Sequence[tuple[LayerRun, Tensor]], errors: dict[int, Tensor]) -> Tensor | None:
+    def linked(self, runs: Sequence[tuple[LayerRun, Tensor]], errors: dict[int, Tensor]) -> Iterator[int]:
         """The sweep where errors go to more than the layer right below, along the graph of the code between layers.
 
         Args:
             errors: at what layers handed on, by the number of its mark (see `LayerRun.handed`); used up.
+
+        Yields:
+            The index of each layer that is done.
         """
         marks = {BOTTOM: self.bottom} if self.bottom is not None else {}
         marks |= {number: mark for run, _ in runs for number, mark in run.handed.items() if mark is not None}
         for run, stored in reversed(runs):
             deltas = [errors.pop(number, None) for number in run.handed]
             marks = {number: mark for number, mark in marks.items() if number not in run.handed}
-            if all(error is None for error in deltas):
-                continue
-            arrived = self._through(run, stored, deltas, bool(marks))
-            taken = [
-                (source, error)
-                for source, error in zip((run.origin, *run.extras), arrived, strict=True)
-                if error is not None and source.requires_grad
-            ]
-            if not taken:
-                continue
-            sources, given = zip(*taken, strict=True)
-            passed = torch.autograd.grad(sources, list(marks.values()), given, retain_graph=True, allow_unused=True)
-            for number, error in zip(marks, passed, strict=True):
-                if error is not None:
-                    errors[number] = errors[number] + error if number in errors else error
-        return errors.get(BOTTOM)
+            if any(error is not None for error in deltas):
+                self._hand_on(run, self._through(run, stored, deltas, bool(marks)), marks, errors)
+            yield run.index
+        self.below = errors.get(BOTTOM)
+
+    @staticmethod
+    def _hand_on(
+        run: LayerRun, arrived: Sequence[Tensor | None], marks: dict[int, Tensor], errors: dict[int, Tensor]
+    ) -> None:
+        """From a layer's input and extras to the marks that they were made from."""
+        taken = [
+            (source, error)
+            for source, error in zip((run.origin, *run.extras), arrived, strict=True)
+            if error is not None and source.requires_grad
+        ]
+        if not taken:
+            return
+        sources, given = zip(*taken, strict=True)
+        passed = torch.autograd.grad(sources, list(marks.values()), given, retain_graph=True, allow_unused=True)
+        for number, error in zip(marks, passed, strict=True):
+            if error is not None:
+                errors[number] = errors[number] + error if number in errors else error
 
     def _relaxed(self, runs: Sequence[tuple[LayerRun, Tensor]], delta: Tensor) -> None:
         if self.probe is None:
@@ -223,7 +234,4 @@ class Descent:
         return [*below] or nothing
 
     def _add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=False):
-            if gradient is not None:
-                key = id(parameter)
-                self.found[key] = self.found[key] + gradient if key in self.found else gradient
+        self.found |= {id(p): g for p, g in zip(parameters, gradients, strict=False) if g is not None}

@@ -52,6 +52,11 @@ def times_written(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def in_backward() -> bool:
+    """Whether this thread is in the midst of a backward."""
+    return backward_under_way() >= 0
+
+
 def in_forward_mode() -> bool:
     """Whether derivatives are being taken by forward mode."""
     return forward_ad._current_level >= 0

@@ -14,15 +14,16 @@ Two other ways, see `Way`, reach the same errors hop by hop, or leave most of th
 A layer's own `forward` is what settles, inside of whatever hooks the layer has: what those change is code between two
 layers. During a training forward the layers run without a graph and only their inputs are kept (of some, by `keeps`,
 a graph of their trainable weights instead). Three custom autograd functions take the backward over: what a layer hands
-on is marked (`Mark`, and `Top` for the last one's output), and all marks hang on one `Ground` below the layers, which
-takes the trainable parameters as inputs. The user's loss, whatever layers' outputs it reads, is differentiated by
-autograd down to the marks, which note the errors that arrive; the ground's backward comes last and settles the rest.
+on is marked (`Mark`, and `Top` for the last one's output), and all marks hang on a `Ground` below the layers, or on one
+for each of them, which take the trainable parameters as inputs. The user's loss, whatever layers' outputs it reads, is
+differentiated by autograd down to the marks, which note the errors that arrive; the grounds' backward comes last and
+settles the rest, one layer after another, each layer's gradients out of hand before the next.
 The state belongs to that one forward, so two forwards before a backward are both right.
 
 Where an engine gathers sharded weights by hooks of modules, all of this is left to torch: see `checkpointed`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -250,12 +251,16 @@ class LayerStack:
 
     def _begin_tape(self, x: Tensor, way: Way) -> Tape:
         tape = Tape(way, self._layers_wanted(way, x.grad_fn is not None), x)
-        parameters = list({id(p): p for layer in self.layers for p in layer.parameters() if p.requires_grad}.values())
-        if self.probe is not None and not parameters and tape.bottom is None:
+        parameters: list[list[Tensor]] = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
+        tape.trainable = {id(p) for held in parameters for p in held}
+        lowest, *others = [index for index, held in enumerate(parameters) if held] or [0]
+        if self.probe is not None and not parameters[lowest] and tape.bottom is None:
             # nothing trains: an input of our own makes autograd call the ground's backward all the same
-            parameters = [torch.zeros((), device=x.device, requires_grad=True)]  # type: ignore[list-item]
-        tape.trainable = {id(p) for p in parameters}
-        tape.ground = Ground.apply(self, tape, tape.bottom, *parameters)  # type: ignore[assignment]
+            parameters[lowest] = [torch.zeros((), device=x.device, requires_grad=True)]
+        ground: Any = Ground.apply(self, tape, None, tape.bottom, *parameters[lowest])
+        for index in others:
+            ground = Ground.apply(self, tape, index, ground, *parameters[index])
+        tape.ground = ground
         return tape
 
     def _layers_wanted(self, way: Way, wants_bottom: bool) -> list[bool]:
@@ -273,13 +278,11 @@ class LayerStack:
         tape: Tape,
         runs: list[tuple[LayerRun, Tensor]],
         arrived: dict[int, Tensor],
-        trainable: set[int],
-        bottom: Tensor | None,
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Gradients by parameter id, and the error at `bottom` if that is given, from the errors that have arrived."""
+    ) -> tuple[Descent, Iterator[int]]:
+        """The way down from the errors that have arrived, and its steps, which are still to be taken."""
         for run, _ in runs:
             run.conditions.check(run.index)
-        descent = Descent(tape.way, len(self.layers), trainable, bottom, self.probe)
+        descent = Descent(tape.way, len(self.layers), tape.trainable, tape.bottom, self.probe)
         lower, hooked = arrived.keys() - {TOP}, tape.hooked()
         if (lower or hooked) and tape.way.settle != "sweep":
             raise RuntimeError(
@@ -295,7 +298,7 @@ class LayerStack:
             )
         # along autograd's graph between the layers, where hooks of tensors run
         linked = tape.linked or lower or hooked
-        return descent.found, descent.linked(runs, arrived) if linked else descent.run(runs, arrived[TOP])
+        return descent, descent.linked(runs, arrived) if linked else descent.run(runs, arrived[TOP])
 
 
 # Compiled code breaks its graph here, and goes on inside the layer: what settles is not for a compiler. A function of

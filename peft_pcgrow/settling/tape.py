@@ -4,6 +4,7 @@ See `settle` for how they work together.
 """
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_pcgrow.settling.descent import BOTTOM, TOP, Way
+from peft_pcgrow.settling.descent import BOTTOM, TOP, Descent, Way
 from peft_pcgrow.settling.host import backward_under_way, keeps_graph
 from peft_pcgrow.settling.inner_outputs import Recorded
 from peft_pcgrow.settling.layer_run import LayerRun
+
+NOT_TOP = (
+    "this loss reads hidden states of lower layers, or router logits, and not the top layer's output: add it to the "
+    "one that does before backward(), or use PCGrowConfig(settle='backprop')"
+)
 
 
 @dataclass
@@ -53,6 +59,8 @@ class Tape:
     marks: int = TOP
     arrived: Arrivals = field(default_factory=Arrivals)
     stored: tuple[Tensor, ...] = ()
+    # the backward that settles, and what is left of its way down
+    begun: tuple[int, Descent, Iterator[int]] | None = None
     # of the layer at hand: its keyword arguments before it ran, what is recorded beside, its run if it runs again
     before: dict[str, Any] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=lambda: Recorded({}))
@@ -99,48 +107,67 @@ class Tape:
             number: bool(mark._backward_hooks) for number, mark in handed if mark._backward_hooks or mark.retains_grad
         }
 
+    def settle(self, stack: Any, last: int | None) -> Descent:
+        """Carry the errors that have arrived down through layer `last`, or go on from where this backward was; None: to
+        the end."""
+        backward = backward_under_way()
+        if self.begun is None or self.begun[0] != backward:
+            if TOP not in self.arrived.errors:
+                raise RuntimeError(NOT_TOP)
+            runs = list(zip(self.runs, self.stored, strict=True))
+            errors, self.arrived.errors, self.stored = self.arrived.errors, {}, ()
+            self.begun = backward, *stack.settle(self, runs, errors)
+        _, descent, steps = self.begun
+        self.arrived.settling = True
+        try:
+            for index in steps:
+                if index == last:
+                    return descent
+        finally:
+            self.arrived.settling = False
+        self.begun = None
+        if descent.below is not None:
+            # one that was carried as it is comes from the top layer's device
+            descent.below = descent.below.to(self.start.device, self.start.dtype)
+        if not keeps_graph():
+            self.let_go()
+        return descent
+
     def let_go(self) -> None:
         """Of the hidden states: the graph is freed, and whoever keeps the loss should not keep them."""
         self.runs, self.before, self.current, self.start = [], {}, None, self.ground
 
 
 class Ground(torch.autograd.Function):
-    """Below the decoder layers: its backward, when all errors have arrived at the marks, settles."""
+    """Below the decoder layers, one for each layer that trains, which stand on each other: when all errors have arrived
+    at the marks, the backward of the top layer's comes first, and each settles down to its layer and hands out the
+    gradients there. So autograd is done with them (sums, hooks of parameters, DDP's buckets) before the sweep goes on.
+
+    Args:
+        last: the layer; None: the lowest that trains, with which all is settled.
+        under: the ground of the next such layer below; of the lowest, the lowest layer's input if that trains.
+    """
 
     @staticmethod
-    def forward(ctx, stack: Any, tape: Tape, bottom: Tensor | None, *parameters: Tensor):
+    def forward(ctx, stack: Any, tape: Tape, last: int | None, under: Tensor | None, *parameters: Tensor):
         # weakly: the tape holds marks, which hang on this node
-        ctx.stack, ctx.tape, ctx.parameters, ctx.bottom = stack, weakref.ref(tape), parameters, bottom is not None
+        ctx.stack, ctx.tape, ctx.last, ctx.parameters = stack, weakref.ref(tape), last, parameters
+        ctx.device = tape.start.device
         ctx.set_materialize_grads(False)
-        return torch.zeros((), device=tape.start.device)
+        return torch.zeros((), device=ctx.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, reached: Tensor | None):
         if reached is None:  # on the way to the bottom while this settles
-            return (None,) * (3 + len(ctx.parameters))
+            return (None,) * (4 + len(ctx.parameters))
         tape = ctx.tape()
-        if tape is None or TOP not in tape.arrived.errors:
-            raise RuntimeError(
-                "this loss reads hidden states of lower layers, or router logits, and not the top layer's output: "
-                "add it to the one that does before backward(), or use PCGrowConfig(settle='backprop')"
-            )
-        runs = list(zip(tape.runs, tape.stored, strict=True))
-        errors, tape.arrived.errors, tape.stored = tape.arrived.errors, {}, ()
-        trainable = {id(p) for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True) if wanted}
-        bottom = tape.start if ctx.bottom and ctx.needs_input_grad[2] else None
-        tape.arrived.settling = True
-        try:
-            found, below = ctx.stack.settle(tape, runs, errors, trainable, bottom)
-        finally:
-            tape.arrived.settling = False
-        if below is not None and bottom is not None:
-            # an error that was carried as it is comes from the top layer's device
-            below = below.to(bottom.device, bottom.dtype)
-        if not keeps_graph():
-            tape.let_go()
+        if tape is None:
+            raise RuntimeError(NOT_TOP)
+        descent = tape.settle(ctx.stack, ctx.last)
+        below = descent.below if ctx.last is None else torch.zeros((), device=ctx.device)
         # a parameter that no layer used has none, as under autograd; a bank that no row reached was given zeros
-        return None, None, below, *(found.get(id(p)) for p in ctx.parameters)
+        return None, None, None, below, *(descent.found.pop(id(p), None) for p in ctx.parameters)
 
 
 class Mark(torch.autograd.Function):

@@ -23,9 +23,10 @@ from peft_pcgrow.maps.batches import (
     check_gradients,
     loss_sum,
     read_batches,
-    settle_batch,
+    settled_losses,
 )
 from peft_pcgrow.maps.distributed import everywhere, gathered, process, processes, summed, together
+from peft_pcgrow.training.host import WAITING
 from peft_pcgrow.training.muon import banks_of, update_of
 
 # the rate as a share of the best single step
@@ -65,9 +66,10 @@ def find_lr(
         The rate, what a matrix's update of unit spectral norm is multiplied by.
 
     Raises:
-        ValueError: nothing grown trains, DeepSpeed's ZeRO has the model already, fewer than two batches, nothing to
-            predict in them, no token of theirs that reaches what trains, or no step along the update that lowers the
-            loss (the batches have nothing in common, or there is nothing left to learn from them).
+        ValueError: nothing grown trains, DeepSpeed's ZeRO has the model already or an optimizer steps it inside the
+            sweep, fewer than two batches, nothing to predict in them, no token of theirs that reaches what trains, or
+            no step along the update that lowers the loss (the batches have nothing in common, or there is nothing left
+            to learn from them).
         RuntimeError: another process failed.
 
     Example:
@@ -83,6 +85,8 @@ def find_lr(
         if (engine := stepped_by(model)) is not None:
             raise ValueError(TAKEN.format(engine, "find_lr"))
         banks = banks_of(model)
+        if any(getattr(bank, WAITING) for bank in banks):
+            raise ValueError("an optimizer steps inside the sweep (inside_sweep=True): find its rate before it is made")
     with _put_back(model, banks) as starts:
         with together("find_lr"):
             mine = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
@@ -143,8 +147,9 @@ def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) 
     """
     with together("find_lr"):
         model.train()
-        for inputs, target, _ in batches:
-            settle_batch(model, inputs, target)
+        with settled_losses(model) as settle_batch:
+            for inputs, target, _ in batches:
+                settle_batch(inputs, target)
     here = {str(place): bank.grad for place, bank in enumerate(banks) if bank.grad is not None}
     gradients = summed(here, banks[0].device)
     named, found = {id(bank): str(place) for place, bank in enumerate(banks)}, {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pcgrow_kernels.orthogonalize import orthogonalize, orthogonalize_, working_dtype
+from peft_pcgrow.adapter.inside_sweep import step_inside_sweep
 from peft_pcgrow.architectures.sharded import local
 from peft_pcgrow.training.host import foreach_add_, foreach_lerp_, foreach_mul_
 
@@ -226,6 +227,7 @@ def create_pcgrow_optimizer(
     lora_lr: float = LORA_LR,
     adam_lr: float | None = None,
     weight_decay: float = 0.0,
+    inside_sweep: bool = False,
     **kwargs: Any,
 ) -> Muon:
     """Optimizer for a model with a PCGrow adapter: Muon on the banks' matrices, AdamW on all else that trains.
@@ -238,6 +240,10 @@ def create_pcgrow_optimizer(
         adam_lr (float): of biases and `modules_to_save`; `lr / 10` if None.
         weight_decay (float): decoupled. A bank holds whole weights, so decay pulls them to zero, not to the base: leave
             it at 0 unless that is wanted.
+        inside_sweep (bool): step each bank during `backward()`, as soon as its gradient is there, and let the gradient
+            go: the same steps, and at most one layer's gradients of banks in memory. `step()` steps all else and ends
+            the step. With a Trainer, set max_grad_norm=0: clipping where it would change something, accumulation, a
+            GradScaler and several processes are refused.
         **kwargs: further settings of [`Muon`].
 
     Returns:
@@ -264,4 +270,7 @@ def create_pcgrow_optimizer(
         {"params": lora, "lr": lora_lr, "orthogonal": False},
         {"params": others, "lr": lr / 10 if adam_lr is None else adam_lr, "orthogonal": False},
     ]
-    return Muon([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **kwargs)
+    optimizer = Muon([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **kwargs)
+    if inside_sweep:
+        step_inside_sweep(optimizer, banks)
+    return optimizer

@@ -41,6 +41,7 @@ SIGNATURES = {
     f"{VARIANT}.merge_safe": ("module", "active_adapter", "orig_weight"),
     f"{VARIANT}.merge_unsafe": ("module", "active_adapter", "orig_weight"),
     f"{VARIANT}.supports_lora_conversion": ("self",),
+    "torch.Tensor._make_wrapper_subclass": None,
     "peft.LoraModel": ("model", "peft_config", "adapter_name", "low_cpu_mem_usage"),
 }
 
@@ -49,8 +50,10 @@ SIGNATURES = {
 def held():
     model = get_peft_model(build(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     layer = next(m for m in model.modules() if isinstance(m, host.LoraLayer))
+    model.get_base_model().loss_function = max
+    found = {f"PreTrainedModel.{host.LOSS}": model.get_base_model()}
     wrapper = next(m for m in model.modules() if isinstance(m, host.AuxiliaryTrainingWrapper))
-    found = {f"BaseTuner.{name}": model.base_model for name in host.TUNER}
+    found |= {f"BaseTuner.{name}": model.base_model for name in host.TUNER}
     found |= {f"LoraLayer.{name}": layer for name in (*ADAPTERS, *host.LAYER, *host.LORA)}
     found |= {f"AuxiliaryTrainingWrapper.{name}": wrapper for name in host.WRAPPER}
     found |= {f"LoraVariant.{name}": host.LoraVariant for name in host.VARIANT}

@@ -130,6 +130,23 @@ def test_resume(optimizer, tmp_path):
     assert not torch.equal(logged(straight, "loss")[:3], logged(straight, "loss")[3:])
 
 
+def test_steps_inside_the_sweep(tmp_path):
+    """As after it, to the bit: weights, losses, rates, and gradient norms that are logged though nothing is clipped."""
+    found = []
+    for inside in (False, True):
+        model = grow()
+        optimizer = create_pcgrow_optimizer(model, lr=0.02, inside_sweep=inside)
+        settings = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "max_steps": 3}
+        trainer = fit(model, tmp_path, optimizers=(optimizer, None), **settings)
+        found.append((banks(model), [logged(trainer, what) for what in ("loss", "learning_rate", "grad_norm")]))
+    (want, logs), (got, others) = found
+    assert_same(want, got)
+    assert all(map(torch.equal, logs, others))
+    assert bool((logs[2] > 0).all())
+    with pytest.raises(RuntimeError, match="gradient_accumulation_steps=1"):
+        fit(model, tmp_path, optimizers=(optimizer, None), max_grad_norm=0.0, max_steps=1)
+
+
 @pytest.mark.slow
 def test_best_model_at_the_end(tmp_path):
     """load_best_model_at_end puts the best checkpoint's banks back."""
