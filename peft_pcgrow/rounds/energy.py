@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def joules_of(devices: set[torch.device]) -> float | None:
     if not any(device.type == "cuda" for device in devices):
         return None
     try:
-        import pynvml
+        pynvml = import_module("pynvml")  # of nvidia-ml-py
     except ImportError:
         return None
     try:
