@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from peft_pcgrow.adapter import adapter_file
-from peft_pcgrow.adapter.bank import SHRUNK
+from peft_pcgrow.adapter.before_training import check_given, check_protected, check_trains
 from peft_pcgrow.adapter.birth import check_deletable
 from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
 from peft_pcgrow.adapter.gated_lora import put_behind_gates
@@ -27,7 +27,7 @@ from peft_pcgrow.adapter.what_trains import rows_alone, what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
 from peft_pcgrow.adapter.without_logits import drop_logits
 from peft_pcgrow.architectures.decoder import UNPATCHED
-from peft_pcgrow.architectures.engines import PROTECTED, ZERO, check_engine, is_copied, stepped_by
+from peft_pcgrow.architectures.engines import check_engine
 from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
 from peft_pcgrow.architectures.sharded import check_whole, like
 from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
@@ -219,7 +219,7 @@ class PCGrowModel(WholeSteps):
         if not (torch.is_grad_enabled() and self.model.training):
             return None
         if not any(p.requires_grad for layer in self.tuner_layers() for p in layer.parameters()):
-            self._check_trains()
+            check_trains(self.model, self.tuner_layers())
             return None
         if any(layer.merged for layer in self.tuner_layers()):
             raise RuntimeError(
@@ -228,8 +228,8 @@ class PCGrowModel(WholeSteps):
         if self._guard is not None:
             first = not self._guard.announced
             if first:
-                self._check_given()
-            self._check_protected(first)
+                check_given(self.model, self.tuner_layers(), self.active_adapters)
+            check_protected(self.model, self.tuner_layers(), self.active_adapters, first)
             self._guard.training_forward()
         ways = {name: self.peft_config[name].way for name in self.active_adapters if name in self.peft_config}
         if None in ways.values():
@@ -250,37 +250,6 @@ class PCGrowModel(WholeSteps):
     def _check_loaded(self) -> None:
         """What transformers' own loader has brought is compared before it is used: it asks no tuner."""
         adapter_file.check_loaded(self.model, self._unchecked or {}, self._remove_adapter_name_from_key)
-
-    def _check_trains(self) -> None:
-        """A training forward of a shrunk adapter, with nothing else on the model that trains, ends in no gradient."""
-        shrunk = {name for layer in self.tuner_layers() for name in layer.active_banks() if layer.is_shrunk(name)}
-        if shrunk and not any(p.requires_grad for p in self.model.parameters()):
-            raise RuntimeError(f"{SHRUNK.format(min(shrunk))}; to compute without training, call model.eval()")
-
-    def _check_protected(self, first: bool) -> None:
-        """At each training forward, since engines come at any time; `first`: look for all that there are."""
-        for name in self.active_adapters:
-            kept = [layer for layer in self.tuner_layers() if name in layer.births and layer.is_protected(name)]
-            marked = any(is_copied(weight) for layer in kept for weight in layer.bank(name).values())
-            engine = ZERO if marked else stepped_by(self.model) if first and kept else None
-            if engine is not None:
-                raise ValueError(PROTECTED.format(engine, name))
-
-    def _check_given(self) -> None:
-        """Newborns behind gates that were never set would train on nothing, and nothing would be protected."""
-        check_engine(self.model)
-        for name in self.active_adapters:
-            layers = [layer for layer in self.tuner_layers() if name in layer.births]
-            for layer in layers:
-                if layer.spawned(name):
-                    layer.check_gate(name)  # type: ignore
-            kept = [held for layer in layers for held in layer.protected_directions(name).values()]
-            if any(held.numel() for held in kept) and not any(bool(held.any()) for held in kept):
-                raise RuntimeError(
-                    f"what protect= keeps updates of adapter {name!r} off was never set: its config was resolved for "
-                    "another model or adapter. Make a new PCGrowConfig with error_map=, or load the adapter's weights "
-                    "before training"
-                )
 
     def _enter(self, index: int, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self._created.get(index, ()):

@@ -7,7 +7,7 @@ hand, by an optimizer of another kind, from copies that an optimizer holds.
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,9 +20,10 @@ from pcgrow_kernels.project_out import project_out
 from peft_pcgrow.adapter.inside_sweep import gradient_of
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.optimizer_hooks import StepWatcher, held_anywhere, moves
+from peft_pcgrow.adapter.sharded_step import check_none_lost
 from peft_pcgrow.adapter.without_rows import RowsMet
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.sharded import first_slice, how_sharded, is_by_fsdp2, largest, local, reshard
+from peft_pcgrow.architectures.sharded import first_slice, is_by_fsdp2, largest, local, reshard
 from peft_pcgrow.say import ends, say
 from peft_pcgrow.settling.host import in_backward
 
@@ -167,7 +168,7 @@ class TrainingGuard(StepWatcher):
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         banks = list(self._banks())
         if self.awaited:
-            self._refuse_lost(banks, groups)
+            self.awaited = not check_none_lost(self.model, [weight for *_, weight in banks], groups.keys())
         given = [(bank, gradient) for bank in banks if (gradient := gradient_of(bank[2])) is not None]
         graded = [(*bank, local(gradient)) for bank, gradient in given]
         mine = [entry for entry in graded if id(entry[2]) in groups]
@@ -190,24 +191,6 @@ class TrainingGuard(StepWatcher):
             seen = self._of(weight)
             if not (seen.held or seen.checked or seen.left_out):
                 seen.left_out = _bits(weight), _nodes(layer, adapter, weight, _reached(gradient))
-
-    def _refuse_lost(self, banks: list[tuple[PCGrowExperts, str, nn.Parameter]], groups: Mapping[int, Any]) -> None:
-        """Raise RuntimeError if weights that train have no gradient after a training forward of a sharded model."""
-        held = {id(weight) for *_, weight in banks} & groups.keys()
-        for name, parameter in self.model.named_parameters() if held else ():
-            if not parameter.requires_grad or id(parameter) not in groups:
-                continue
-            if how_sharded(parameter) is None:
-                raise RuntimeError(
-                    f"{name} trains beside parameters that fully_shard has sharded and is none of them: processes "
-                    "would move it apart. Call fully_shard on the whole model too, without ignored_params that train"
-                )
-            if id(parameter) in held and parameter.grad is None:
-                raise RuntimeError(
-                    f"{name} has no gradient in this process after a training forward of a model that fully_shard has "
-                    "sharded: call backward() with gradients synchronized (set_requires_gradient_sync) before step()"
-                )
-        self.awaited = self.awaited and not held
 
     def _refuse_nonfinite(
         self, optimizer: torch.optim.Optimizer, graded: list[tuple[PCGrowExperts, str, nn.Parameter, Tensor]]
