@@ -46,7 +46,7 @@ def read(args: argparse.Namespace, tokenizer: Any) -> dict[str, dict[str, torch.
         most = args.windows if count else args.retain_windows
         if len(rest) <= count:
             raise SystemExit(f"{spec}.eval.jsonl has {len(rest)} windows, and {count} are held out: lower --heldout")
-        third = corpora.spread(rest[count:], args.third)
+        third = corpora.spread(rest[count:], args.third)  # type: ignore[arg-type]
         found[name] = {"train": train[:most], "heldout": rest[:count], "third": third}  # type: ignore[dict-item]
     return found
 

@@ -168,7 +168,7 @@ def _decided(
 def _deepened(model: nn.Module) -> dict[str, list[int]]:
     """Experts that adapters deepen already, layer -> experts."""
     found: dict[str, list[int]] = {}
-    for layer in model.base_model.tuner_layers() if isinstance(model, PeftModel) else ():
+    for layer in model.base_model.tuner_layers() if isinstance(model, PeftModel) else ():  # type: ignore[operator]
         for birth in layer.births.values():
             found.setdefault(str(layer.layer_index), []).extend(set(birth.grown) - set(birth.spawned))
     return found
