@@ -25,7 +25,7 @@ from peft_pcgrow.rounds.load import check_grown, load_grown
 from peft_pcgrow.rounds.one_round import Settings, losses_of, measure_last, run_round
 from peft_pcgrow.rounds.result import GrowthResult
 from peft_pcgrow.rounds.run_card import measured_by
-from peft_pcgrow.rounds.texts import read_texts, spread
+from peft_pcgrow.rounds.texts import drawn, read_texts
 
 # nats per token that the retain text's loss may rise by, unless said otherwise
 FORGETTING = 0.02
@@ -175,7 +175,7 @@ def grow(
         _tell_card(grown, journal)
         if map_after:
             measure_last(grown, texts, settings, journal)
-        shown = tuple(window["input_ids"].tolist() for window in spread(texts.heldout, SHOWN))
+        shown = tuple(window["input_ids"].tolist() for window in drawn(texts.heldout, SHOWN))
         return GrowthResult.of(at_rest(grown, training), journal, tokenizer, shown)
 
 
