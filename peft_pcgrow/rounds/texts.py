@@ -126,8 +126,8 @@ def in_batches(texts: Sequence[Text], size: int) -> list[dict[str, torch.Tensor]
 def drawn(texts: Sequence[Text], count: int | None = None) -> list[Text]:
     """At most `count` windows, drawn from all over the text, always the same.
 
-    Not evenly spaced ones: gates set their thresholds on every fourth window and maps have folds, so of corpora that were
-    given in turn some would miss one of these (of three, whole ones were left out).
+    Not evenly spaced ones: gates set their thresholds on every fourth window and maps have folds, so that of corpora
+    that were given in turn some would miss one of these (of three, whole ones were left out).
     """
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0), device="cpu")
     return [texts[place] for place in order[:count].tolist()]
