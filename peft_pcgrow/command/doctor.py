@@ -1,6 +1,6 @@
 """What of a model can grow, and what that takes, before any weight is loaded."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -11,14 +11,21 @@ from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.architectures.operations import chosen_of
 from peft_pcgrow.command.fail import Unusable
 from peft_pcgrow.locate.budget import check_budget
+from peft_pcgrow.training.step_memory import StepMemory, step_memory
 
 # bytes a parameter: of banks, their gradients and Muon's momentum, all in fp32
 BANK = GRADIENT = MOMENTUM = 4
+# memory of GPUs by name, GiB as their drivers count; of any, this share is left to a runtime and its fragments
+GPUS = {
+    "T4": 15, "L4": 22.5, "A10G": 22.5, "RTX3090": 24, "RTX4090": 24, "RTX5090": 32, "V100": 32, "A100-40": 40,
+    "L40S": 44.5, "A6000": 48, "A100": 80, "H100": 80, "H200": 141, "B200": 180, "MI300X": 192,
+}  # fmt: skip
+SPARE = 0.1
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What was found. Bytes are exact for what they count: without activations, and without what a runtime adds.
+    """What was found. Bytes of weights are exact; of steps see `training.step_memory`.
 
     Attributes:
         architecture: class of the model. nodes: what grows, "routed", "dense" or "shared".
@@ -28,6 +35,8 @@ class Checkup:
         dtype: of the checkpoint. weights: bytes of the base in it.
         budget: share of the nodes. grown: how many these are; bank, step: bytes of their weights, and of what a
             training step adds to these (gradients, and momentum).
+        batch, length: of a step. steps: what it takes, by every way; why_no_steps: why that is not known.
+        gpu: bytes that are there.
     """
 
     architecture: str
@@ -45,6 +54,11 @@ class Checkup:
     grown: int
     bank: int
     step: int
+    batch: int = 0
+    length: int = 0
+    steps: tuple[StepMemory, ...] = ()
+    why_no_steps: str = ""
+    gpu: int | None = field(default=None, kw_only=True)
 
     def __str__(self) -> str:
         routed = "" if self.chosen is None else f", {self.chosen} for each token"
@@ -56,16 +70,49 @@ class Checkup:
                 f"base: {_size(self.weights)} in {self.dtype}" + (f", {self.quantized}" if self.quantized else ""),
                 f"a budget of {self.budget:g} grows {self.grown} nodes: {_size(self.bank)} of weights in fp32, and "
                 f"{_size(self.step)} of gradients and momentum in training; activations come on top",
+                *self._lines(),
             ]
         )
 
+    def _lines(self) -> list[str]:
+        """What steps take."""
+        if not self.steps:
+            return [f"what activations take is not known: {self.why_no_steps}"] if self.why_no_steps else []
+        lines = [
+            f"a step of {self.batch} texts of {self.length} tokens, the nodes spread over the layers (newborns as "
+            "deepened experts):",
+            f"  {'':<9} {'':<6} {'adapter':>9} {'state':>9} {'step':>9} {'in all':>9}",
+        ]
+        for row in self.steps:
+            fits = "" if self.gpu is None else "  fits" if self.fits(row) else "  too large"
+            sizes = "".join(f" {_size(count):>9}" for count in (row.adapter, row.state, row.step, row.peak))
+            lines.append(f"  {row.way:<9} {row.optimizer:<6}{sizes}{fits}")
+        if self.gpu is not None:
+            lines.append(f"  fits: into {_size(self.gpu)}, {SPARE:.0%} of it left to the runtime")
+        return lines
+
+    def fits(self, row: StepMemory) -> bool:
+        return self.gpu is not None and row.peak <= (1 - SPARE) * self.gpu
+
     def row(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
-        return asdict(self)
+        steps = [{**asdict(row), "step": row.step, "peak": row.peak} for row in self.steps]
+        return {**asdict(self), "steps": steps, "fits": [self.fits(row) for row in self.steps]}
 
 
-def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
+def check_up(
+    config: Any,
+    budget: float,
+    nodes: str | None = None,
+    batch: int = 8,
+    length: int = 512,
+    gpu: int | None = None,
+    device: str = "cuda",
+) -> Checkup:
     """Look a model over on the meta device, from its config alone.
+
+    Args:
+        batch, length: of a step. gpu: bytes that it is to fit into. device: as for `step_memory`.
 
     Raises:
         Unusable: a budget that is no share, nothing in it can grow, or transformers has no causal LM for it.
@@ -75,7 +122,7 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
     try:
         check_budget(budget)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         tree = find_experts(model, nodes)
     except ValueError as error:
         raise Unusable(str(error)) from error
@@ -83,10 +130,17 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
     count = sum(site.experts for site in tree.sites)
     parameters = sum(p.numel() for p in model.parameters())
     grown = max(1, round(budget * count))
+    layers = len(tree.sites)
+    spread = {site.layer: (grown * (n + 1)) // layers - (grown * n) // layers for n, site in enumerate(tree.sites)}
+    steps, why = (), ""
+    try:
+        steps = tuple(step_memory(model, tree, {layer: n for layer, n in spread.items() if n}, batch, length, device))
+    except Exception as error:  # a model's own code, which was not made to run without numbers
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
     return Checkup(
         architecture=type(model).__name__,
         nodes=tree.nodes,
-        layers=len(tree.sites),
+        layers=layers,
         experts=tree.sites[0].experts,
         chosen=chosen_of(config) if tree.nodes == "routed" else None,
         parameters=parameters,
@@ -99,7 +153,28 @@ def check_up(config: Any, budget: float, nodes: str | None = None) -> Checkup:
         grown=grown,
         bank=grown * one * BANK,
         step=grown * one * (GRADIENT + MOMENTUM),
+        batch=batch,
+        length=length,
+        steps=steps,
+        why_no_steps=why,
+        gpu=gpu,
     )
+
+
+def gpu_bytes(name: str) -> int:
+    """Of a GPU by its name in `GPUS`, or of as many GiB.
+
+    Raises:
+        Unusable: neither.
+    """
+    known = {each.lower(): size for each, size in GPUS.items()}
+    try:
+        size = known.get(name.lower().replace(" ", "")) or float(name)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise Unusable(f"--gpu {name!r} is neither GiB, as 24, nor one of {', '.join(GPUS)}")
+    return int(size * 2**30)
 
 
 def _field(holder: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ import typer
 
 from peft_pcgrow.adapter.model_card import CARD, make_card
 from peft_pcgrow.command.corpus_file import read_corpus_file
-from peft_pcgrow.command.doctor import check_up
+from peft_pcgrow.command.doctor import check_up, gpu_bytes
 from peft_pcgrow.command.fail import Unusable, exit_codes
 from peft_pcgrow.command.load import load_config, load_model, usable_device
 from peft_pcgrow.command.settings_file import read_settings
@@ -70,12 +70,16 @@ def doctor(
     model: Model,
     budget: Annotated[float, typer.Option(help="Share of the nodes to grow.")] = 0.2,
     nodes: Annotated[str | None, typer.Option(help="routed, shared or dense.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Say what fits: into as many GiB, or a GPU's name (H100).")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window in training.")] = 512,
+    batch_size: Batch = 8,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Say what of a model can grow and what that takes; no weight is loaded."""
+    """Say what of a model can grow, and what a training step takes by every way; no weight is loaded."""
     with exit_codes() as stdout:
-        found = check_up(load_config(model, revision), budget, nodes)
+        there = None if gpu is None else gpu_bytes(gpu)
+        found = check_up(load_config(model, revision), budget, nodes, batch_size, length, there)
         show(found, found.row(), as_json, stdout)
 
 
@@ -148,7 +152,8 @@ def grow(
         read = read_files(train_on=data, heldout=heldout, retain=retain)
         if dry_run:
             usable_device(device)
-            found = check_up(load_config(model, revision), given["budget"])
+            step = {"batch": given["batch_size"], "length": given["length"]}
+            found = check_up(load_config(model, revision), given["budget"], **step)
             many = {name: "self" if text == "self" else f"{len(text):,} texts" for name, text in read.items()}
             row = {**found.row(), "texts": ", ".join(f"{name} {text}" for name, text in many.items())}
             show(f"{found}\n{row['texts']}\n{given}", row | {"arguments": given}, as_json, stdout)

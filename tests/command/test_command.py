@@ -49,6 +49,25 @@ def test_doctor_counts_what_is_there():
     assert "can grow" in call("doctor", MODEL).stdout
 
 
+def test_doctor_says_what_a_step_takes():
+    """By every way and optimizer; a GPU by its size or its name."""
+    asked = ("doctor", MODEL, "--batch-size", 2, "--length", 64)
+    row = json.loads(call(*asked, "--json").stdout)
+    peaks = [step["peak"] for step in row["steps"]]
+    assert [(step["way"], step["optimizer"]) for step in row["steps"]] == [
+        *((way, optimizer) for way in ("sweep", "direct", "backprop") for optimizer in ("Muon", "AdamW")),
+        ("LoRA", "AdamW"),
+    ]
+    assert {step["adapter"] for step in row["steps"][:-1]} == {row["bank"]}
+    assert all(row["weights"] <= step["base"] < 1.01 * row["weights"] for step in row["steps"])
+    middle = (min(peaks) + max(peaks)) / 2
+    found = json.loads(call(*asked, "--gpu", middle / 0.9 / 2**30, "--json").stdout)
+    assert found["fits"] == [peak <= middle for peak in peaks]
+    assert call(*asked, "--gpu", "H100").stdout.count("  fits") == 8
+    done = call(*asked, "--gpu", "enough")
+    assert (done.exit_code, "neither GiB, as 24, nor one of T4" in done.stderr) == (2, True)
+
+
 def test_map_then_compress(texts, tmp_path):
     out = tmp_path / "map"
     done = call("map", MODEL, "--data", texts["prose"], "--out", out, "--max-tokens", 2000, "--length", 64)
