@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from peft_pcgrow import measure_errors
 from tiny import domain, grown, mixed, retain, spawned, tokens, trainable
@@ -24,6 +25,9 @@ def perturb(model):
 MODELS = {
     "deepened": lambda: perturb(grown()),
     "newborns": lambda: perturb(spawned(gate_fpr=0.3)),
+    "LoRA behind gates": lambda: perturb(
+        spawned(gate_fpr=0.3, lora=LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    ),
     "matrix": lambda: perturb(grown(resolution="matrix", parts=None)),
 }
 
