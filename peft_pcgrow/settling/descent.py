@@ -234,4 +234,8 @@ class Descent:
         return [*below] or nothing
 
     def _add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        self.found |= {id(p): g for p, g in zip(parameters, gradients, strict=False) if g is not None}
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            if gradient is not None:
+                key = id(parameter)
+                # of layers that ran several times, or share it
+                self.found[key] = self.found[key] + gradient if key in self.found else gradient

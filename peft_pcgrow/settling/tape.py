@@ -4,6 +4,7 @@ See `settle` for how they work together.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,8 @@ class Tape:
     stored: tuple[Tensor, ...] = ()
     # the backward that settles, and what is left of its way down
     begun: tuple[int, Descent, Iterator[int]] | None = None
+    # how often each layer still comes on that way
+    left: Counter[int] = field(default_factory=Counter)
     # of the layer at hand: its keyword arguments before it ran, what is recorded beside, its run if it runs again
     before: dict[str, Any] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=lambda: Recorded({}))
@@ -108,8 +111,8 @@ class Tape:
         }
 
     def settle(self, stack: Any, last: int | None) -> Descent:
-        """Carry the errors that have arrived down through layer `last`, or go on from where this backward was; None: to
-        the end."""
+        """Carry the errors that have arrived down through layer `last`, each time that it ran, or go on from where this
+        backward was; None: to the end."""
         backward = backward_under_way()
         if self.begun is None or self.begun[0] != backward:
             if TOP not in self.arrived.errors:
@@ -117,14 +120,20 @@ class Tape:
             runs = list(zip(self.runs, self.stored, strict=True))
             errors, self.arrived.errors, self.stored = self.arrived.errors, {}, ()
             self.begun = backward, *stack.settle(self, runs, errors)
+            self.left = Counter(run.index for run, _ in runs)
         _, descent, steps = self.begun
-        self.arrived.settling = True
-        try:
-            for index in steps:
-                if index == last:
-                    return descent
-        finally:
-            self.arrived.settling = False
+        # one that did not run has nothing to hand out; hops in parallel are done with all layers at once
+        if last is None or self.left[last] or self.way.settle == "relax":
+            self.arrived.settling = True
+            try:
+                for index in steps:
+                    self.left[index] -= 1
+                    if index == last and not self.left[index]:
+                        break
+            finally:
+                self.arrived.settling = False
+        if last is not None:
+            return descent
         self.begun = None
         if descent.below is not None:
             # one that was carried as it is comes from the top layer's device
