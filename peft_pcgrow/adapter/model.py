@@ -164,7 +164,8 @@ class PCGrowModel(WholeSteps):
             self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
             self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
         drops = any(isinstance(handle, OutputHead) for handle in self._handles)
-        if not drops and any(not config.keep_logits for config in self.peft_config.values()):
+        ours = [config for config in self.peft_config.values() if isinstance(config, PCGrowConfig)]
+        if not drops and any(not config.keep_logits for config in ours):
             self._handles += drop_logits(model, self._drops_logits)
         assert self._guard is not None
         self._guard.rearm()
@@ -269,7 +270,8 @@ class PCGrowModel(WholeSteps):
                 )
 
     def _drops_logits(self) -> bool:
-        return any(not self.peft_config[name].keep_logits for name in self.active_adapters if name in self.peft_config)
+        held = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+        return any(isinstance(config, PCGrowConfig) and not config.keep_logits for config in held)
 
     def _summary(self) -> str:
         return what_trains(self.tuner_layers(), self.peft_config, self.active_adapters)

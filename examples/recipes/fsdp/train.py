@@ -1,6 +1,6 @@
 """Deepen a model that FSDP2 shards over GPUs, by a map measured before; one ordinary adapter is saved.
 
-    accelerate launch --config_file examples/recipes/fsdp2.yaml examples/recipes/fsdp.py MODEL TEXTS MAP OUT
+    accelerate launch --config_file examples/recipes/fsdp/fsdp2.yaml examples/recipes/fsdp/train.py MODEL TEXTS MAP OUT
 
 MODEL: a name or folder. TEXTS: a JSON Lines file with "text". MAP: what `measure_errors(...).save` wrote, in a run of
 its own: maps need the whole weights, on one device or by device_map. OUT: where the adapter goes. Under bf16 the banks
