@@ -90,7 +90,7 @@ def make_card(folder: Path, measured: str = UNMEASURED, repo: str = "this adapte
     held = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "---\n{}\n---\n"
     card = ModelCard(held)
     base = first.get("base_model_name_or_path")
-    licence = card.data.license or _licence(base, first.get("revision"))
+    licence = card.data.get("license") or _licence(base, first.get("revision"))
     _tag(card.data, base if is_on_hub(base) else None, first.get("task_type"), licence)
     parts = [
         f"# Grown experts for {_name(base)}" + (f", revision {first['revision']}" if first.get("revision") else ""),
@@ -214,7 +214,7 @@ def _licence(base: str | None, revision: str | None) -> str | None:
     if not isinstance(path, (str, Path)) or not Path(path).is_file():
         return None
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data.license
+        return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
     except ValueError:
         return None
 

@@ -94,7 +94,7 @@ def _loss(
     hidden = head.hidden_of(seen, logits, target)
     if hidden is None:  # the forward runs again
         return logits.new_zeros(())
-    total = head.loss(hidden, target, ignore_index)
+    total = head.loss(hidden, target, ignore_index)  # type: ignore
     count = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 

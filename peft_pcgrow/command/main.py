@@ -140,9 +140,9 @@ def grow(
             "max_forgetting": max_forgetting, "budget": budget, "rounds": rounds, "max_steps": max_steps,
             "length": length, "batch_size": batch_size,
         }  # fmt: skip
-        given = options | (read_settings(config, names, OF_COMMAND) if config is not None else {})
+        given: dict[str, Any] = options | (read_settings(config, names, OF_COMMAND) if config is not None else {})
         typed = [name for name in options if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-        given = {"map_after": True} | given | {name: options[name] for name in typed}
+        given = {"map_after": True, **given, **{name: options[name] for name in typed}}
         if revision is not None:
             given["config"] = {**(given.get("config") or {}), "revision": revision}
         check_arguments(given)

@@ -98,7 +98,7 @@ def _loss_without_logits(model: nn.Module, head: OutputHead, inputs: dict[str, A
     with head.narrowed() as seen:
         logits = getattr(model(**inputs, use_cache=False), "logits", None)
     hidden = head.hidden_of(seen, logits, target)
-    return None if hidden is None else head.loss(hidden, pad(target[:, 1:], (0, 1), value=IGNORED), IGNORED)
+    return None if hidden is None else head.loss(hidden, pad(target[:, 1:], (0, 1), value=IGNORED), IGNORED)  # type: ignore
 
 
 class Batch(NamedTuple):

@@ -37,9 +37,9 @@ def each_row(module: Any, x: Tensor, chosen: Tensor, stack: str) -> Tensor:
         shape, left = module.shape_of(stack, form), form.neurons
         # rows of other forms, which do not count here, get the first matrix of this one
         places = tuple(offsets[e if own else mine.index(True)] // WORD for e, own in enumerate(mine))
-        words = torch.arange(lowbit.size(*shape, form.width, form.sparsity) // WORD, device=x.device)
+        words = torch.arange(lowbit.size(*shape, form.width, form.sparsity) // WORD, device=x.device)  # type: ignore
         found = data[_there(places, x.device)[chosen].unsqueeze(1) + words].view(torch.uint8)
-        matrices = lowbit.decode(found, *shape, form.width, form.sparsity, x.dtype, module.pcgrow_half)
+        matrices = lowbit.decode(found, *shape, form.width, form.sparsity, x.dtype, module.pcgrow_half)  # type: ignore
         columns = None if left is None else module.columns(stack, left)
         # neurons are what leaves the first matrix and what enters the second
         narrow = stack == "down_proj"

@@ -131,7 +131,7 @@ class Meter:
             if time.perf_counter() - noted[0] > EVERY:
                 note()
 
-        handle = model.register_forward_pre_hook(count, with_kwargs=True)
+        handle = model.register_forward_pre_hook(count, with_kwargs=True)  # type: ignore
         try:
             yield
         finally:

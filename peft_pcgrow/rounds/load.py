@@ -39,7 +39,7 @@ def load_grown(
     Example:
         >>> import copy
         >>> base = copy.deepcopy(model)
-        >>> options = {"heldout": batches[1], "retain": retain, "rounds": 1, "max_steps": 4, "lr": 0.1}
+        >>> options = {"heldout": batches[1], "rounds": 1, "max_steps": 4, "lr": 0.1}
         >>> result = grow(model, batches[0], output_dir=folder / "run", length=24, progress=False, **options)
         >>> list(load_grown(base, folder / "run" / "adapter").peft_config)
         ['default']

@@ -179,7 +179,7 @@ def _path(result: Any) -> str:
         points.append((lost, result.before["heldout"] - done.heldout, f"round {done.number}", done.kept))
     limit = result.journal.asked.get("max_forgetting") if spared else None
     limit = limit if isinstance(limit, (int, float)) and limit >= 0 else None
-    across = [x for x, *_ in points] + ([] if limit is None else [limit])
+    across = [x for x, *_ in points] + ([] if limit is None else [float(limit)])
     label = "forgetting: rise of other text's loss" if spared else "round"
     said = "Up is better, and left is better. " if spared else "Up is better. "
     said += "Filled: kept; hollow: taken back" + ("; dashed: as much as was allowed." if limit is not None else ".")

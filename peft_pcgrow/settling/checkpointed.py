@@ -48,7 +48,7 @@ def run(
     if index >= way.lowest_exact(total):
         return checkpoint(own, *args, use_reentrant=False, **kwargs) if again else own(*args, **kwargs)
     x = args[0] if args else kwargs["hidden_states"]
-    weights = [p for p in layer.parameters() if p.requires_grad]
+    weights: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
     given, named = swap((args, kwargs), Tensor.detach)
     if again and weights and not keeps(weights):
         output = checkpoint(own, *given, use_reentrant=False, **named)

@@ -311,7 +311,7 @@ def _run(stack: LayerStack, index: int, layer: nn.Module, below: Callable[..., A
         return forward(*args, **kwargs)
     enabled, ran = torch.is_grad_enabled(), False
     if (way := stack.checkpointed(index, layer)) is not None:  # type: ignore
-        around = partial(stack.enter, index, layer), partial(stack.close, index)
+        around = partial(stack.enter, index, layer), partial(stack.close, index)  # type: ignore
         keeps = partial(stack.keeps, index)
         return checkpointed.run(way, (index, len(stack.layers)), layer, forward, around, keeps, args, kwargs)
     try:

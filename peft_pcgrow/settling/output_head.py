@@ -48,7 +48,7 @@ class OutputHead:
 
     def __init__(self, head: nn.Module):
         self.head, self.plain, self.now = head, True, Now()
-        self._handles = head.register_forward_pre_hook(self._narrow), head.register_forward_hook(self._note)
+        self._handles = head.register_forward_pre_hook(self._narrow), head.register_forward_hook(self._note)  # type: ignore
 
     @classmethod
     def of(cls, model: Any) -> "OutputHead | None":

@@ -30,7 +30,7 @@ class MetaExperts(nn.Module):
 
     def __init__(self, base: ExpertsModule, grown: int, device: str):
         super().__init__()
-        self.base, self.cuda = (base,), device == "cuda"
+        self.base, self.cuda = (base,), device == "cuda"  # type: ignore
         self.share = grown / base.num_experts
         self.hidden, self.inner = input_width(base, first_matrix(base)), intermediate_size(base)
         self.outer = self.inner * (2 if base.has_gate else 1)

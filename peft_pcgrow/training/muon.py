@@ -138,7 +138,7 @@ class Muon(torch.optim.Optimizer):
                 _check_matrices_whole(p)
                 state["momentum"] = torch.zeros_like(p)
             for found, tensor in zip((weights, gradients, momenta), (p, p.grad, state["momentum"]), strict=True):
-                found.append(local(tensor))
+                found.append(local(tensor))  # type: ignore
         if params:
             foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         waiting: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
