@@ -53,8 +53,8 @@ def given(tmp_path_factory) -> Path:
     AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).save_pretrained(folder / "model")
     rows = {
         "texts": [{"text": text} for _, text in NAMED],
-        "names": [{"text": f"{name.upper()} " * 20} for name, _ in NAMED],
-        "reversed": [{"text": text[::-1]} for _, text in NAMED],
+        "names": [{"text": f"{name.upper()} " * 8} for name, _ in NAMED[:12]],
+        "reversed": [{"text": text[:100:-1]} for _, text in NAMED[:12]],
         "retain": [{"text": f"def {name}(self): return self.{name}[{len(text)}]\n" * 6} for name, text in NAMED],
         "talks": [{"messages": talk} for talk in TALKS],
         "preferences": [{"chosen": good, "rejected": bad} for good, bad in zip(TALKS, WORSE, strict=True)],

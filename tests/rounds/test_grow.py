@@ -98,10 +98,15 @@ run({folder!r}, rounds=2, max_steps=6)
 """
 
 
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    """A run that nothing broke off."""
+    return run(tmp_path_factory.mktemp("whole"), rounds=2, max_steps=6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seen", ["rounds/1/map", "rounds/1/training/checkpoint-2", "adapter", "rounds/2/rate.json"])
-def test_killed_anywhere_goes_on_to_the_same_result(tmp_path, seen):
-    whole = run(tmp_path / "whole", rounds=2, max_steps=6)
+def test_killed_anywhere_goes_on_to_the_same_result(two_rounds, tmp_path, seen):
     folder, path = tmp_path / "broken", [str(Path(__file__).parent), *sys.path]
     code = SCRIPT.format(path=path, folder=str(folder), threads=torch.get_num_threads())
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -112,8 +117,8 @@ def test_killed_anywhere_goes_on_to_the_same_result(tmp_path, seen):
     child.wait()
     assert (folder / seen).exists()
     result = run(folder, rounds=2, max_steps=6)
-    assert_same(banks(whole.model), banks(result.model))
-    assert result.after == whole.after
+    assert_same(banks(two_rounds.model), banks(result.model))
+    assert result.after == two_rounds.after
 
 
 @pytest.mark.slow
