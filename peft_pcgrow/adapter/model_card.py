@@ -75,14 +75,15 @@ def save_card(place: Path, measured: Measured | None) -> None:
     if not card.is_file() or (folder != place and "\nlibrary_name: peft\n" not in card.read_text(encoding="utf-8")):
         return
     text = measured.text if measured is not None and measured.holds(folder) else UNMEASURED
-    write_whole(card, make_card(folder, text).encode())
+    write_whole(card, make_card(folder, text, here=True).encode())
 
 
-def make_card(folder: Path, measured: str = UNMEASURED, repo: str = "this adapter") -> str:
+def make_card(folder: Path, measured: str = UNMEASURED, repo: str = "this adapter", here: bool = False) -> str:
     """The card of the adapters in a folder.
 
     Args:
-        measured: what is known of their gain. repo: what loads them: a name of the Hub, or the folder.
+        measured: what is known of their gain. repo: what loads them: a name of the Hub, or the folder. here: whether it
+            stays on this machine, where the base may be a folder, as PEFT notes it; the Hub takes names alone.
     """
     places = adapters_in(folder)
     configs = {name: json.loads((place / CONFIG_NAME).read_text()) for name, place in places.items()}
@@ -91,7 +92,9 @@ def make_card(folder: Path, measured: str = UNMEASURED, repo: str = "this adapte
     card = ModelCard(held)
     base = first.get("base_model_name_or_path")
     licence = card.data.get("license") or _licence(base, first.get("revision"))
+    noted = card.data.get("base_model") if here else None
     _tag(card.data, base if is_on_hub(base) else None, first.get("task_type"), licence)
+    card.data.base_model = card.data.get("base_model") or noted
     parts = [
         f"# Grown experts for {_name(base)}" + (f", revision {first['revision']}" if first.get("revision") else ""),
         _loading(configs, base, repo),
