@@ -111,9 +111,10 @@ class LayerRun:
                     )
                 return [hidden_of(output, self.layer), *handed_beside(output, before, kwargs), *inside(), *seen]
             finally:
-                _again.layer = None
                 if checkpointing:
-                    self.layer.gradient_checkpointing = True
+                    # first, and by no call that Ctrl-C could come into
+                    vars(self.layer)["gradient_checkpointing"] = True
+                _again.layer = None
 
 
 @cache
