@@ -63,17 +63,32 @@ class Program:
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *said)
 
 
-def two(program: Path, *arguments: object, **variables: str) -> list[subprocess.CompletedProcess[str]]:
+def two(
+    program: Path, *arguments: object, forked: bool = True, **variables: str
+) -> list[subprocess.CompletedProcess[str]]:
     """A file as two processes that meet on this machine, with what torchrun sets and `variables`: how both ended.
 
-    Accelerate's own launcher starts several processes on CPUs through MPI only.
+    Accelerate's own launcher starts several processes on CPUs through MPI only. `forked`: from the server; DeepSpeed
+    waits forever in such processes.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **variables}
     each = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [program.done(1200) for program in [Program(program, *arguments, environment=one) for one in each]]
+    if forked:
+        return [program.done(1200) for program in [Program(program, *arguments, environment=one) for one in each]]
+    command = [sys.executable, str(program), *map(str, arguments)]
+    path = os.pathsep.join(filter(None, sys.path))
+    said = [tempfile.TemporaryFile("w+") for _ in each]  # noqa: SIM115 - pipes may fill up
+    both = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, **one}, stdout=file, stderr=file)
+        for one, file in zip(each, said, strict=True)
+    ]
+    ended = [process.wait(600) for process in both]
+    for file in said:
+        file.seek(0)
+    return [subprocess.CompletedProcess(command, code, "", f.read()) for code, f in zip(ended, said, strict=True)]
 
 
 def run(program: str | Path, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
