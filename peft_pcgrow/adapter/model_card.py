@@ -94,7 +94,7 @@ def make_card(folder: Path, measured: str = UNMEASURED, repo: str = "this adapte
     licence = card.data.get("license") or _licence(base, first.get("revision"))
     noted = card.data.get("base_model") if here else None
     _tag(card.data, base if is_on_hub(base) else None, first.get("task_type"), licence)
-    card.data.base_model = card.data.get("base_model") or noted
+    card.data.base_model = card.data.get("base_model") or noted  # type: ignore
     parts = [
         f"# Grown experts for {_name(base)}" + (f", revision {first['revision']}" if first.get("revision") else ""),
         _loading(configs, base, repo),
