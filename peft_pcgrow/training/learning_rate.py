@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.architectures.engines import TAKEN, inside, stepped_by
 from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.maps.batches import (
@@ -152,20 +151,18 @@ def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) 
                 settle_batch(inputs, target)
     here = {str(place): bank.grad for place, bank in enumerate(banks) if bank.grad is not None}
     gradients = summed(here, banks[0].device)
-    named, found = {id(bank): str(place) for place, bank in enumerate(banks)}, {}
-    for layer in [module for module in model.modules() if isinstance(module, PCGrowExperts)]:
-        for adapter in layer.active_banks():
-            for bank in layer.bank(adapter).values():
-                if not bank.requires_grad or bank.dim() < 3 or id(bank) in found:
-                    continue
-                gradient = gradients.get(named[id(bank)], torch.zeros_like(bank)).to(bank.device, copy=True)
-                found[id(bank)] = update_of(gradient)
-    if not any(bool(update.any()) for update in found.values()):
+    updates = [
+        update_of(gradients[str(place)].to(bank.device, copy=True))
+        if str(place) in gradients
+        else torch.zeros_like(bank)
+        for place, bank in enumerate(banks)
+    ]
+    if not any(bool(update.any()) for update in updates):
         raise ValueError(
             "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "
             "check what the adapter grows"
         )
-    return [found[id(bank)] if id(bank) in found else torch.zeros_like(bank) for bank in banks]
+    return updates
 
 
 @contextmanager
