@@ -58,6 +58,11 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return here | {place.name: place for place in below}
 
 
+def folder_of(root: Path, name: str) -> Path:
+    """Where an adapter of that name lies, as `save_pretrained` puts it there."""
+    return root if name == "default" else root / name
+
+
 def sealed_as(place: Path) -> str | None:
     """The digest of an adapter's tensors and of what they are for; None: no file, or one without."""
     try:

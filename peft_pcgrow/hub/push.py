@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from peft.utils import CONFIG_NAME
 from torch import nn
 
-from peft_pcgrow.adapter.model_card import CARD, PICTURE
+from peft_pcgrow.adapter.model_card import CARD, PICTURE, folder_of
 from peft_pcgrow.adapter.sealed_file import SealedFile
 from peft_pcgrow.compress.shrink import shrink_adapter
 from peft_pcgrow.files import write_whole
@@ -154,7 +154,7 @@ def push(
 def _rounded(grown: Grown, dtype: str, staging: Path) -> str:
     worst = 0.0
     for name, place in grown.places.items():
-        target = staging if name == "default" else staging / name
+        target = folder_of(staging, name)
         held, error = SealedFile.read(place).rounded(DTYPES[dtype])
         held.write(target)
         shutil.copy(place / CONFIG_NAME, target)

@@ -9,7 +9,7 @@ from peft.utils import CONFIG_NAME as CONFIG
 from torch import nn
 
 from peft_pcgrow.adapter.model import PCGrowModel
-from peft_pcgrow.adapter.model_card import adapters_in
+from peft_pcgrow.adapter.model_card import adapters_in, folder_of
 from peft_pcgrow.hub_access import fetched, is_on_hub
 from peft_pcgrow.rounds.as_it_was import adapters_of
 
@@ -54,7 +54,7 @@ def load_grown(
     found = rounds_in(root)
     if names is None and not found:
         raise FileNotFoundError(f"{root} has no {CONFIG}: give the folder adapter of a run of grow, or owner/name")
-    places = {name: root if name == "default" else root / name for name in (found if names is None else names)}
+    places = {name: folder_of(root, name) for name in (found if names is None else names)}
     if not places:
         raise ValueError("names=[] names no adapter: give some, or None for all")
     for name, place in places.items():

@@ -10,6 +10,7 @@ import torch
 from peft.utils import CONFIG_NAME as CONFIG
 from torch import Tensor, nn
 
+from peft_pcgrow.adapter.model_card import folder_of
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps import map_file
@@ -42,7 +43,7 @@ def maps_of(journal: Journal) -> tuple[list[str], list[ErrorMap], list[Tensor]]:
     mask = torch.zeros_like(maps[0].count, dtype=torch.bool)
     grown.append(mask)
     for done in journal.kept:
-        place = journal.folder / ADAPTER / ("" if done.adapter == "default" else done.adapter) / CONFIG
+        place = folder_of(journal.folder / ADAPTER, done.adapter) / CONFIG
         mask = mask | located(maps[0], Locus(json.loads(place.read_text())["locus"]))
         if map_file.exists(journal.at(done.number + 1) / "map"):
             names.append(f"after round {done.number}")

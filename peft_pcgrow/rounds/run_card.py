@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peft_pcgrow.adapter.model_card import Measured, sealed_as
+from peft_pcgrow.adapter.model_card import Measured, folder_of, sealed_as
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.rounds.journal import ADAPTER, Journal
@@ -16,7 +16,7 @@ def measured_by(journal: Journal) -> Measured:
 def places_of(journal: Journal) -> dict[str, Path]:
     """Folders of the adapters that a run has kept, by name, the first that was grown first."""
     root = journal.folder / ADAPTER
-    return {done.adapter: root if done.adapter == "default" else root / done.adapter for done in journal.kept}
+    return {done.adapter: folder_of(root, done.adapter) for done in journal.kept}
 
 
 def draw_map(journal: Journal, path: Path) -> bool:
