@@ -10,6 +10,7 @@ alike; medians.
     python examples/benchmark.py --shape wide --arms sweep direct LoRA    # 16 layers of 64 experts
     python examples/benchmark.py --vary experts 8 32 128           # or layers, budget, length: how cost grows
     python examples/benchmark.py --shape olmoe --device cuda --profile sweep direct   # OLMoE-1B-7B's shape; minutes
+    python examples/benchmark.py --arms --maps 4                   # what a map of 4 batches costs, in forwards
 """
 
 import argparse
@@ -21,6 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +38,12 @@ from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, mea
 
 # share of the largest gradient that those by settling and by backprop may differ by, by the dtype of the weights
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# ways to measure a map
+MAPS: dict[str, dict[str, Any]] = {
+    "with gradients": {},
+    "without": {"gradients": False},
+    "direct": {"gradients": False, "settle": "direct"},
+}
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -312,6 +321,28 @@ def measure(config: PreTrainedConfig, ids: Tensor, budget: float, args: argparse
         gc.collect()
 
 
+def maps(config: PreTrainedConfig, ids: Tensor, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What maps of `--maps` batches cost, in forwards that give losses."""
+    model = new_model(config, ids.device, getattr(torch, args.dtype)).eval()
+
+    @torch.no_grad()
+    def forwards() -> None:
+        for _ in range(args.maps):
+            loss_of(model, ids)
+
+    ways: dict[str, Callable[[], Any]] = {"forwards": forwards}
+    for name, options in MAPS.items():
+        ways[name] = partial(measure_errors, model, [ids] * args.maps, progress=False, **options)
+    clock = Clock(ids.device)
+    for turn in range(args.turns + 1):
+        for name, run in ways.items():
+            with (clock if turn else Clock(ids.device)).of(name):
+                run()
+    base = clock.median("forwards")
+    for name in MAPS:
+        yield {"map": name, "ms": 1000 * clock.median(name), "forwards": clock.median(name) / base}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -321,7 +352,8 @@ def main() -> None:
     add("--vocabulary", type=int, help="instead of the shape's own")
     add("--budget", type=float, default=0.12, help="share of the experts grown, chosen at random")
     add("--vary", nargs="+", default=[], metavar="NAME", help="layers, experts, length or budget, and its values")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    add("--maps", type=int, default=0, help="batches of maps to time too")
+    add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     add("--profile", nargs="*", choices=ARMS, default=[], metavar="ARM", help="count what these ask of the device")
     add("--turns", type=int, default=3, help="timed steps of each arm")
     add("--device", default="cpu")
@@ -345,7 +377,7 @@ def main() -> None:
         config: Any = shape.make(given["layers"], given["experts"])
         config.vocab_size = args.vocabulary or config.vocab_size
         ids = torch.randint(config.vocab_size // 2, (given["batch"], given["length"])).to(device)
-        for row in measure(config, ids, given["budget"], args):
+        for row in chain(measure(config, ids, given["budget"], args), maps(config, ids, args) if args.maps else ()):
             corpora.emit({**({name: given[name]} if name else {}), **row}, args.json)
 
 

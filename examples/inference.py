@@ -5,17 +5,21 @@ let pass, "closed" the retain text, which they do not. Base and grown model take
 medians of the turns' ratios.
 
     python examples/inference.py --shares 0 0.1 0.5 --packed int8 nf4
+    python examples/inference.py --shape olmoe --shares 0.12 --device cuda    # random weights and texts of that shape
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
 
+import benchmark
 import corpora
 from peft_pcgrow import PCGrowConfig, compress, measure_errors
 
@@ -57,31 +61,57 @@ def compared(base: nn.Module, other: nn.Module, windows: torch.Tensor, args: arg
         corpora.emit({**row, "phase": what.__name__, **numbers}, args.json)
 
 
+def random_task(args: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model of random weights, texts that gates are fitted on, and texts to read: of either half of the vocabulary."""
+    shape = benchmark.SHAPES[args.shape]
+    config: Any = shape.make(shape.layers, shape.experts)
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    half = config.vocab_size // 2
+
+    def new_model() -> Any:
+        return benchmark.new_model(config, torch.device(args.device), dtype).eval()
+
+    words, texts = torch.randint(half, (16, 128)), torch.randint(half, (args.batch, args.length))
+    return new_model, {"open": words, "closed": words + half}, {"open": texts, "closed": texts + half}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora.add_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.0, 0.1, 0.5], help="shares of the nodes grown")
+    parser.add_argument("--deepened", type=float, nargs="*", default=[], help="shares of the nodes deepened")
+    parser.add_argument("--shape", choices=benchmark.SHAPES, help="of random weights, instead of a model")
     parser.add_argument("--packed", nargs="*", default=[], help="ungrown, with experts packed: int8, nf4, 3bit or 2bit")
     parser.add_argument("--turns", type=int, default=9, help="of base and grown model (default: %(default)s)")
     parser.add_argument("--new", type=int, default=32, help="tokens decoded a turn (default: %(default)s)")
     args = parser.parse_args()
-    task = corpora.load_task(args)
-    base = corpora.new_model(task)
-    each = 64 // len(task.retain)
-    retain = torch.cat([train[:each] for train, _ in task.retain.values()])
-    emap = measure_errors(base, task.domain_train[:64].split(args.batch), retain=retain.split(args.batch))
-    texts = {"open": task.domain_eval[: args.batch], "closed": next(iter(task.retain.values()))[1][: args.batch]}
+    if args.shape:
+        new_model, words, texts = random_task(args)
+    else:
+        task = corpora.load_task(args)
+        new_model, each = partial(corpora.new_model, task), 64 // len(task.retain)
+        words = {
+            "open": task.domain_train[:64],
+            "closed": torch.cat([train[:each] for train, _ in task.retain.values()]),
+        }
+        texts = {"open": task.domain_eval[: args.batch], "closed": next(iter(task.retain.values()))[1][: args.batch]}
+    base = new_model()
+    emap = measure_errors(
+        base, words["open"].split(args.batch), retain=words["closed"].split(args.batch), gradients=False
+    )
     corpora.emit({"machine": corpora.machine()}, args.json)
-    for share in args.shares:
-        grown = corpora.new_model(task)
+    for grow, share in [("spawn", share) for share in args.shares] + [("deepen", share) for share in args.deepened]:
+        grown = new_model()
         if share:
-            options = {"grow": "spawn", "select": "random", "gate_fpr": 0.01}
+            options = {"grow": grow, "select": "random", "gate_fpr": 0.01}
             grown = get_peft_model(grown, PCGrowConfig(error_map=emap, budget=share, **options))
         grown.eval()
-        for text, windows in texts.items() if share else [("open", texts["open"])]:
-            compared(base, grown, windows, args, {"nodes grown": share, "gates": text if share else "none"})
+        for text, windows in texts.items() if share and grow == "spawn" else [("open", texts["open"])]:
+            gates = text if share and grow == "spawn" else "none"
+            compared(base, grown, windows, args, {"nodes grown": share, "by": grow, "gates": gates})
+        del grown
     for to in args.packed:
-        packed: Any = corpora.new_model(task)
+        packed: Any = new_model()
         compress.quantize_experts(packed, to)
         compared(base, packed.eval(), texts["open"], args, {"packed": to})
 

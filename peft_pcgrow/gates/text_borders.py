@@ -5,12 +5,19 @@ Shapes: B rows of S tokens, P tokens seen in earlier calls, N = B S.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_pcgrow.gates.gate import Rows
+
+# which tokens are text, and where theirs begins, as in `Rows`; and whether none is known to be padding
+Borders = tuple[Tensor, Tensor | None, bool]
+# by the last tensor that tells it: what it was asked, those beside it, and the answer
+_READ = WeakTensorKeyDictionary()
 
 # additive masks hide with the lowest number of their dtype, with -inf, or with -10000
 HIDDEN = -9999.0
@@ -48,6 +55,27 @@ class Told:
             TypeError: a mask that is of none of these kinds.
             ValueError: a mask of another size, or statements that contradict each other.
         """
+        real, start, whole = self._known(shape, seen)
+        return Rows(real, start, past, whole)
+
+    def _known(self, shape: tuple[int, int], seen: int) -> Borders:
+        """What `rows` says of these tokens, read once of tensors that a model hands to each of its layers."""
+        given = self.mask, self.positions, self.lengths, self.texts
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        others = len(tensors) < sum(value is not None for value in given)
+        if others or not tensors or any(tensor.is_inference() for tensor in tensors):
+            return self._read(shape, seen)
+        key = tensors[-1]
+        # changed in place, a tensor says something else
+        asked = shape, seen, self.chunk, *(tensor._version for tensor in tensors)
+        # who holds its key lives for ever
+        beside = [None if value is key else value for value in given]
+        known = _READ.get(key)
+        if known is None or known[0] != asked or not all(map(is_, known[1], beside)):
+            known = _READ[key] = asked, beside, self._read(shape, seen)
+        return known[2]
+
+    def _read(self, shape: tuple[int, int], seen: int) -> Borders:
         looks = [_look(mask, shape, seen) for mask in _masks(self.mask)]
         device = next((t.device for t in (self.positions, self.mask) if isinstance(t, Tensor)), torch.device("cpu"))
         # of several masks, for layers of several kinds, one that shows a token is enough
@@ -56,7 +84,7 @@ class Told:
             place = torch.arange(shape[1], device=looks[0].device)
             real = torch.stack([look.sees(place) for look in looks]).any(0)
         start = None if shape[1] == 1 else self._start(shape, seen, real, looks)
-        return Rows(real, start, past, not looks)
+        return real, start, not looks
 
     def _start(self, shape: tuple[int, int], seen: int, real: Tensor, looks: "list[_Look]") -> Tensor | None:
         """Place of the first token of each token's own text in its row `[B, P + S]`."""
