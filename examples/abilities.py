@@ -282,7 +282,7 @@ def kept(before: Sequence[bool], after: Sequence[bool]) -> float:
     return sum(still) / len(still)
 
 
-def measures(model: nn.Module, windows: Tensor, tokenizer: Tokenizer, batch: int = 16) -> dict[str, float]:
+def measures(model: nn.Module, windows: Tensor, tokenizer: Tokenizer, batch: int | None = None) -> dict[str, float]:
     """Of all tokens of windows `[N, S]` but each first: `loss` in nats per token, `bits_per_byte`, and `accuracy`, the
     share that is the model's most likely next token.
 
@@ -296,9 +296,8 @@ def measures(model: nn.Module, windows: Tensor, tokenizer: Tokenizer, batch: int
     if size == 0:
         raise ValueError("the windows hold special tokens only: no bytes to divide by")
     nats, hits = 0.0, 0
-    with evaluating(model) as device:
-        for chunk in windows.split(batch):
-            ids = chunk.to(device)
+    with evaluating(model):
+        for ids in corpora.in_batches(model, windows, batch):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nats += cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
             hits += int((logits.argmax(-1) == ids[:, 1:]).sum())

@@ -109,9 +109,12 @@ def grown(**options: Any) -> Callable[[Any, float], nn.Module]:
     return build
 
 
-def top_half(model: Any, budget: float) -> nn.Module:
-    layers = [site.layer for site in find_experts(model).sites]
-    return grown(layers_to_transform=layers[len(layers) // 2 :])(model, budget)
+def top_half(**options: Any) -> Callable[[Any, float], nn.Module]:
+    def build(model: Any, budget: float) -> nn.Module:
+        layers = [site.layer for site in find_experts(model).sites]
+        return grown(layers_to_transform=layers[len(layers) // 2 :], **options)(model, budget)
+
+    return build
 
 
 def spawned(protect: float) -> Callable[[Any, float], nn.Module]:
@@ -135,7 +138,9 @@ def peft_lora(experts: bool) -> Callable[[Any, float], nn.Module]:
 ARMS = {
     "forward": Arm(lambda model, budget: model, trains=False),
     "sweep": Arm(grown()),
-    "sweep, top half": Arm(top_half),
+    "sweep, activations kept": Arm(grown(keep_activations=10**4)),
+    "sweep, top half": Arm(top_half()),
+    "sweep, top half, activations kept": Arm(top_half(keep_activations=10**4)),
     "sweep, stepped inside": Arm(grown(), inside=True),
     "sweep, no logits": Arm(grown(keep_logits=False)),
     "sweep, no logits, stepped inside": Arm(grown(keep_logits=False), inside=True),

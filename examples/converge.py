@@ -184,7 +184,7 @@ def look(args: argparse.Namespace, task: corpora.Task, model: nn.Module) -> dict
             row["measures"] = {
                 name: abilities.measures(model, windows, task.tokenizer) for name, windows in task.held_out.items()
             }
-            row["cloze"] = abilities.cloze(model, task.tokenizer, abilities.read_facts())
+            row["cloze"] = abilities.cloze(model, task.tokenizer, abilities.read_facts(), batch=128)
             row["instructions"] = abilities.instructions(model, task.tokenizer, batch=128)
     return row
 

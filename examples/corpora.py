@@ -164,18 +164,22 @@ def batches(windows: torch.LongTensor, batch: int, steps: int, seed: int) -> Ite
         yield windows[chosen]
 
 
+def in_batches(model: torch.nn.Module, windows: torch.Tensor, batch: int | None = None) -> Iterator[torch.Tensor]:
+    """Windows on the model's device; 64 at once on a GPU, where they cost launches more than arithmetic, else 16."""
+    device = next(model.parameters()).device
+    yield from (chunk.to(device) for chunk in windows.split(batch or (16 if device.type == "cpu" else 64)))
+
+
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, windows: torch.LongTensor, batch: int = 16) -> float:
+def evaluate(model: torch.nn.Module, windows: torch.LongTensor, batch: int | None = None) -> float:
     """Mean loss in nats per predicted token (all tokens of a window but its first), in eval mode."""
     if windows.ndim != 2 or windows.numel() == 0:
         raise ValueError(f"windows have shape {list(windows.shape)}; expected [N, length] with N at least 1")
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total = 0.0
     try:
-        for chunk in windows.split(batch):
-            ids = chunk.to(device)
+        for ids in in_batches(model, windows, batch):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             total += cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     finally:

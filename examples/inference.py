@@ -61,8 +61,11 @@ def compared(base: nn.Module, other: nn.Module, windows: torch.Tensor, args: arg
         corpora.emit({**row, "phase": what.__name__, **numbers}, args.json)
 
 
-def random_task(args: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A model of random weights, texts that gates are fitted on, and texts to read: of either half of the vocabulary."""
+Texts = dict[str, torch.Tensor]  # by what gates make of them
+
+
+def random_task(args: argparse.Namespace) -> tuple[Callable[[], Any], Texts, Texts]:
+    """A model of random weights, texts to fit gates on, and texts to read, of either half of the vocabulary."""
     shape = benchmark.SHAPES[args.shape]
     config: Any = shape.make(shape.layers, shape.experts)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16

@@ -50,11 +50,10 @@ class Switch:
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, windows: Tensor, batch: int = 16) -> Tensor:
+def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """Nats of each predicted token, `[N, S - 1]`."""
-    found, device = [], next(model.parameters()).device
-    for chunk in windows.split(batch):
-        ids = chunk.to(device)
+    found = []
+    for ids in corpora.in_batches(model, windows):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         found.append(cross_entropy(logits.mT, ids[:, 1:], reduction="none").cpu())
     return torch.cat(found)
