@@ -52,6 +52,9 @@ class RowGroup:
             return y if made is None or self.mine is None else torch.where(self.mine, y, made)
         made = y.new_zeros(total, y.shape[1]) if made is None else made
         rows, y = (self.rows, y) if self.own is None else (self.rows[self.own], y[self.own])
+        # under autocast a block gives what it is given, and linear layers 16 bits
+        wide = torch.promote_types(made.dtype, y.dtype)
+        made, y = made.to(wide), y.to(wide)
         return made.index_copy_(0, rows, y)
 
 
