@@ -10,6 +10,7 @@ once on one card:
     python examples/converge.py --model PATH --domain DIR/german --retain DIR/wiki --arm spawn --json >> rows
     python examples/converge.py --table rows
 
+What has trained can be kept (`--save`), and measured by another command, on another machine (`--measure`).
 Gain is the domain's held-out loss before minus after, forgetting the mean rise of the retain texts' held-out losses,
 in nats per token.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import abilities
@@ -36,6 +37,8 @@ from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, mea
 ARMS = ("lora", "full", "deepen", "spawn")
 # settings that a row is grouped by in the table
 SHOWN = ("arm", "setting", "gate_fpr")
+# beside a kept adapter: what is known of its training
+ROW = "converge.json"
 
 
 def setting_of(args: argparse.Namespace) -> str:
@@ -69,7 +72,7 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
         error_map=emap,
         grow=args.arm,
         budget=args.budget,
-        select=args.select,
+        select=args.select or ("error" if args.budget == 1 else None),
         gate_fpr=args.train_fpr,
         protect=args.protect,
         settle=args.settle,
@@ -98,7 +101,9 @@ def measured(args: argparse.Namespace, task: corpora.Task) -> Any:
         texts = mixed[order].split(args.batch)
     order = torch.randperm(len(domain), generator=torch.Generator().manual_seed(args.seed))
     model = corpora.new_model(task)
-    return measure_errors(model, domain[order].split(args.batch), retain=texts, progress=False)
+    # who grows everything asks a map for its gates alone
+    cheap = {"settle": "direct", "gradients": False} if args.budget == 1 and not args.layers else {}
+    return measure_errors(model, domain[order].split(args.batch), retain=texts, progress=False, **cheap)
 
 
 def descend(
@@ -201,6 +206,35 @@ def finish(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def kept(folder: Path, task: corpora.Task) -> tuple[nn.Module, dict[str, Any]]:
+    """What `trained` gave, from where `--save` put it."""
+    return PeftModel.from_pretrained(corpora.new_model(task), folder), json.loads((folder / ROW).read_text())
+
+
+def trained(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, dict[str, Any]]:
+    """The model after its best pass, and what is known of that."""
+    torch.manual_seed(args.seed)
+    model, optimizer = build(args, task)
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    row = {"arm": args.arm, "setting": setting_of(args), "seed": args.seed}
+    row["trained_parameters"] = sum(p.numel() for p in trains.values())
+    if args.carry_tokens < 1:
+        carry_some(model, args.carry_tokens)
+    best, copies = float("inf"), {}
+    for passed, seconds in descend(args, task, model, optimizer):
+        with autocast(args):
+            loss = corpora.evaluate(model, task.domain_eval)
+        corpora.note(f"{row['setting']} seed {args.seed} pass {passed}: domain {loss:.4f}, {seconds:.3f} s a step")
+        if loss < best:
+            best = loss
+            row |= {"passes": passed, "seconds_per_step": seconds}
+            copies = {name: p.detach().to("cpu", copy=True) for name, p in trains.items()}
+    with torch.no_grad():
+        for name, p in trains.items():
+            p.copy_(copies[name])
+    return model, row
+
+
 def run(args: argparse.Namespace, task: corpora.Task) -> None:
     base = corpora.new_model(task)
     before = look(args, task, base)
@@ -210,33 +244,18 @@ def run(args: argparse.Namespace, task: corpora.Task) -> None:
     shown = {key: sum(value) if key in ("cloze", "instructions") else value for key, value in before.items()}
     corpora.emit({"arm": "base", **shown, "machine": corpora.machine()}, args.json)
     del base
-    torch.manual_seed(args.seed)
-    model, optimizer = build(args, task)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    row = {"arm": args.arm, "setting": setting_of(args), "seed": args.seed}
-    row["trained_parameters"] = sum(p.numel() for p in trained.values())
-    if args.carry_tokens < 1:
-        carry_some(model, args.carry_tokens)
-    best, kept = float("inf"), {}
-    for passed, seconds in descend(args, task, model, optimizer):
-        with autocast(args):
-            loss = corpora.evaluate(model, task.domain_eval)
-        corpora.note(f"{row['setting']} seed {args.seed} pass {passed}: domain {loss:.4f}, {seconds:.3f} s a step")
-        if loss < best:
-            best = loss
-            row |= {"passes": passed, "seconds_per_step": seconds}
-            kept = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(kept[name])
-    for rate in args.rates if args.arm == "spawn" else (None,):
+    model, row = trained(args, task) if args.measure is None else kept(args.measure, task)
+    if args.save is not None:
+        model.save_pretrained(args.save)
+        (args.save / ROW).write_text(json.dumps(row))
+    for rate in args.rates if row["arm"] == "spawn" else (None,):
         extra: dict[str, Any] = {}
         if rate is not None:
             model.set_gate_fpr(rate)
             with autocast(args):
                 extra = {"gate_fpr": rate, "identical": frontier.identical(model, task, reference, args.bit_windows)}
         corpora.emit(finish({**row, **extra, **look(args, task, model)}, before), args.json)
-    if args.arm == "lora":
+    if row["arm"] == "lora":
         with autocast(args):
             switched = switch.losses(model, task, args.map_windows)
         corpora.emit(compare.finish({**row, "arm": "lora-switch", **switched}, before["after"]), args.json)
@@ -304,11 +323,15 @@ def main() -> None:
     add("--abilities", action="store_true", help="measure facts, instructions, accuracy and bits a byte too")
     add("--samples", type=int, default=0, help="texts to write, to read (default: %(default)s)")
     add("--autocast", action="store_true", help="compute in bf16 where CUDA does (weights stay in fp32)")
+    add("--save", type=Path, metavar="DIR", help="keep the adapter that has trained, before it is measured")
+    add("--measure", type=Path, metavar="DIR", help="measure what --save kept instead of training; --arm is its own")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     args = parser.parse_args()
     if args.table:
         table(args.table)
         return
+    if args.save is not None and args.arm == "full":
+        parser.error("--save keeps adapters, and --arm full trains none")
     task = corpora.load_task(args)
     if args.train_windows:
         task.domain_train = corpora.spread(task.domain_train, args.train_windows)
