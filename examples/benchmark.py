@@ -16,6 +16,7 @@ alike; medians.
 import argparse
 import copy
 import gc
+import random
 import statistics
 import time
 from collections import Counter
@@ -117,13 +118,23 @@ def top_half(**options: Any) -> Callable[[Any, float], nn.Module]:
     return build
 
 
+def random_nodes(model: Any, budget: float) -> dict[int, list[int]]:
+    """That share of all experts, by layer: gates, which cannot tell random texts apart, would leave most alone."""
+    every = [(site.layer, expert) for site in find_experts(model).sites for expert in range(site.module.num_experts)]
+    chosen = sorted(random.Random(0).sample(every, max(1, round(budget * len(every)))))
+    return {layer: [e for at, e in chosen if at == layer] for layer in dict(chosen)}
+
+
 def spawned(protect: float) -> Callable[[Any, float], nn.Module]:
     def build(model: Any, budget: float) -> nn.Module:
         # the lower half of the vocabulary stands for the domain, as in the batch that is timed
         half = model.config.vocab_size // 2
         words = torch.randint(half, (16, 64))
         emap = measure_errors(model, [words], retain=[words + half], gradients=False, progress=False)
-        return grown(error_map=emap, grow="spawn", gate_fpr=0.05, protect=protect)(model, budget)
+        nodes = random_nodes(model, budget)
+        return get_peft_model(
+            model, PCGrowConfig(error_map=emap, locus=nodes, grow="spawn", gate_fpr=0.05, protect=protect)
+        )
 
     return build
 
@@ -357,7 +368,7 @@ def main() -> None:
     add("--vocabulary", type=int, help="instead of the shape's own")
     add("--budget", type=float, default=0.12, help="share of the experts grown, chosen at random")
     add("--vary", nargs="+", default=[], metavar="NAME", help="layers, experts, length or budget, and its values")
-    add("--maps", type=int, default=0, help="batches of maps to time too")
+    add("--maps", type=int, default=0, help="batches of maps to time too, 4 or more: fewer are cut")
     add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     add("--profile", nargs="*", choices=ARMS, default=[], metavar="ARM", help="count what these ask of the device")
     add("--turns", type=int, default=3, help="timed steps of each arm")

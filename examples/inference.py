@@ -106,8 +106,8 @@ def main() -> None:
     for grow, share in [("spawn", share) for share in args.shares] + [("deepen", share) for share in args.deepened]:
         grown = new_model()
         if share:
-            options = {"grow": grow, "select": "random", "gate_fpr": 0.01}
-            grown = get_peft_model(grown, PCGrowConfig(error_map=emap, budget=share, **options))
+            nodes = benchmark.random_nodes(grown, share)
+            grown = get_peft_model(grown, PCGrowConfig(error_map=emap, locus=nodes, grow=grow, gate_fpr=0.01))
         grown.eval()
         for text, windows in texts.items() if share and grow == "spawn" else [("open", texts["open"])]:
             gates = text if share and grow == "spawn" else "none"

@@ -14,9 +14,9 @@ from torch import Tensor
 # numbers at once in a program, at most
 WIDEST = 1024
 # compute capabilities of cards on which examples/check_kernels.py found every kernel right, and faster than its
-# definition: none yet, so definitions run everywhere
-TRIED: frozenset[tuple[int, int]] = frozenset()
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+# definition, in bf16 (an H100); elsewhere definitions run
+TRIED: frozenset[tuple[int, int]] = frozenset({(9, 0)})
+_DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32)
 
 
 @cache
@@ -25,12 +25,15 @@ def _installed() -> bool:
 
 
 def use_triton(first: Tensor, *others: Tensor) -> bool:
-    """Whether an op on these tensors runs its kernel: all on one GPU of a kind that was `TRIED`, floats of at most 32
-    bits, Triton installed.
+    """Whether an op on these tensors runs its kernel: all on one GPU of a kind that was `TRIED`, bf16 among them or no
+    floats, Triton installed.
 
     Not while torch.compile looks on: it fuses the definitions itself.
     """
-    if not first.is_cuda or any(t.dtype not in _DTYPES or t.device != first.device for t in (first, *others)):
+    given = (first, *others)
+    if not first.is_cuda or any(t.dtype not in _DTYPES or t.device != first.device for t in given):
+        return False
+    if any(t.is_floating_point() for t in given) and all(t.dtype != torch.bfloat16 for t in given):
         return False
     if torch.cuda.get_device_capability(first.device) not in TRIED:
         return False

@@ -23,13 +23,14 @@ def orthogonalize(matrices: Tensor, steps: int = STEPS, eps: float = 1e-7) -> Te
     return orthogonalize_(x.reshape(-1, *x.shape[-2:]), steps, eps).view(x.shape).to(matrices.dtype)
 
 
-def orthogonalize_(x: Tensor, steps: int = STEPS, eps: float = 1e-7) -> Tensor:
+def orthogonalize_(x: Tensor, steps: int = STEPS, eps: float = 1e-7, norms: Tensor | None = None) -> Tensor:
     """The same for `[N, O, I]` in the dtype that it is in; writes to `x`, and returns it or another tensor.
 
-    Takes room for three more of its size at most.
+    Takes room for three more of its size at most. norms: the matrices' Frobenius norms, `[N]`; None: to be taken.
     """
     a, b, c = COEFFICIENTS
-    x /= torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min_(eps)
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1)) if norms is None else norms
+    x /= norms.clamp_min(eps)[:, None, None]
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
     gram = wide.new_empty(*wide.shape[:-1], wide.shape[-2])
     polynomial, other = torch.empty_like(gram), torch.empty_like(wide)

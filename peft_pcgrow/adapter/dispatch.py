@@ -149,9 +149,9 @@ def run(
         return _taken_apart(base, [replace(branch, bank=bank) for branch in joint], *routed, exact=False)
 
     slots = torch.stack([branch.slot[: base.num_experts] for branch in joint])
-    return one_sort.run(
-        base, joint[0].bank, slots, takers(joint, index, base.num_experts), (hidden, index, weight), exact, again
-    )
+    # without gates an expert's rows are taken all together
+    taker = takers(joint, index, base.num_experts) if has_gates(joint) else None
+    return one_sort.run(base, joint[0].bank, slots, taker, (hidden, index, weight), exact, again)
 
 
 def _joint(branches: Sequence[Branch]) -> list[Branch]:

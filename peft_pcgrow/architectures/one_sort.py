@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pcgrow_kernels.combine import combine_in_any_order
+from pcgrow_kernels.dispatch import use_triton
 from pcgrow_kernels.grouped import outer, product
 from pcgrow_kernels.remap import remap
+from pcgrow_kernels.swiglu import swiglu, swiglu_backward
 from peft_pcgrow.architectures.experts import ExpertsModule, expert_stacks, first_matrix, is_adopted, is_packed
 from peft_pcgrow.architectures.host import gates_by_silu
 from peft_pcgrow.architectures.run_rows import implementation, with_bank
@@ -67,7 +69,7 @@ def run(
     base: ExpertsModule,
     bank: Mapping[str, Tensor],
     slots: Tensor,
-    taker: Tensor,
+    taker: Tensor | None,
     routed: tuple[Tensor, Tensor, Tensor],
     exact: bool,
     again: Callable[..., Tensor],
@@ -77,7 +79,7 @@ def run(
     Args:
         bank: stacks by name, `[G, ...]`, in any dtype.
         slots: of each branch, the place in the bank of each of the base's experts, `[B, E]`.
-        taker: branch of each row, -1: the base, `[T, K]`.
+        taker: branch of each row, -1: the base, `[T, K]`; None: as in `remap`.
         routed: hidden `[T, H]`, index `[T, K]` and weight `[T, K]`, as the base is called with.
         exact: add up as transformers' grouped products are.
         again: gives the same of a bank, hidden, index and weight, and can be differentiated twice.
@@ -154,7 +156,7 @@ class _OneSort(torch.autograd.Function):
         base, exact, _ = settings
         first, last = _layers(base, held)
         pre = first(hidden.to(held[-1].dtype), ends, order // weight.shape[1])
-        y = last(_activated(base, pre), ends)
+        y = last(_activated(base, pre) if exact else _activated_in_any_bits(base, pre), ends)
         if exact:
             weighted = (y * weight.reshape(-1)[order].unsqueeze(-1))[inverse]
             output = weighted.view(*weight.shape, -1).sum(dim=1)
@@ -183,21 +185,21 @@ class _OneSort(torch.autograd.Function):
             first, last, ends = first.alone(), last.alone(), grown
         pre = kept[0] if kept else first(x, ends, tokens)
         q = last.back(error, ends, tokens)
-        tokens, scale = tokens[: len(q)], weight.reshape(-1)[order[: len(q)]].unsqueeze(1).to(dtype)
-        act, arrived = _through_activation(base, pre, q * scale)
+        tokens, scale = tokens[: len(q)], weight.reshape(-1)[order[: len(q)]].to(dtype)
+        arrived, scaled, received = _through_activation(base, pre, q, scale, bool(kept))
         found: list[Tensor | None] = [None] * len(needs)
         if needs[0]:
             found[0] = combine_in_any_order(first.back(arrived, ends), inverse.view(weight.shape))
-        if needs[1]:
-            received = (act * q).sum(-1)
+        if needs[1] and received is not None:
             if base.has_bias:
                 received += (last.added(ends, len(order)) * error[tokens]).sum(-1)
             found[1] = received[inverse].view(weight.shape)
         if needs[2]:
             found[2] = outer(arrived, x, grown, not first.turned, tokens)
         if needs[3]:
-            found[3] = outer(act * scale, error, grown, last.turned, tokens)
+            found[3] = outer(scaled, error, grown, last.turned, tokens)
         if any(needs[4:]):
+            scale = scale.unsqueeze(1)
             ones = torch.ones_like(scale).expand(-1, WIDTH).contiguous()
             found[4] = outer(ones, arrived, grown, False)[:, 0]
             found[5] = outer(ones * scale, error, grown, False, tokens)[:, 0]
@@ -209,19 +211,38 @@ def _activated(base: ExpertsModule, pre: Tensor) -> Tensor:
     return base._apply_gate(pre) if base.has_gate else base.act_fn(pre)
 
 
-def _through_activation(base: ExpertsModule, pre: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """What is between the matrices, `[R, I]`, and the error at what it was made of, from the one at it."""
+def _activated_in_any_bits(base: ExpertsModule, pre: Tensor) -> Tensor:
+    """The same, by a kernel where there is one."""
+    return swiglu(pre) if gates_by_silu(base) and use_triton(pre) else _activated(base, pre)
+
+
+def _through_activation(
+    base: ExpertsModule, pre: Tensor, q: Tensor, scale: Tensor, kept: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The error at what the activation was made of, from `scale * q` at it; the activation times `scale`, `[R, I]`; and
+    `<activation, q>`, `[R]`, if `pre` was kept for that.
+
+    Args:
+        pre: what it was made of, `[R, 2 I]` or `[R, I]`. q: `[R, I]`; it may be written over. scale: `[R]`. kept:
+            whether `pre` is of the forward, and may be asked for again; else it may be written over, too.
+    """
+    if gates_by_silu(base) and use_triton(pre, q, scale):
+        return swiglu_backward(pre, q, scale, spare=not kept)
+    error = q * scale.unsqueeze(1)
     if gates_by_silu(base):
         gate, up = pre.chunk(2, dim=-1)
         act, arrived = silu(gate), torch.empty_like(pre)
         of_gate, of_up = arrived.chunk(2, dim=-1)
         torch.mul(error, act, out=of_up)
         torch.ops.aten.silu_backward.grad_input(error * up, gate, grad_input=of_gate)
-        return act.mul_(up), arrived
-    with torch.enable_grad():
-        pre = pre.detach().requires_grad_()
-        act = _activated(base, pre)
-        return act.detach(), torch.autograd.grad(act, pre, error)[0]
+        act = act.mul_(up)
+    else:
+        with torch.enable_grad():
+            pre = pre.detach().requires_grad_()
+            act = _activated(base, pre)
+            arrived = torch.autograd.grad(act, pre, error)[0]
+        act = act.detach()
+    return arrived, act * scale.unsqueeze(1), (act * q).sum(-1) if kept else None
 
 
 def _differentiably(

@@ -26,10 +26,13 @@ def weights_in_use(model: nn.Module) -> str:
     Of weights that are offloaded only the names and shapes are known.
     """
     digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    held = [*model.named_parameters(), *model.named_buffers()]
+    # a device is asked once it has summed everything, not for each piece
+    sums = [None if tensor.is_meta else torch.stack([*_sums(tensor.detach())]) for _, tensor in held]
+    for (name, tensor), pieces in zip(held, sums, strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        for sums in () if tensor.is_meta else _sums(tensor.detach()):
-            digest.update(repr(sums).encode())
+        for piece in () if pieces is None else pieces.tolist():
+            digest.update(repr(piece).encode())
     for name, module in model.named_modules():
         numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float) and key[0] != "_"}
         digest.update(f"{name} {sorted(numbers.items())}".encode())
@@ -38,13 +41,13 @@ def weights_in_use(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _sums(tensor: Tensor) -> Iterator[list[int]]:
+def _sums(tensor: Tensor) -> Iterator[Tensor]:
     """Sum and weighted sum of the bits, as integers: exact, so the same in any order of summing and on any device."""
     bits = tensor.contiguous().reshape(-1).view(WHOLE[tensor.element_size()])
     for chunk in bits.split(CHUNK):
         wide = chunk.long()
         place = torch.arange(1, len(wide) + 1, device=wide.device)
-        yield torch.stack([wide.sum(), (wide * place).sum()]).tolist()
+        yield torch.stack([wide.sum(), (wide * place).sum()])
 
 
 @dataclass

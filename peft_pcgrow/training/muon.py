@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from pcgrow_kernels.dispatch import use_triton
+from pcgrow_kernels.muon_pre import muon_pre
 from pcgrow_kernels.orthogonalize import orthogonalize, orthogonalize_, working_dtype
 from peft_pcgrow.adapter.inside_sweep import step_inside_sweep
 from peft_pcgrow.architectures.sharded import local
@@ -139,7 +141,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             for found, tensor in zip((weights, gradients, momenta), (p, p.grad, state["momentum"]), strict=True):
                 found.append(local(tensor))  # type: ignore
-        if params:
+        in_one_pass = all(map(_in_one_pass, gradients, momenta))
+        if params and not in_one_pass:
             foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         waiting: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for stacks in zip(weights, gradients, momenta, strict=True):
@@ -147,23 +150,27 @@ class Muon(torch.optim.Optimizer):
                 key = matrices[0].shape[1:], stacks[0].device, stacks[0].dtype
                 held = waiting.setdefault(key, [])
                 if held and sum(len(each[0]) for each in (*held, matrices)) * key[0].numel() > AT_ONCE:
-                    self._move(held, group)
+                    self._move(held, group, in_one_pass)
                     held.clear()
                 held.append(matrices)
         for held in waiting.values():
-            self._move(held, group)
+            self._move(held, group, in_one_pass)
 
-    def _move(self, held: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any]) -> None:
-        """Step matrices of one shape, `[n, O, I]` each, with their gradients and momenta."""
+    def _move(self, held: list[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any], in_one_pass: bool) -> None:
+        """Step matrices of one shape, `[n, O, I]` each, with their gradients and momenta, which are to be stepped too
+        if that is `in_one_pass`."""
         first = held[0][0]
         counts = [len(weights) for weights, *_ in held]
         x = torch.empty(sum(counts), *first.shape[1:], dtype=working_dtype(first.device), device=first.device)
+        norms = []
         for (_, gradient, momentum), direction in zip(held, x.split(counts), strict=True):
-            if group["nesterov"]:
+            if in_one_pass:
+                norms.append(muon_pre(gradient, momentum, direction, group["momentum"], group["nesterov"]))
+            elif group["nesterov"]:
                 torch.lerp(gradient, momentum, group["momentum"], out=direction)
             else:
                 direction.copy_(momentum)
-        updates = orthogonalize_(x).split(counts)
+        updates = orthogonalize_(x, norms=torch.cat(norms) if norms else None).split(counts)
         foreach_add_([weights for weights, *_ in held], [*updates], alpha=-group["lr"] * _scale(first.shape))
 
     def _adam(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -190,6 +197,11 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _in_one_pass(gradient: Tensor, momentum: Tensor) -> bool:
+    """Whether a kernel steps the momentum, takes the direction and its norms."""
+    return use_triton(gradient, momentum, gradient.new_empty(0, dtype=working_dtype(gradient.device)))
 
 
 def _check_matrices_whole(stack: Any) -> None:

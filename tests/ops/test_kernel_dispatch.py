@@ -19,11 +19,13 @@ def test_definitions_run_on_processors():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_kernels_run_on_gpus(monkeypatch):
-    x = torch.zeros(2, device="cuda")
+    x = torch.zeros(2, device="cuda", dtype=torch.bfloat16)
     monkeypatch.setattr(dispatch, "TRIED", frozenset())
     assert not dispatch.use_triton(x)
     monkeypatch.setattr(dispatch, "TRIED", {torch.cuda.get_device_capability()})
-    assert dispatch.use_triton(x, x.bfloat16(), x.long())
+    assert dispatch.use_triton(x, x.float(), x.long())
+    assert dispatch.use_triton(x.long())
+    assert not dispatch.use_triton(x.float())
     assert not dispatch.use_triton(x, x.double())
     assert not dispatch.use_triton(x, x.cpu())
     monkeypatch.setattr(dispatch, "_installed", lambda: False)

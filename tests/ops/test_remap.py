@@ -56,6 +56,18 @@ def test_remap(shape, sentinels):
     assert (order.dtype, inverse.dtype, ends.dtype) == (torch.int64, torch.int64, torch.int32)
 
 
+@pytest.mark.parametrize("shape", [shape for shape, (*_, branches, _) in SHAPES.items() if branches])
+def test_without_takers(shape):
+    """A grown matrix computes all rows of its expert, of which only one branch has one."""
+    index, _, slots, grown = routed(shape)
+    first = (slots >= 0).int().cumsum(0) == 1
+    slots = slots.masked_fill(~first, -1)
+    owner = torch.where((slots >= 0).any(0), (slots >= 0).int().argmax(0), -1)
+    taker = owner[index.clamp(max=slots.shape[1] - 1)]
+    for found, want in zip(remap(index, None, slots, grown), remap(index, taker, slots, grown), strict=True):
+        assert torch.equal(found, want)
+
+
 @shapes
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from close import assert_close
+from close import assert_all_close, assert_close
 from pcgrow_kernels.orthogonalize import COEFFICIENTS, STEPS, orthogonalize
 from peft_pcgrow import Muon, PCGrowConfig, create_pcgrow_optimizer
 from peft_pcgrow.training import muon
@@ -37,7 +37,7 @@ def test_batches_are_bounded(name, at_once, monkeypatch):
     model = grown(name=name).train()
     optimizer, batches = create_pcgrow_optimizer(model, lr=0.5), []
     iterate = muon.orthogonalize_
-    monkeypatch.setattr(muon, "orthogonalize_", lambda x: (batches.append(x), iterate(x))[1])
+    monkeypatch.setattr(muon, "orthogonalize_", lambda x, **given: (batches.append(x), iterate(x, **given))[1])
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     banks = {key: (p.detach().clone(), p) for key, p in trainable(model).items() if p.dim() == 3}
     optimizer.step()
@@ -199,3 +199,20 @@ def test_settings_out_of_range(settings, text):
 def test_a_vector_cannot_be_orthogonalised():
     with pytest.raises(ValueError, match=r"matrices or stacks of them, got shapes \[\(3,\)\]"):
         Muon([torch.nn.Parameter(torch.ones(3))])
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4, 6), (2, 6, 4), (4, 6)])
+def test_averages_in_one_pass(monkeypatch, shape, nesterov):
+    """As a kernel takes them on a GPU: what moves, and the momenta, are the same."""
+    found = []
+    for in_one_pass in (False, True):
+        monkeypatch.setattr(muon, "_in_one_pass", lambda *_, asked=in_one_pass: asked)
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(shape))
+        optimizer = Muon([p], lr=0.1, nesterov=nesterov)
+        for _ in range(3):
+            p.grad = torch.randn(shape)
+            optimizer.step()
+        found.append({"moved": p.detach(), "momentum": optimizer.state[p]["momentum"]})
+    assert_all_close(*found, "fp32")
