@@ -19,5 +19,6 @@ part kernels-fp32 "$python" examples/check_kernels.py --dtype float32
 part tests-gpu "$python" -m pytest -q -m gpu
 part tests-cuda "$python" -m pytest -q --device cuda tests/ops tests/adapter/test_dispatch.py tests/adapter/test_bits.py \
     tests/settling/test_gradients.py tests/gates/test_generation.py tests/architectures/test_implementations.py
-part step "$python" examples/benchmark.py --shape olmoe --device cuda --profile sweep direct --json
-part inference "$python" examples/inference.py --device cuda --packed int8 nf4 --json
+part step "$python" examples/benchmark.py --shape olmoe --device cuda --profile sweep direct spawn LoRA --maps 4 --json
+part inference "$python" examples/inference.py --shape olmoe --shares 0.12 --deepened 0.12 --device cuda --batch 4 --length 1024 \
+    --turns 3 --packed int8 nf4 --json
