@@ -43,19 +43,6 @@ def single(way: Callable[..., Tensor]) -> Way:
     return lambda *inputs: (way(*inputs),)
 
 
-def backward(way: Callable[..., Tensor]) -> Way:
-    """The gradients; the forward that they are of is run once for the same inputs."""
-    held: list[Any] = [None, None, None]
-
-    def run(error: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if held[0] is not error:
-            leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
-            held[:] = error, way(*leaves), [x for x in leaves if x.requires_grad]
-        return torch.autograd.grad(held[1], held[2], error, retain_graph=True)
-
-    return run
-
-
 def averaged(way: Callable[..., Tensor]) -> Way:
     return lambda gradient, momentum, out: (way(gradient, momentum, out, 0.95, True), momentum, out)
 
@@ -73,16 +60,11 @@ def cases(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[]
     def sums() -> Case:
         inputs = routed()
         moved = size(*inputs) + size(inputs[0]) // CHOICES
-        return Case(inputs, single(combine.Combined.apply), single(combine.definition), moved)
-
-    def sums_backward() -> Case:
-        inputs = [drawn(tokens, HIDDEN), *routed()]
-        moved = size(*inputs) + size(inputs[1], inputs[3])
-        return Case(inputs, backward(combine.Combined.apply), backward(combine.definition), moved)
+        return Case(inputs, single(combine.by_triton), single(combine.definition), moved)
 
     def activation() -> Case:
         h = drawn(rows, 2 * INNER)
-        return Case([h], single(swiglu.Activated.apply), single(swiglu.definition), size(h) * 3 // 2)
+        return Case([h], single(swiglu.by_triton), single(swiglu.definition), size(h) * 3 // 2)
 
     def activation_backward() -> Case:
         inputs = [drawn(rows, 2 * INNER), drawn(rows, INNER), drawn(rows)]
@@ -113,7 +95,6 @@ def cases(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[]
 
     return {
         "combine": sums,
-        "combine, backward": sums_backward,
         "swiglu": activation,
         "swiglu, backward": activation_backward,
         "muon_pre": lambda: averages(False),

@@ -1,27 +1,25 @@
 """Add up each token's routed rows, weighted.
 
-    out_t = sum_k w_tk y_r        r = inverse_tk        dy_r = w_tk d_t        dw_tk = <y_r, d_t>
+    out_t = sum_k w_tk y_r        r = inverse_tk
 
 Rows lie in any order, each of them some token's: `inverse` says where. Nothing is scattered, so sums are the same in
 every run (the layout of scattermoe, arXiv:2403.08245). Shapes: T tokens, K rows of each, R = T K, H numbers in a row.
 
 Bytes at T = 8192, K = 8, H = 2048 in bf16, where R rows are U = 0.27 GB: forward 9/8 U (definition: 41/8 U, three steps
-there and back; torch's embedding_bag reads as little and adds in another order), backward 17/8 U (7 U and a sort).
-FLOPs: 2 R H, and 3 R H back.
+there and back; torch's embedding_bag reads as little and adds in another order). FLOPs: 2 R H.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
 
 
 def combine(y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`[T, H]` in `y`'s dtype, differentiable in `y` and `weight`.
+    """`[T, H]` in `y`'s dtype; no gradient.
 
     A kernel multiplies and adds in the order of `definition` on a GPU, to the bit.
 
@@ -32,7 +30,7 @@ def combine(y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tensor:
     if len({*shapes}) > 1 or inverse.dim() != 2 or inverse.numel() != len(y):
         raise ValueError(f"places and weights {shapes} of {len(y)} rows: expected [T, K], one for each row")
     if use_triton(y, inverse, *(() if weight is None else (weight,))):
-        return Combined.apply(y, inverse, weight)  # type: ignore[return-value]
+        return by_triton(y, inverse, weight)
     return definition(y, inverse, weight)
 
 
@@ -49,42 +47,20 @@ def combine_in_any_order(y: Tensor, inverse: Tensor, weight: Tensor | None = Non
     return embedding_bag(inverse, y, mode="sum", per_sample_weights=None if weight is None else weight.to(y.dtype))
 
 
-class Combined(torch.autograd.Function):
-    """Both ways by kernels."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        y, inverse = rows_of(y), inverse.contiguous()
-        weight = None if weight is None else weight.contiguous()
-        (tokens, choices), width = inverse.shape, y.shape[1]
-        out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
-        columns = block(width)
-        _sum_rows.launch(
-            (tokens, -(-width // columns)),
-            *(y, inverse, weight, out, y.stride(0), width),
-            choices=choices,
-            rounds=weight is not None and y.dtype == weight.dtype,
-            columns=columns,
-        )
-        ctx.save_for_backward(y if ctx.needs_input_grad[2:] == (True,) else None, inverse, weight)
-        ctx.like = y.shape, y.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
-        y, inverse, weight = ctx.saved_tensors
-        (rows, width), dtype = ctx.like
-        error = rows_of(error)
-        dy = torch.empty(rows, width, dtype=dtype, device=error.device)
-        dw = None if y is None else torch.empty_like(weight)
-        _spread_rows.launch(
-            (rows,),
-            *(error, y, inverse, weight, dy, dw, error.stride(0), 0 if y is None else y.stride(0), width),
-            choices=inverse.shape[1],
-            columns=block(width),
-        )
-        return dy, None, dw
+def by_triton(y: Tensor, inverse: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The same by a kernel."""
+    y, inverse = rows_of(y), inverse.contiguous()
+    (tokens, choices), width = inverse.shape, y.shape[1]
+    out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
+    columns = block(width)
+    _sum_rows.launch(
+        (tokens, -(-width // columns)),
+        *(y, inverse, None if weight is None else weight.contiguous(), out, y.stride(0), width),
+        choices=choices,
+        rounds=weight is not None and y.dtype == weight.dtype,
+        columns=columns,
+    )
+    return out
 
 
 @Kernel
@@ -116,23 +92,3 @@ def _sum_rows(
         else:
             fourth += product
     tl.store(out + token * width + place, (first + second + third + fourth).to(out.dtype.element_ty), mask=inside)
-
-
-@Kernel
-def _spread_rows(
-    error, y, inverse, weight, dy, dw, error_stride, y_stride, width, choices: tl.constexpr, columns: tl.constexpr
-) -> None:
-    """Grid (R,): a program owns one row, its token's place first; a token's error is read again from the cache."""
-    at = tl.program_id(0).to(tl.int64)
-    row = tl.load(inverse + at).to(tl.int64)
-    w = tl.load(weight + at).to(tl.float32) if weight is not None else 1.0
-    total = tl.zeros([columns], tl.float32)
-    for start in range(0, width, columns):
-        place = start + tl.arange(0, columns)
-        inside = place < width
-        d = tl.load(error + at // choices * error_stride + place, mask=inside, other=0).to(tl.float32)
-        if dw is not None:
-            total += d * tl.load(y + row * y_stride + place, mask=inside, other=0).to(tl.float32)
-        tl.store(dy + row * width + place, (d * w).to(dy.dtype.element_ty), mask=inside)
-    if dw is not None:
-        tl.store(dw + at, tl.sum(total).to(dw.dtype.element_ty))

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pcgrow_kernels.dispatch import Kernel, block, rows_of, tl, use_triton
@@ -28,16 +27,30 @@ libdevice: Any = None
 
 
 def swiglu(h: Tensor) -> Tensor:
-    """act `[R, I]` of `h [R, 2 I]`, differentiable. A kernel rounds silu(g) as the definition does."""
+    """act `[R, I]` of `h [R, 2 I]`; no gradient. A kernel rounds silu(g) as the definition does."""
     if h.dim() != 2 or h.shape[1] % 2:
         raise ValueError(f"gates and ups {tuple(h.shape)}: expected [R, 2 I]")
-    return Activated.apply(h) if use_triton(h) else definition(h)  # type: ignore[return-value]
+    return by_triton(h) if use_triton(h) else definition(h)
 
 
 def definition(h: Tensor) -> Tensor:
     """`swiglu` in torch."""
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def by_triton(h: Tensor) -> Tensor:
+    """The same by a kernel."""
+    h = rows_of(h)
+    act = torch.empty(len(h), h.shape[1] // 2, dtype=h.dtype, device=h.device)
+    columns = block(act.shape[1])
+    _activate.launch(
+        (len(h), -(-act.shape[1] // columns)),
+        *(h, act, h.stride(0), act.shape[1]),
+        exact=h.device.type != "cpu",
+        columns=columns,
+    )
+    return act
 
 
 def swiglu_backward(h: Tensor, q: Tensor, weight: Tensor, spare: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,43 +84,16 @@ def backward_definition(h: Tensor, q: Tensor, weight: Tensor) -> tuple[Tensor, T
     return dh, act * w, (act * q).sum(-1).to(weight.dtype)
 
 
-def backward_by_triton(
-    h: Tensor, q: Tensor, weight: Tensor | None, dh: Tensor, act: Tensor | None
-) -> tuple[Tensor, Any, Any]:
-    """`swiglu_backward` by a kernel, into `dh` and `act`, which may be `h` and `q`. No weight: ones, and no dw."""
-    dw = None if weight is None else torch.empty(len(h), dtype=weight.dtype, device=h.device)
+def backward_by_triton(h: Tensor, q: Tensor, weight: Tensor, dh: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`swiglu_backward` by a kernel, into `dh` and `act`, which may be `h` and `q`."""
+    dw = torch.empty(len(h), dtype=weight.dtype, device=h.device)
     _activate_backward.launch(
         (len(h),),
-        *(h, q, None if weight is None else weight.contiguous(), dh, act, dw),
-        *(h.stride(0), q.stride(0), dh.stride(0), 0 if act is None else act.stride(0), q.shape[1]),
+        *(h, q, weight.contiguous(), dh, act, dw),
+        *(h.stride(0), q.stride(0), dh.stride(0), act.stride(0), q.shape[1]),
         columns=block(q.shape[1]),
     )
     return dh, act, dw
-
-
-class Activated(torch.autograd.Function):
-    """Both ways by kernels, out of place."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor) -> Tensor:  # type: ignore[override]
-        h = rows_of(h)
-        act = torch.empty(len(h), h.shape[1] // 2, dtype=h.dtype, device=h.device)
-        columns = block(act.shape[1])
-        _activate.launch(
-            (len(h), -(-act.shape[1] // columns)),
-            *(h, act, h.stride(0), act.shape[1]),
-            exact=h.device.type != "cpu",
-            columns=columns,
-        )
-        ctx.save_for_backward(h)
-        return act
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor) -> Tensor:  # type: ignore[override]
-        (h,) = ctx.saved_tensors
-        dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        return backward_by_triton(h, rows_of(error), None, dh, None)[0]
 
 
 @Kernel
@@ -143,7 +129,7 @@ def _activate_backward(
 ) -> None:
     """Grid (R,): a program owns one row, and reads each place before it writes there."""
     row = tl.program_id(0).to(tl.int64)  # R 2 I may pass 2^31
-    w = tl.load(weight + row).to(tl.float32) if weight is not None else 1.0
+    w = tl.load(weight + row).to(tl.float32)
     total = tl.zeros([columns], tl.float32)
     for start in range(0, width, columns):
         place = start + tl.arange(0, columns)
@@ -158,7 +144,5 @@ def _activate_backward(
         d_gate, d_up = error * up * (s + silu * (1 - s)), error * silu
         tl.store(dh + row * dh_stride + place, d_gate.to(dh.dtype.element_ty), mask=inside)
         tl.store(dh + row * dh_stride + width + place, d_up.to(dh.dtype.element_ty), mask=inside)
-        if act is not None:
-            tl.store(act + row * act_stride + place, (silu * up * w).to(act.dtype.element_ty), mask=inside)
-    if dw is not None:
-        tl.store(dw + row, tl.sum(total).to(dw.dtype.element_ty))
+        tl.store(act + row * act_stride + place, (silu * up * w).to(act.dtype.element_ty), mask=inside)
+    tl.store(dw + row, tl.sum(total).to(dw.dtype.element_ty))

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from close import assert_close
-from kernel_runs import DEVICE, DTYPES, KIND, autograd, drawn, in_fp64, needs_triton, poisoned
+from kernel_runs import DEVICE, DTYPES, KIND, drawn, in_fp64, needs_triton, poisoned
 from pcgrow_kernels import combine as op
 from pcgrow_kernels.dispatch import WIDEST
 
 # tokens, choices, width: more choices than running sums; one of all; widths around a power of two, and past a block
 SHAPES = [(5, 8, 33), (3, 6, 64), (4, 3, 7), (1, 1, 1), (2, 2, WIDEST + 5)]
+
+
+WAYS = [op.definition, pytest.param(op.by_triton, marks=needs_triton)]
 
 
 def loop(y: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
@@ -31,26 +34,22 @@ def made(tokens: int, choices: int, width: int, dtype: torch.dtype = torch.float
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", [op.definition, pytest.param(op.Combined.apply, marks=needs_triton)])
-def test_sums_and_gradients(way, dtype, shape):
-    inputs, error = made(*shape, dtype=dtype), drawn(shape[0], shape[2], dtype=dtype)
-    want = autograd(loop, error.cpu().double(), *in_fp64(*inputs))
+@pytest.mark.parametrize("way", WAYS)
+def test_sums(way, dtype, shape):
+    inputs = made(*shape, dtype=dtype)
     with poisoned():
-        found = autograd(way, error, *inputs)
-    for name, one, other in zip(("sum", "dy", "dw"), found, want, strict=True):
-        assert one.dtype == dtype
-        assert_close(name, one.cpu(), other, KIND[dtype])
+        found = way(*inputs)
+    assert found.dtype == dtype
+    assert_close("sum", found.cpu(), loop(*in_fp64(*inputs)), KIND[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", [op.definition, pytest.param(op.Combined.apply, marks=needs_triton)])
+@pytest.mark.parametrize("way", WAYS)
 def test_without_weights(way, dtype):
-    (y, inverse, weight), error = made(5, 6, 33, dtype), drawn(5, 33, dtype=dtype)
-    want = autograd(lambda y: loop(y, inverse.cpu(), torch.ones_like(weight.cpu())), *in_fp64(error, y))
+    y, inverse, weight = made(5, 6, 33, dtype)
     with poisoned():
-        found = autograd(lambda y: way(y, inverse), error, y)
-    for name, one, other in zip(("sum", "dy"), found, want, strict=True):
-        assert_close(name, one.cpu(), other, KIND[dtype])
+        found = way(y, inverse)
+    assert_close("sum", found.cpu(), loop(y.cpu().double(), inverse.cpu(), torch.ones_like(weight.cpu())), KIND[dtype])
 
 
 @needs_triton
@@ -60,7 +59,7 @@ def test_order_of_the_sums():
     parts = (y[inverse] * weight.unsqueeze(-1)).unbind(1)
     sums = [parts[k] + parts[k + 4] if k < 3 else parts[k] for k in range(4)]
     with poisoned():
-        found = op.Combined.apply(y, inverse, weight)
+        found = op.by_triton(y, inverse, weight)
     assert torch.equal(found, sums[0] + sums[1] + sums[2] + sums[3])
     assert not torch.equal(found, sum(parts[1:], parts[0]))
 
@@ -72,30 +71,24 @@ def test_order_of_the_sums():
 def test_bits_of_the_definition(choices, wider):
     y, inverse, weight = made(300, choices, 2048, torch.bfloat16)
     weight = weight.float() if wider else weight
-    assert torch.equal(op.Combined.apply(y, inverse, weight), op.definition(y, inverse, weight))
+    assert torch.equal(op.by_triton(y, inverse, weight), op.definition(y, inverse, weight))
 
 
 @needs_triton
 @pytest.mark.parametrize("spaced", [False, True])
 def test_strides(spaced):
-    """Rows in no piece, rows with room between, weights and places turned, an error that is one row for all."""
+    """Rows in no piece, rows with room between, weights and places turned."""
     y, inverse, weight = made(4, 3, 10, spaced=spaced)
     room = torch.cat([y, y], dim=1)[:, :10]
     turned = [inverse.mT.contiguous().mT, weight.mT.contiguous().mT]
-    error = drawn(1, 1).expand(4, 10)
-    want = autograd(op.definition, error, y, inverse, weight)
     with poisoned():
-        for one, other in zip(autograd(op.Combined.apply, error, room, *turned), want, strict=True):
-            assert_close("turned", one, other, "fp32")
+        assert_close("turned", op.by_triton(room, *turned), op.definition(y, inverse, weight), "fp32")
 
 
 @needs_triton
 @pytest.mark.parametrize(("tokens", "width"), [(0, 5), (3, 0)])
 def test_nothing(tokens, width):
-    inputs = made(tokens, 2, width)
-    out, dy, dw = autograd(op.Combined.apply, drawn(tokens, width), *inputs)
-    assert (out.shape, dy.shape, dw.shape) == ((tokens, width), (tokens * 2, width), (tokens, 2))
-    assert not dw.any()
+    assert op.by_triton(*made(tokens, 2, width)).shape == (tokens, width)
 
 
 @needs_triton
@@ -115,24 +108,7 @@ def test_rows_far_apart():
     y = held.as_strided((3, 8), (apart, 1))
     y.copy_(drawn(3, 8))
     inverse, weight = torch.tensor([[2, 0, 1]], device=DEVICE), drawn(1, 3)
-    error = drawn(1, 8)
-    want = autograd(op.definition, error, y.clone(), inverse, weight)
-    for one, other in zip(autograd(op.Combined.apply, error, y, inverse, weight), want, strict=True):
-        assert_close("far apart", one, other, "fp32")
-
-
-@needs_triton
-def test_one_gradient_alone():
-    """Of rows or of weights, where the other needs none; and none of a gradient, rather than a wrong one."""
-    y, inverse, weight = made(3, 4, 6)
-    error = drawn(3, 6)
-    _, dy, dw = autograd(op.definition, error, y, inverse, weight)
-    assert_close("dy", autograd(lambda y: op.Combined.apply(y, inverse, weight), error, y)[1], dy, "fp32")
-    assert_close("dw", autograd(lambda weight: op.Combined.apply(y, inverse, weight), error, weight)[1], dw, "fp32")
-    out, error = op.Combined.apply(y.requires_grad_(), inverse, weight), error.requires_grad_()
-    (first,) = torch.autograd.grad(out, y, error, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    assert_close("far apart", op.by_triton(y, inverse, weight), op.definition(y.clone(), inverse, weight), "fp32")
 
 
 def test_shapes_are_checked():
