@@ -21,6 +21,9 @@ class LinearBlock(AdoptedBlock):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         index = torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device)
         y = self.experts(flat, index, flat.new_ones(len(flat), 1)).view(hidden_states.shape)
+        if y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type):
+            # what the MLP's last layer gives there, and what comes after it may tell apart
+            y = y.to(torch.get_autocast_dtype(y.device.type))
         return y if self.applied_last is None else getattr(self, self.applied_last)(y)
 
 

@@ -18,7 +18,7 @@ from loaders import LOADERS
 from mlp_models import every_case, gpt2, grown, linears, made
 from peft_pcgrow import ErrorMapCallback, Locus, PCGrowConfig, export_flat, find_experts, measure_errors
 from peft_pcgrow.architectures.find import adopt
-from tiny import assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train
+from tiny import assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train, trainable
 
 
 @pytest.mark.slow
@@ -286,3 +286,25 @@ def test_no_router_to_export(tmp_path):
     model = get_peft_model(model, PCGrowConfig(error_map=emap, locus={2: [0]}, grow="spawn", gate_fpr=0.2))
     with pytest.raises(ValueError, match="beside an MLP that no router chooses"):
         export_flat(model, tmp_path / "flat", [domain()])
+
+
+@every_case
+def test_autocast(name):
+    """16 and 32 bits meet where rows are put together: at birth the bits of the base, in training one gradient."""
+    base, nodes = made(name)
+    texts = torch.cat([domain(4), retain(4)])
+    emap = measure_errors(base, [domain()], retain=[retain()], nodes=nodes, gradients=False, window=8, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = logits(base, texts)
+    for grow in ("spawn", "deepen"):
+        gradients = []
+        for settle in ("sweep", "backprop"):
+            config = PCGrowConfig(error_map=emap, grow=grow, budget=1.0, select="error", settle=settle, gate_fpr=0.2)
+            model = get_peft_model(made(name)[0], config)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(logits(model, texts), plain)
+                torch.manual_seed(0)  # of what is dropped
+                model.train()(input_ids=texts, labels=texts).loss.backward()
+            gradients.append({name: p.grad for name, p in trainable(model).items()})
+        assert any(gradient.any() for gradient in gradients[0].values())
+        assert_all_close(*gradients, "bf16")
