@@ -142,6 +142,9 @@ def train(
         last, looks = last_checkpoint(folder)
         if last is not None:
             say(f"pcgrow: training goes on from {last}")
+            # the Trainer activates the first alone while it loads them: the oldest is no newborn of another's newborn
+            oldest_first = sorted(keeper.active, key=list(model.peft_config).index)
+            model.base_model.set_adapter(oldest_first)  # type: ignore[operator]
         ended = bool(looks) and looks[-1][0] >= decision.max_steps
         if not ended and not exhausted(looks, decision.patience):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))

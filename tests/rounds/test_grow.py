@@ -105,7 +105,10 @@ def two_rounds(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seen", ["rounds/1/map", "rounds/1/training/checkpoint-2", "adapter", "rounds/2/rate.json"])
+@pytest.mark.parametrize(
+    "seen",
+    ["rounds/1/map", "rounds/1/training/checkpoint-2", "adapter", "rounds/2/training/checkpoint-2/trainer_state.json"],
+)
 def test_killed_anywhere_goes_on_to_the_same_result(two_rounds, tmp_path, seen):
     folder, path = tmp_path / "broken", [str(Path(__file__).parent), *sys.path]
     code = SCRIPT.format(path=path, folder=str(folder), threads=torch.get_num_threads())
