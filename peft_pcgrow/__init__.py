@@ -30,6 +30,7 @@ from peft_pcgrow.training.callback import ErrorMapCallback
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
 from peft_pcgrow.training.muon import Muon, create_pcgrow_optimizer
+from peft_pcgrow.training.refit_gates import RefitGatesCallback
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Muon",
     "PCGrowConfig",
     "PCGrowModel",
+    "RefitGatesCallback",
     "choose",
     "compress",
     "create_pcgrow_optimizer",

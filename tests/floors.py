@@ -46,6 +46,7 @@ PUBLIC = {
     "Muon",
     "PCGrowConfig",
     "PCGrowModel",
+    "RefitGatesCallback",
     "choose",
     "compress",
     "create_pcgrow_optimizer",

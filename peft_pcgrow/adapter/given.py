@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peft_pcgrow.adapter.birth import Birth
 from peft_pcgrow.adapter.working_copies import WorkingCopies
 from peft_pcgrow.gates.gate import Gate, at_rate
+from peft_pcgrow.gates.separation import Separation
 
 # gates of a layer: of what enters its experts, and of what enters its attention
 GATES = ("gate", "entry")
@@ -62,6 +63,14 @@ class Given(nn.Module):
         """A gate of an adapter that spawned here."""
         direction, law = (self._buffers_of(f"{kind}_{name}")[adapter_name] for name in ("direction", "law"))
         return Gate(direction, law, self.births[adapter_name].window)
+
+    @torch.no_grad()
+    def take_gates(self, adapter_name: str, separation: Separation, row: int) -> None:
+        """Put a layer's gates of a separation in the place of an adapter's own."""
+        for kind in self.gates(adapter_name):
+            gate, threshold = separation.gate(row) if kind == "gate" else separation.entry_gate(row) or (None, None)
+            for name, tensor in zip(GATE_TENSORS, (gate.direction, gate.law, threshold), strict=True) if gate else ():
+                self._buffers_of(f"{kind}_{name}")[adapter_name].copy_(tensor)
 
     def gates_are_known(self, adapter_name: str) -> bool:
         """Whether the gates came with a map or an adapter file."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from peft_pcgrow.adapter import adapter_file
 from peft_pcgrow.adapter.before_training import check_given, check_protected, check_trains
 from peft_pcgrow.adapter.birth import check_deletable
-from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
+from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.adapter.gated import Gated
 from peft_pcgrow.adapter.gated_lora import put_behind_gates
 from peft_pcgrow.adapter.host import LoraLayer
 from peft_pcgrow.adapter.injection import Injection, prepare
@@ -37,7 +38,7 @@ from peft_pcgrow.settling.layer_stack import LayerStack
 from peft_pcgrow.settling.output_head import OutputHead
 
 
-class PCGrowModel(WholeSteps):
+class PCGrowModel(Gated, WholeSteps):
     """Grows the experts of a mixture-of-experts model.
 
     Args:
@@ -286,26 +287,6 @@ class PCGrowModel(WholeSteps):
             return
         with adapters_named(self.model, [*self.peft_config], self.tuner_layer_cls, args, kwargs):
             yield
-
-    def set_gate_fpr(self, rate: float, adapter_name: str | None = None) -> None:
-        """Let newborns take this share of retain tokens, in (0, 1), from now on: every adapter carries the thresholds.
-
-        Args:
-            adapter_name: one adapter; all active ones if None.
-
-        Raises:
-            ValueError: a rate out of its range (see `gate.RATES`), or no newborns.
-        """
-        check_rate(rate)
-        names = [adapter_name] if adapter_name else [name for name in self.active_adapters if name in self.peft_config]
-        layers = [layer for layer in self.tuner_layers() if any(layer.spawned(name) for name in names)]
-        if not layers:
-            raise ValueError(f"adapters {names} have no newborns, so there is no gate to set")
-        for name in names:
-            self.peft_config[name].gate_fpr = rate
-            for layer in layers:
-                if name in layer.births:
-                    layer.births[name] = replace(layer.births[name], gate_fpr=rate)
 
     def _let_go(self) -> None:
         if self._stack is not None:

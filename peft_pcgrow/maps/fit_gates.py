@@ -36,7 +36,7 @@ def compare(
     domain: list[Batch],
     retain: list[Batch],
     window: int,
-    sketch_dim: int,
+    sketch_dim: int | None,
     progress: bool,
 ) -> Separation:
     """Two forward passes over both corpora: one for the directions, one for thresholds and rates.
@@ -44,7 +44,7 @@ def compare(
     Args:
         domain, retain: text.
         window: tokens of context that a gate looks at; 0: all there are.
-        sketch_dim: longest side of a second moment that is kept whole.
+        sketch_dim: longest side of a second moment that is kept whole; None: there are none, for gates alone.
 
     Raises:
         ValueError: fewer than `HELD_OUT` texts in either corpus.
@@ -57,14 +57,15 @@ def compare(
                 "some and measured on others; give more text, or cut it into shorter rows"
             )
     moments = {name: _FeatureMoments(window) for name in ("domain", "retain")}
-    inputs = _InputMoments(tree, MomentSketch(sketch_dim))
+    inputs = None if sketch_dim is None else _InputMoments(tree, MomentSketch(sketch_dim))
     scored: dict[str, _Scores] = {}
     bar = tqdm(total=2 * (len(domain) + len(retain)), unit="batch", desc="fitting gates", disable=not progress)
     with bar:
         _run(model, tree, domain, moments["domain"], bar)
-        _run(model, tree, retain, lambda *seen: (moments["retain"](*seen), inputs(*seen)), bar)
-        theirs = moments["retain"].held
-        directions = {key: discriminant(ours, theirs[key]) for key, ours in moments["domain"].held.items()}
+        theirs = [moments["retain"], *([] if inputs is None else [inputs])]
+        _run(model, tree, retain, lambda *seen: [each(*seen) for each in theirs], bar)
+        spared = moments["retain"].held
+        directions = {key: discriminant(ours, spared[key]) for key, ours in moments["domain"].held.items()}
         for name, batches in (("domain", domain), ("retain", retain)):
             scored[name] = _Scores(tree, directions, window)
             _run(model, tree, batches, scored[name], bar)
@@ -101,8 +102,8 @@ def compare(
         },
         **{n: torch.stack([t[:e] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()},
         newborns=newborn if len(newborn["domain_rows"]) else {},
-        moment=inputs.moment,
-        trace=inputs.trace,
+        moment={} if inputs is None else inputs.moment,
+        trace={} if inputs is None else inputs.trace,
         facts={
             "window": window,
             "sketch": sketch_dim,

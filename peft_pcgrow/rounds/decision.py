@@ -34,6 +34,7 @@ class RoundDecision:
         lr: of Muon; None: found by `find_lr` when the adapter is made.
         max_steps: of training; every: steps between two looks at the held-out text.
         patience: looks without a lower held-out loss after which training ends.
+        refit: steps after which newborns' gates are fitted anew (see `RefitGatesCallback`).
     """
 
     growth: str
@@ -47,12 +48,14 @@ class RoundDecision:
     max_steps: int = 0
     every: int = 0
     patience: int = 2
+    refit: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         if self.growth == "stop":
             return f"stop: {self.why}"
         count = sum(map(len, self.locus.values()))
         gates = f", gate_fpr {self.gate_fpr:g}, protect {self.protect:g}" if self.growth != "deepen" else ""
+        gates += f", fitted anew after step {', '.join(map(str, self.refit))}" if self.refit else ""
         rate = "found on the text" if self.lr is None else f"{self.lr:.3g}"
         return (
             f"{self.growth} at {count} nodes of {len(self.locus)} layers: {self.why}{gates}; learning rate {rate}, at "
@@ -100,6 +103,9 @@ def _read(given: dict[str, Any]) -> dict[str, Any]:
         value = given.get(name, getattr(RoundDecision, name))
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number above 0")
+    refit = given.get("refit", [])
+    if not isinstance(refit, list) or any(type(step) is not int or step < 1 for step in refit):
+        raise ValueError(f"refit={refit!r} must be a list of steps, whole numbers above 0")
     if given.get("lr") is not None:
         check_positive("lr", given["lr"])
     if "gate_fpr" in given:

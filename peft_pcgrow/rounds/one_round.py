@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from peft_pcgrow.say import say
 from peft_pcgrow.settings import number
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
+from peft_pcgrow.training.refit_gates import SHARE, RefitGatesCallback
 
 # a round that lowers the held-out loss by less than this share of it has found nothing more to learn
 LEAST_GAIN = 0.005
@@ -106,7 +108,7 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
             raise
         return _ended(journal, f"nothing more can grow: {error}", _taken_back(grown, name, earlier))
     with meter.phase(TRAINING, grown, trained(settings.shapes, grown, emap, config.settle, True)):
-        looks = _trained(grown, texts, decision, lr, settings, folder)
+        looks = _trained(grown, name, texts, decision, lr, settings, folder, meter)
     with meter.phase(LOOKING, grown):
         rate, after = _as_strict_as_needed(grown, name, config, texts, settings, journal.before)
     rose = 0.0 if settings.most_forgetting is None else after["retain"] - journal.before["retain"]
@@ -160,7 +162,8 @@ def _decided(
             isinstance(model, PeftModel),
         )
         total, every = steps_of(len(texts.train), settings.batch_size, settings.epochs, LOOKS, settings.max_steps)
-        replace(decision, lr=settings.lr, max_steps=total, every=every).save(path)
+        refit = [max(1, round(SHARE * total))] if texts.fit and decision.growth in ("spawn", "auto") else []
+        replace(decision, lr=settings.lr, max_steps=total, every=every, refit=refit).save(path)
     # as whoever goes on reads it
     return RoundDecision.load(path), emap
 
@@ -234,8 +237,28 @@ def _found_rate(model: PeftModel, texts: Texts, settings: Settings, folder: Path
         raise ValueError(f"{path} holds no learning rate ({error}): delete it to have one found anew") from None
 
 
+class _Refit(RefitGatesCallback):
+    """Counts what it takes."""
+
+    meter: Meter
+
+    def refit(self, model: Any) -> None:
+        super().refit(model)
+        for batch in chain(*self.texts):
+            tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
+            # once for directions, once for thresholds
+            self.meter.add("operations", MEASURING, 2 * self.meter.shapes.forward(tokens, tokens * length))
+
+
 def _trained(
-    model: PeftModel, texts: Texts, decision: RoundDecision, lr: float, settings: Settings, folder: Path
+    model: PeftModel,
+    name: str,
+    texts: Texts,
+    decision: RoundDecision,
+    lr: float,
+    settings: Settings,
+    folder: Path,
+    meter: Meter,
 ) -> list[tuple[int, float]]:
     ordered: list[Text] = texts.train
     options = dict(settings.trainer)
@@ -243,9 +266,16 @@ def _trained(
         ordered = order_by_surprisal(ordered, model, batch_size=settings.batch_size, progress=settings.progress)
         options["train_sampling_strategy"] = "sequential"
     note_decision(decision, folder)
+    callbacks = settings.callbacks
+    if decision.refit and any(layer.spawned(name) for layer in model.base_model.tuner_layers()):  # type: ignore[operator]
+        count, size = settings.map_windows, settings.batch_size
+        read = (in_batches(drawn(held, count), size) for held in (texts.train, texts.fit))
+        refit = _Refit(*read, steps=decision.refit, adapter_name=name)
+        refit.meter = meter
+        callbacks = (refit, *callbacks)
     return train(
         model, decision, lr, (ordered, texts.heldout), folder / "training", settings.batch_size, options,
-        settings.callbacks, settings.progress,
+        callbacks, settings.progress,
     )  # fmt: skip
 
 

@@ -59,11 +59,16 @@ class BestOnHeldOut(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         looks = held_out_losses(state)
         if best_of(looks) == len(looks) - 1:
-            named = dict(self.model.named_parameters())
-            kept = {name: named[name].detach().cpu().contiguous() for name in self.trains}
+            named = held_by(self.model)
+            gates = (name for name in named if ".pcgrow_gate_" in name or ".pcgrow_entry_" in name)
+            kept = {name: named[name].detach().cpu().contiguous() for name in (*self.trains, *gates)}
             write_whole(self.file, save(kept, {"step": str(state.global_step)}))
         elif exhausted(looks, self.patience):
             control.should_training_stop = True
+
+
+def held_by(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def best_of(looks: Sequence[tuple[int, float]]) -> int:
@@ -180,8 +185,8 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[tuple[int, float]]]
 
 @torch.no_grad()
 def put_back(model: nn.Module, file: Path) -> None:
-    """Set parameters to what a file keeps of them."""
-    named = dict(model.named_parameters())
+    """Set parameters, and gates, to what a file keeps of them."""
+    named = held_by(model)
     for name, value in load_file(file).items():
         named[name].copy_(value.to(named[name].device))
 

@@ -178,7 +178,7 @@ class ErrorMapCallback(TrainerCallback):
         step = state.global_step
         _synchronize(args.device)
         began = time.perf_counter()
-        with _undisturbed(model):
+        with undisturbed(model):
             emap = measure_errors(model, self._anew(), **{"nodes": _grown_kind(model), **self.measure})
         taken = time.perf_counter() - began
         self.seconds, self._count = self.seconds + taken, self._count + 1
@@ -282,7 +282,7 @@ def _grown_kind(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts random states back (a DataLoader draws even if it does not shuffle), and each module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
