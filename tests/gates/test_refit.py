@@ -1,0 +1,103 @@
+"""Gates of newborns that have been trained, fitted anew to what their layers read now."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from peft_pcgrow import PCGrowConfig, RefitGatesCallback, find_experts, measure_errors
+from peft_pcgrow.adapter.given import GATE_TENSORS
+from tiny import assert_same, build, domain, grown, logits, mixed, retain, snapshot, spawned, spawning, train
+
+TEXTS = {"batches": [domain(16, seed=4), domain(16, seed=5)], "retain": [retain(16, seed=4), retain(16, seed=5)]}
+
+
+@pytest.fixture
+def trained():
+    """Newborns that change much of what the layers above them read."""
+    model = spawned(gate_fpr=0.3)
+    train(model, steps=6, lr=0.1, texts=domain)
+    return model
+
+
+def gates(model, kind: str = "gate") -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.named_buffers() if f".pcgrow_{kind}_" in name}
+
+
+def test_gates_of_a_map_of_the_model_as_it_is(trained):
+    """The same as a map of the trained model holds; all else keeps its bits, and training goes on."""
+    before, base = snapshot(trained), {name: t.clone() for name, t in gates(trained).items()}
+    emap = measure_errors(trained, TEXTS["batches"], retain=TEXTS["retain"], window=8, gradients=False, progress=False)
+    trained.refit_gates(**TEXTS)
+    for row, site in enumerate(find_experts(trained).sites):
+        if "default" in getattr(site.module, "births", ()):
+            for name in GATE_TENSORS:
+                held = getattr(site.module, f"pcgrow_gate_{name}")["default"]
+                assert torch.equal(held, getattr(emap.separation, name)[row]), (row, name)
+    assert all(not torch.equal(tensor, base[name]) for name, tensor in gates(trained).items())
+    assert_same(before, snapshot(trained))
+    assert any(p.requires_grad for p in trained.parameters())
+
+
+def test_forwards_ask_them(trained):
+    """At once, in evaluation too, whatever was kept of the gates before."""
+    ids = mixed()
+    before = logits(trained, ids)
+    trained.refit_gates(**TEXTS)
+    assert not torch.equal(logits(trained, ids), before)
+
+
+def test_saved_and_loaded(trained, tmp_path):
+    trained.refit_gates(**TEXTS)
+    want = logits(trained, mixed())
+    trained.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path)
+    assert all(torch.equal(t, gates(trained)[name]) for name, t in gates(again).items())
+    assert torch.equal(logits(again, mixed()), want)
+
+
+def test_of_what_enters_the_attention_too():
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(build(), spawning(gate_fpr=0.3, lora=lora))
+    train(model, steps=6, lr=0.1, texts=domain)
+    before = {name: tensor.clone() for name, tensor in gates(model, "entry").items()}
+    model.refit_gates(**TEXTS)
+    # nothing has changed what the first layer's attention reads, but other text was read
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in gates(model, "entry").items())
+
+
+def test_by_a_trainer(tmp_path):
+    """After the step that was asked for, and what is drawn at random goes on as without."""
+    seen, drawn = [], []
+
+    class Noted(RefitGatesCallback):
+        def refit(self, model):
+            state = torch.get_rng_state()
+            super().refit(model)
+            drawn.append(torch.equal(state, torch.get_rng_state()))
+            seen.append([name for name, t in gates(model).items() if not torch.equal(t, before[name])])
+
+    model = spawned(gate_fpr=0.3)
+    before = {name: tensor.clone() for name, tensor in gates(model).items()}
+    rows = [{"input_ids": row, "labels": row} for row in domain(16)]
+    args = TrainingArguments(str(tmp_path), max_steps=6, report_to="none", disable_tqdm=True, use_cpu=True)
+    Trainer(model, args, train_dataset=rows, callbacks=[Noted(*TEXTS.values())]).train()
+    assert [len(changed) for changed in seen] == [len(before)]
+    assert drawn == [True]
+
+
+def test_refusals(trained):
+    with pytest.raises(ValueError, match="no newborns"):
+        grown().refit_gates(**TEXTS)
+    with pytest.raises(ValueError, match="hold 2 texts"):
+        trained.refit_gates(TEXTS["batches"], [retain(2)])
+    trained.add_adapter("other", PCGrowConfig(locus={0: [7]}))
+    with pytest.raises(ValueError, match="no newborns"):
+        trained.refit_gates(**TEXTS, adapter_name="other")
+    trained.set_adapter("other")
+    with pytest.raises(ValueError, match=r"\['default'\] are not active"):
+        trained.refit_gates(**TEXTS, adapter_name="default")
+    for steps in ([0], [1.5], [True]):
+        with pytest.raises(ValueError, match="whole numbers from 1"):
+            RefitGatesCallback(*TEXTS.values(), steps=steps)
