@@ -186,14 +186,11 @@ def _taken_apart(
     if len(idle) == len(branches):
         return _counted(base(hidden, index, weight), idle)
     if order is None:
-        given = hidden.repeat_interleave(choices, dim=0)
+        given, scale = hidden.repeat_interleave(choices, dim=0), weight.reshape(-1, 1)
     else:
-        given = hidden[torch.div(order, choices, rounding_mode="floor")]
-    made = run_rows.run_row_groups(base, way, given, groups, joint=exact)
-    if order is None:
-        weighted = made * weight.reshape(-1, 1)
-    else:
-        weighted = made * weight.reshape(-1)[order].unsqueeze(-1)
+        given, scale = hidden[torch.div(order, choices, rounding_mode="floor")], weight.reshape(-1, 1)[order]
+    weighted = run_rows.run_row_groups(base, way, given, scale, groups, joint=exact)
+    if order is not None:
         weighted = torch.empty_like(weighted).index_copy_(0, order, weighted)
     weighted = weighted.view(tokens, choices, -1)
     if exact:

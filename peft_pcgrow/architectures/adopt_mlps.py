@@ -120,7 +120,8 @@ def _adoption(block: Any, entering: tuple[str, ...], leaving: str, config: Any, 
     if any(isinstance(m, nn.Dropout) and m.p and name != final for name, m in block.named_modules()):
         return "drops something out between its linear layers"
     experts = LinearExperts(block, entering, leaving, gated, isinstance(layers[0], Conv1D), act_fn, config, kind)
-    adoption = Adoption(Change(block, LinearBlock, {"applied_last": final, "experts": experts}))
+    attributes = {"leaving": leaving, "applied_last": final, "experts": experts}
+    adoption = Adoption(Change(block, LinearBlock, attributes))
     if adoption.differs(experts.shape("down_proj")[2 if experts.is_transposed else 1], experts.like):
         return "computes something else than its linear layers and activation do"
     return adoption

@@ -14,16 +14,19 @@ from peft_pcgrow.architectures.host import REPACKED, dequantize_bnb_weight
 class LinearBlock(AdoptedBlock):
     """An MLP of linear layers: every token goes to its one expert."""
 
-    # name of the module that is applied last, if there is one
+    # names of the linear layer that tokens leave by, and of the module that is applied last, if there is one
+    leaving: str
     applied_last: str | None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         index = torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device)
         y = self.experts(flat, index, flat.new_ones(len(flat), 1)).view(hidden_states.shape)
-        if y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type):
-            # what the MLP's last layer gives there, and what comes after it may tell apart
-            y = y.to(torch.get_autocast_dtype(y.device.type))
+        last, kind = getattr(self, self.leaving), y.device.type
+        plain = last is not None and last.weight.is_floating_point()
+        if plain and y.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            # grown experts give the bits that they are given, linear layers 16
+            y = y.to(torch.get_autocast_dtype(kind))
         return y if self.applied_last is None else getattr(self, self.applied_last)(y)
 
 

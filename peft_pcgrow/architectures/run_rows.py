@@ -70,11 +70,13 @@ def row_order(way: str | None, index: Tensor) -> tuple[Tensor, Tensor | None]:
     return index.mT.reshape(-1), places.mT.reshape(-1)
 
 
-def run_row_groups(base: ExpertsModule, way: str | None, x: Tensor, groups: Sequence[RowGroup], joint: bool) -> Tensor:
-    """The experts' outputs for all rows, not yet weighted, computed as `base` computes.
+def run_row_groups(
+    base: ExpertsModule, way: str | None, x: Tensor, weight: Tensor, groups: Sequence[RowGroup], joint: bool
+) -> Tensor:
+    """The experts' outputs for all rows, weighted, computed as `base` computes.
 
     Args:
-        way: the base's (see `implementation`). x: inputs `[R, H]`, in `row_order`.
+        way: the base's (see `implementation`). x: inputs `[R, H]`, in `row_order`; weight: theirs, `[R, 1]`.
         groups: where several have a row, it is the last one's; rows that none has are zeros.
         joint: apply activations to all rows at once, as the fast paths do.
 
@@ -94,15 +96,21 @@ def run_row_groups(base: ExpertsModule, way: str | None, x: Tensor, groups: Sequ
         every = torch.arange(len(x), device=x.device)
         rows = [every if group.rows is None else group.rows for group in groups]
         found = iter([group.module.spread(x, own, group.chosen) for group, own in zip(groups, rows, strict=True)])  # type: ignore
-        return together(x, lambda group, inputs: next(found))
+        return together(x, lambda group, inputs: next(found)) * weight
     if not joint or way in ("eager", None):
-        return together(x, lambda group, inputs: _run(base, way, group, inputs))
+
+        def whole(group: RowGroup, inputs: Tensor) -> Tensor:
+            # a loop weights before it rounds to the dtype that it is given: it matters under autocast
+            own = weight if group.rows is None else weight[group.rows]
+            return _run(base, way, group, inputs, own if way == "eager" else torch.ones_like(inputs[:, :1]))
+
+        return together(x, whole) if way == "eager" else together(x, whole) * weight
     ends = {id(group): _ends(way, group.module, group.chosen) for group in groups}
 
     def linear(inputs: Tensor, name: str) -> Tensor:
         return together(inputs, lambda group, own: _linear(group.module, own, group.chosen, name, ends[id(group)]))
 
-    return _chain(base, x, linear)
+    return _chain(base, x, linear) * weight
 
 
 def sum_rows(way: str | None, weighted: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,14 +165,14 @@ def with_bank(base: ExpertsModule, bank: Mapping[str, Tensor]) -> ExpertsModule:
     return module
 
 
-def _run(base: ExpertsModule, way: str | None, group: RowGroup, x: Tensor) -> Tensor:
+def _run(base: ExpertsModule, way: str | None, group: RowGroup, x: Tensor, weight: Tensor) -> Tensor:
     module = group.module
     if way in ("grouped_mm", "sorted"):
         # not by its own forward, whose sort would reorder equals
         ends = _ends(way, module, group.chosen)
         return _chain(module, x, lambda inputs, name: _linear(module, inputs, group.chosen, name, ends))
     run = module if module is base else partial(type(module).forward, module)
-    return run(x, group.chosen[:, None], torch.ones_like(x[:, :1]))
+    return run(x, group.chosen[:, None], weight)
 
 
 def _chain(module: ExpertsModule, x: Tensor, linear: Any) -> Tensor:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_pcgrow.gates.gate import Rows
+from peft_pcgrow.settling import host
 
 # which tokens are text, and where theirs begins, as in `Rows`; and whether none is known to be padding
 Borders = tuple[Tensor, Tensor | None, bool]
@@ -63,16 +65,15 @@ class Told:
         given = self.mask, self.positions, self.lengths, self.texts
         tensors = [value for value in given if isinstance(value, Tensor)]
         others = len(tensors) < sum(value is not None for value in given)
-        if others or not tensors or any(tensor.is_inference() for tensor in tensors):
+        if others or not tensors or any(tensor.is_inference() or host.replayed(tensor) for tensor in tensors):
             return self._read(shape, seen)
-        key = tensors[-1]
-        # changed in place, a tensor says something else
-        asked = shape, seen, self.chunk, *(tensor._version for tensor in tensors)
-        # who holds its key lives for ever
-        beside = [None if value is key else value for value in given]
+        *beside, key = tensors
+        # changed in place, a tensor says something else; what is made in inference mode is of no use outside
+        changes = torch.is_inference_mode_enabled(), *(tensor._version for tensor in tensors)
+        asked = shape, seen, self.chunk, *(value is None for value in given), *changes
         known = _READ.get(key)
-        if known is None or known[0] != asked or not all(map(is_, known[1], beside)):
-            known = _READ[key] = asked, beside, self._read(shape, seen)
+        if known is None or known[0] != asked or not all(map(is_, (held() for held in known[1]), beside)):
+            known = _READ[key] = asked, [*map(ref, beside)], self._read(shape, seen)
         return known[2]
 
     def _read(self, shape: tuple[int, int], seen: int) -> Borders:

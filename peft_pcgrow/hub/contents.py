@@ -83,10 +83,10 @@ def _config(place: Path) -> dict[str, Any]:
     return found
 
 
-def write_card(grown: Grown, folder: Path, measured: str, repo: str) -> str:
+def write_card(grown: Grown, folder: Path, measured: str, *repo: str) -> str:
     """Write the card, and the picture of the run's map where there can be one, into a folder that has the adapters."""
     if grown.journal is not None:
         draw_map(grown.journal, folder / PICTURE)
-    text = make_card(folder, measured, repo)
+    text = make_card(folder, measured, *repo)
     write_whole(folder / CARD, text.encode())
     return text

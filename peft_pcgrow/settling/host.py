@@ -7,6 +7,7 @@ own. `tests/test_host_torch.py` and its like say which of them an upgrade took a
 from torch import Tensor
 from torch._C import _current_graph_task_id as backward_under_way  # tells errors of two backwards apart
 from torch._C import _functions
+from torch._C import _is_cached_tensor as replayed  # type: ignore # an output of a CUDA graph, which writes uncounted
 from torch._C import _set_grad_enabled as set_grad_enabled  # one call into C, which no interrupt can fall into
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph  # whether a backward may come again
 from torch._C._autograd import _top_saved_tensors_default_hooks as saving_hooks  # whether somebody checkpoints

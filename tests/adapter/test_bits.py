@@ -9,10 +9,26 @@ from test_spawn import CASES as SPAWN_CASES
 from test_spawn import any_taken, moved
 from test_spawn import trained as spawn_trained
 from torch import Tensor, nn
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from close import assert_close
+from foreign import longcat_flash
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, measure_errors
-from tiny import ARCHITECTURES, LOCUS, build, logits, mixed, snapshot, spawned, tokens
+from tiny import (
+    ARCHITECTURES,
+    COMMON,
+    EXPERTS,
+    LOCUS,
+    build,
+    domain,
+    logits,
+    mixed,
+    retain,
+    snapshot,
+    spawned,
+    tokens,
+    trainable,
+)
 
 CASES = [
     *[(name, torch.float32, implementation) for name in ARCHITECTURES for implementation in ("eager", "grouped_mm")],
@@ -170,3 +186,39 @@ def test_other_text_keeps_its_bits(name, implementation):
     assert moved(after, before)[~untouched].float().mean() > 0.5
     changed = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, start[name])}
     assert changed == {name for name in start if ".pcgrow_" in name and name.endswith(".weight")}
+
+
+def olmo2():
+    """What its MLPs give goes through a norm that rounds to the dtype which it is given."""
+    return Olmo2ForCausalLM(Olmo2Config(**COMMON, intermediate_size=64))
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("qwen3_moe", None), ("qwen2_moe", "shared"), (olmo2, "dense"), (longcat_flash, None)]
+)
+def test_other_text_keeps_its_bits_under_autocast(name, nodes):
+    """Of a block, and of an expert, also the dtype: what follows may round to it."""
+    options = {"nodes": nodes} if nodes else {}
+    texts = {"retain": [retain(32, seed=1)], "window": 8, "gradients": False, "progress": False}
+    emap = measure_errors(build(name), [domain(32, seed=1)], **texts, **options)
+    locus = {layer: [0] if nodes else range(EXPERTS) for layer in LOCUS}
+    model = get_peft_model(build(name), PCGrowConfig(error_map=emap, locus=locus, grow="spawn", gate_fpr=0.02)).eval()
+    for weight in trainable(model).values():
+        weight.data += 0.1
+    with torch.autocast("cpu"):
+        want, found = logits(build(name), mixed()), logits(model, mixed())
+    same = (found == want).flatten(1).all(1)
+    untouched = ~passed(model, mixed()).any(1)
+    assert untouched.any()
+    assert same[untouched].all()
+    assert not same.all()
+
+
+def passed(model: nn.Module, ids: Tensor) -> Tensor:
+    """Tokens that the gate of some layer lets pass under autocast, `[B, S]`."""
+    found = []
+    for layer in model.base_model.tuner_layers():
+        layer.register_forward_pre_hook(lambda layer, args: found.append(layer.margin("default", args[0]) > 0))
+    with torch.autocast("cpu"):
+        logits(model, ids)
+    return torch.stack(found).any(0).view(ids.shape)

@@ -12,6 +12,7 @@ from peft_pcgrow.settling import host
 SIGNATURES = {
     "torch._C._current_graph_task_id": None,
     "torch._C._set_grad_enabled": None,
+    "torch._C._is_cached_tensor": None,
     "torch._C._autograd._get_current_graph_task_keep_graph": None,
     "torch._C._autograd._top_saved_tensors_default_hooks": None,
     "torch._C._functions.ToCopyBackward0": None,
