@@ -29,6 +29,7 @@ BEGIN = "<!-- peft_pcgrow writes this part anew, up to its end: write above or b
 END = "<!-- end of what peft_pcgrow writes -->"
 TEMPLATE = "[More Information Needed]"
 SOURCE = "https://github.com/peft-pcgrow/peft_pcgrow/blob/main/examples"
+NAMELESS = "this adapter"
 UNMEASURED = """## What it brings
 
 Not noted with these files: measure gain and forgetting, beside a control such as LoRA, before relying on it.
@@ -83,7 +84,7 @@ def save_card(place: Path, measured: Measured | None) -> None:
     write_whole(card, make_card(folder, text, here=True).encode())
 
 
-def make_card(folder: Path, measured: str = UNMEASURED, repo: str = "this adapter", here: bool = False) -> str:
+def make_card(folder: Path, measured: str = UNMEASURED, repo: str = NAMELESS, here: bool = False) -> str:
     """The card of the adapters in a folder.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from peft_pcgrow.adapter.model_card import CARD, PICTURE, SPELLED_OUT, UNMEASURED, adapters_in, make_card
+from peft_pcgrow.adapter.model_card import CARD, NAMELESS, PICTURE, SPELLED_OUT, UNMEASURED, adapters_in, make_card
 from peft_pcgrow.adapter.register import NAME
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.rounds.journal import ADAPTER, JOURNAL, Journal, read_journal
@@ -83,10 +83,10 @@ def _config(place: Path) -> dict[str, Any]:
     return found
 
 
-def write_card(grown: Grown, folder: Path, measured: str, *repo: str) -> str:
+def write_card(grown: Grown, folder: Path, measured: str, repo: str = NAMELESS) -> str:
     """Write the card, and the picture of the run's map where there can be one, into a folder that has the adapters."""
     if grown.journal is not None:
         draw_map(grown.journal, folder / PICTURE)
-    text = make_card(folder, measured, *repo)
+    text = make_card(folder, measured, repo)
     write_whole(folder / CARD, text.encode())
     return text

@@ -20,8 +20,8 @@ class RefitGatesCallback(TrainerCallback):
     holds the gates as they are, so training that resumes goes on alike.
 
     Args:
-        batches, retain: texts of the domain and of what must stay, as for `PCGrowModel.refit_gates`, in a form that can
-            be read again.
+        batches: text of the domain, as for `PCGrowModel.refit_gates`, in a form that can be read again.
+        retain: text that must stay, likewise.
         steps (sequence of int): after which steps; None: once, after a sixth of all.
         adapter_name (str): an active adapter with newborns; None: all.
         batch_size (int): texts a batch, of those that are not batched yet.
