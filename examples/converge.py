@@ -18,7 +18,7 @@ in nats per token.
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def setting_of(args: argparse.Namespace) -> str:
         named |= {"settle": args.settle} if args.settle != "sweep" else {}
         named |= {"errors of": args.carry_tokens} if args.carry_tokens < 1 else {}
         named |= {"depth": args.settle_depth} if args.settle_depth else {}
+        named |= {"refit": args.refit} if args.refit else {}
     if args.replay:
         named["replay"] = args.replay
     return ", ".join(
@@ -92,18 +93,22 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
 
 def measured(args: argparse.Namespace, task: corpora.Task) -> Any:
     """A map of the domain, with gates if they are needed."""
-    count, texts = args.map_windows, None
-    domain = corpora.spread(task.domain_train, count)
-    if args.arm == "spawn" or args.protect:
-        each = max(1, count // len(task.retain))
-        mixed = torch.cat([corpora.spread(train, each) for train, _ in task.retain.values()])
-        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(args.seed))
-        texts = mixed[order].split(args.batch)
-    order = torch.randperm(len(domain), generator=torch.Generator().manual_seed(args.seed))
-    model = corpora.new_model(task)
+    domain, retain = gate_texts(args, task)
+    texts = retain if args.arm == "spawn" or args.protect else None
     # who grows everything asks a map for its gates alone
     cheap = {"settle": "direct", "gradients": False} if args.budget == 1 and not args.layers else {}
-    return measure_errors(model, domain[order].split(args.batch), retain=texts, progress=False, **cheap)
+    return measure_errors(corpora.new_model(task), domain, retain=texts, progress=False, **cheap)
+
+
+def gate_texts(args: argparse.Namespace, task: corpora.Task) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Batches of the domain, and of all retain texts together, in an order drawn by the seed."""
+    domain = corpora.spread(task.domain_train, args.map_windows)
+    each = max(1, args.map_windows // len(task.retain))
+    mixed = torch.cat([corpora.spread(train, each) for train, _ in task.retain.values()])
+    return tuple(
+        text[torch.randperm(len(text), generator=torch.Generator().manual_seed(args.seed))].split(args.batch)
+        for text in (domain, mixed)
+    )  # type: ignore[return-value]
 
 
 def descend(
@@ -124,6 +129,9 @@ def descend(
         ids = torch.cat([ids, next(replays)]) if args.replay else ids
         seconds.append(compare.step(model, optimizer, ids, autocast(args)))
         schedule.step()
+        if step == args.refit and args.arm == "spawn":
+            with autocast(args):
+                model.refit_gates(*gate_texts(args, task))  # type: ignore[operator]
         if step % passes == 0:
             yield step // passes, statistics.median(seconds)
             model.train()
@@ -318,6 +326,7 @@ def main() -> None:
     add("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="decoder layers that may grow (default: all)")
     add("--train-fpr", type=float, default=0.1, help="gate_fpr of the training (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=[0.1, 0.02, 0.005], help="gate_fpr in evaluation")
+    add("--refit", type=int, default=0, help="step after which newborns' gates are fitted anew (default: none)")
     add("--map-windows", type=int, default=192, help="windows of each side for map and gates (default: %(default)s)")
     add("--bit-windows", type=int, default=16, help="windows of each retain text compared bit by bit")
     add("--abilities", action="store_true", help="measure facts, instructions, accuracy and bits a byte too")
