@@ -66,13 +66,20 @@ class Gated:
         Args:
             batches: text of the domain. retain: text that must stay, that gates have seen or not; both in any form that
                 `measure_errors` takes, and of all processes together under torch.distributed.
-            adapter_name: one active adapter; all active ones if None. batch_size, tokenizer: as for `measure_errors`.
+            adapter_name: whose; None: of those that train, or of the only one. Gates of an earlier domain stay so.
+            batch_size, tokenizer: as for `measure_errors`.
             progress: show a progress bar.
 
         Raises:
-            ValueError: no newborns, an adapter that is not active, or too few texts.
+            ValueError: no newborns, an adapter that is not active, several of which none trains, or too few texts.
         """
         names, layers = self._with_newborns(adapter_name)
+        if adapter_name is None:
+            born = [name for name in names if any(layer.spawned(name) for layer in layers)]
+            trains = [n for n in born if any(p.requires_grad for layer in layers for p in layer.bank(n).values())]
+            names = trains or born
+            if len(born) > 1 and not trains:
+                raise ValueError(f"adapters {born} have newborns and none trains: name the one of this text's domain")
         if idle := [name for name in names if name not in self.active_adapters]:
             raise ValueError(f"adapters {idle} are not active, and gates are fitted to what runs: activate them first")
         with together("refit_gates"), held_still(self.model):

@@ -23,7 +23,7 @@ class RefitGatesCallback(TrainerCallback):
         batches: text of the domain, as for `PCGrowModel.refit_gates`, in a form that can be read again.
         retain: text that must stay, likewise.
         steps (sequence of int): after which steps; None: once, after a sixth of all.
-        adapter_name (str): an active adapter with newborns; None: all.
+        adapter_name (str): an active adapter with newborns; None: those that train.
         batch_size (int): texts a batch, of those that are not batched yet.
 
     Raises:

@@ -90,6 +90,22 @@ def test_by_a_trainer(tmp_path):
     assert drawn == [True]
 
 
+def test_an_earlier_domain_keeps_its_gates(trained):
+    """Where one adapter trains beside another that does not, and where none does."""
+    trained.add_adapter("later", spawning(gate_fpr=0.3))
+    trained.base_model.set_adapter(["default", "later"])
+    trained.set_requires_grad("default", False)
+    before = {name: tensor.clone() for name, tensor in gates(trained).items()}
+    trained.refit_gates(**TEXTS)
+    changed = {
+        name.rsplit(".", 1)[1] for name, tensor in gates(trained).items() if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"later"}
+    trained.set_requires_grad("later", False)
+    with pytest.raises(ValueError, match=r"\['default', 'later'\] have newborns and none trains: name the one"):
+        trained.refit_gates(**TEXTS)
+
+
 def test_refusals(trained):
     with pytest.raises(ValueError, match="no newborns"):
         grown().refit_gates(**TEXTS)
