@@ -228,21 +228,24 @@ def _through_activation(
     """
     if gates_by_silu(base) and use_triton(pre, q, scale):
         return swiglu_backward(pre, q, scale, spare=not kept)
-    error = q * scale.unsqueeze(1)
+    scale = scale.unsqueeze(1)
     if gates_by_silu(base):
         gate, up = pre.chunk(2, dim=-1)
         act, arrived = silu(gate), torch.empty_like(pre)
         of_gate, of_up = arrived.chunk(2, dim=-1)
+        error = q * scale
         torch.mul(error, act, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(error * up, gate, grad_input=of_gate)
-        act = act.mul_(up)
-    else:
-        with torch.enable_grad():
-            pre = pre.detach().requires_grad_()
-            act = _activated(base, pre)
-            arrived = torch.autograd.grad(act, pre, error)[0]
-        act = act.detach()
-    return arrived, act * scale.unsqueeze(1), (act * q).sum(-1) if kept else None
+        torch.ops.aten.silu_backward.grad_input(error.mul_(up), gate, grad_input=of_gate)
+        del error
+        act.mul_(up)
+        received = (act * q).sum(-1) if kept else None
+        return arrived, act.mul_(scale), received
+    with torch.enable_grad():
+        pre = pre.detach().requires_grad_()
+        act = _activated(base, pre)
+        arrived = torch.autograd.grad(act, pre, q * scale)[0]
+    act = act.detach()
+    return arrived, act * scale, (act * q).sum(-1) if kept else None
 
 
 def _differentiably(
