@@ -33,7 +33,8 @@ def use_triton(first: Tensor, *others: Tensor) -> bool:
     given = (first, *others)
     if not first.is_cuda or any(t.dtype not in _DTYPES or t.device != first.device for t in given):
         return False
-    if any(t.is_floating_point() for t in given) and all(t.dtype != torch.bfloat16 for t in given):
+    floats = {t.dtype for t in given if t.is_floating_point()}
+    if floats and torch.bfloat16 not in floats:
         return False
     if torch.cuda.get_device_capability(first.device) not in TRIED:
         return False

@@ -89,11 +89,15 @@ class Gated:
                 everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), device)
                 for text in (batches, retain)
             )
-            tree = find_experts(self.model, self.peft_config[names[0]].nodes)
-            windows = {self.peft_config[name].gate_window for name in names}
-            fitted = {each: compare(self.model, tree, domain, spared, each, None, progress) for each in windows}
-        rows = {id(site.module): row for row, site in enumerate(tree.sites)}
-        for layer in layers:
+            fitted = []
             for name in names:
-                if layer.spawned(name):
-                    layer.take_gates(name, fitted[self.peft_config[name].gate_window], rows[id(layer)])
+                # adapters may grow nodes of other kinds
+                tree, window = (
+                    find_experts(self.model, self.peft_config[name].nodes),
+                    self.peft_config[name].gate_window,
+                )
+                fitted.append((tree, compare(self.model, tree, domain, spared, window, None, progress)))
+        for name, (tree, separation) in zip(names, fitted, strict=True):
+            for row, site in enumerate(tree.sites):
+                if isinstance(site.module, PCGrowExperts) and site.module.spawned(name):
+                    site.module.take_gates(name, separation, row)

@@ -32,7 +32,7 @@ from peft_pcgrow.say import say
 from peft_pcgrow.settings import number
 from peft_pcgrow.training.curriculum import order_by_surprisal
 from peft_pcgrow.training.learning_rate import find_lr
-from peft_pcgrow.training.refit_gates import SHARE, RefitGatesCallback
+from peft_pcgrow.training.refit_gates import RefitGatesCallback, usual_step
 
 # a round that lowers the held-out loss by less than this share of it has found nothing more to learn
 LEAST_GAIN = 0.005
@@ -162,7 +162,7 @@ def _decided(
             isinstance(model, PeftModel),
         )
         total, every = steps_of(len(texts.train), settings.batch_size, settings.epochs, LOOKS, settings.max_steps)
-        refit = [max(1, round(SHARE * total))] if texts.fit and decision.growth in ("spawn", "auto") else []
+        refit = [usual_step(total)] if texts.fit and decision.growth in ("spawn", "auto") else []
         replace(decision, lr=settings.lr, max_steps=total, every=every, refit=refit).save(path)
     # as whoever goes on reads it
     return RoundDecision.load(path), emap
@@ -177,15 +177,19 @@ def _deepened(model: nn.Module) -> dict[str, list[int]]:
     return found
 
 
+def _for_maps(held: list[Text], settings: Settings) -> list[dict[str, torch.Tensor]]:
+    """Batches of the windows of a text that maps, and gates, are measured on."""
+    return in_batches(drawn(held, settings.map_windows), settings.batch_size)
+
+
 def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) -> ErrorMap:
     if map_file.exists(folder / "map"):
         return ErrorMap.load(folder / "map")
-    count, size = settings.map_windows, settings.batch_size
     emap = measure_errors(
         model,
-        in_batches(drawn(texts.train, count), size),
-        heldout=in_batches(drawn(texts.heldout, count), size),
-        retain=in_batches(drawn(texts.fit, count), size) if texts.fit else None,
+        _for_maps(texts.train, settings),
+        heldout=_for_maps(texts.heldout, settings),
+        retain=_for_maps(texts.fit, settings) if texts.fit else None,
         checkpoint=folder / "measuring",
         progress=settings.progress,
     )
@@ -240,7 +244,9 @@ def _found_rate(model: PeftModel, texts: Texts, settings: Settings, folder: Path
 class _Refit(RefitGatesCallback):
     """Counts what it takes."""
 
-    meter: Meter
+    def __init__(self, meter: Meter, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.meter = meter
 
     def refit(self, model: Any) -> None:
         super().refit(model)
@@ -268,11 +274,8 @@ def _trained(
     note_decision(decision, folder)
     callbacks = settings.callbacks
     if decision.refit and any(layer.spawned(name) for layer in model.base_model.tuner_layers()):  # type: ignore[operator]
-        count, size = settings.map_windows, settings.batch_size
-        read = (in_batches(drawn(held, count), size) for held in (texts.train, texts.fit))
-        refit = _Refit(*read, steps=decision.refit, adapter_name=name)
-        refit.meter = meter
-        callbacks = (refit, *callbacks)
+        read = (_for_maps(held, settings) for held in (texts.train, texts.fit))
+        callbacks = (_Refit(meter, *read, steps=decision.refit, adapter_name=name), *callbacks)
     return train(
         model, decision, lr, (ordered, texts.heldout), folder / "training", settings.batch_size, options,
         callbacks, settings.progress,

@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_pcgrow.adapter.given import GATES
 from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps.corpus import Text
 from peft_pcgrow.rounds.decision import RoundDecision
@@ -60,7 +61,7 @@ class BestOnHeldOut(TrainerCallback):
         looks = held_out_losses(state)
         if best_of(looks) == len(looks) - 1:
             named = held_by(self.model)
-            gates = (name for name in named if ".pcgrow_gate_" in name or ".pcgrow_entry_" in name)
+            gates = (name for name in named if any(f".pcgrow_{kind}_" in name for kind in GATES))
             kept = {name: named[name].detach().cpu().contiguous() for name in (*self.trains, *gates)}
             write_whole(self.file, save(kept, {"step": str(state.global_step)}))
         elif exhausted(looks, self.patience):

@@ -9,8 +9,13 @@ from peft_pcgrow.architectures.engines import inside
 from peft_pcgrow.training.callback import undisturbed
 
 # of all steps, those before gates are fitted anew: on scripture, a model of 6.6 million parameters and 240 steps, once
-# after 40 of them made the gain 1.14 times as large, at less forgetting
+# after 40 of them made the gain 1.12 times as large at no more forgetting
 SHARE = 1 / 6
+
+
+def usual_step(total: int) -> int:
+    """After which of all steps gates are fitted anew, unless somebody says otherwise."""
+    return max(1, round(SHARE * total))
 
 
 class RefitGatesCallback(TrainerCallback):
@@ -51,7 +56,7 @@ class RefitGatesCallback(TrainerCallback):
         self.texts, self.adapter_name, self.batch_size = (batches, retain), adapter_name, batch_size
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        steps = (max(1, round(SHARE * state.max_steps)),) if self.steps is None else self.steps
+        steps = (usual_step(state.max_steps),) if self.steps is None else self.steps
         if state.global_step in steps:
             self.refit(inside(kwargs["model"]))
 
