@@ -38,13 +38,18 @@ def load_domains(task: corpora.Task, args: argparse.Namespace) -> list[Domain]:
     return domains
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Tensor, args, seed: int) -> None:
-    """Steps at rates that fall to zero."""
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, windows: torch.Tensor, args, seed: int, gates: Any = None
+) -> None:
+    """Steps at rates that fall to zero; `gates` are the batches of domain and retain text to fit gates on anew."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / args.steps))
     model.train()
-    for batch in corpora.batches(windows, args.batch, args.steps, seed):
+    for step, batch in enumerate(corpora.batches(windows, args.batch, args.steps, seed), start=1):
         compare.step(model, optimizer, batch, converge.autocast(args))
         schedule.step()
+        if gates is not None and step == args.refit:
+            with converge.autocast(args):
+                model.refit_gates(*gates)
 
 
 def evaluate(model: nn.Module, task: corpora.Task, domains: list[Domain], args) -> dict[str, float]:
@@ -73,7 +78,8 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
         retain += [earlier[: int(EARLIER * args.map_windows)] for earlier in seen]
         mixed = torch.cat(retain)[torch.randperm(sum(map(len, retain)))]
         mine = next(corpora.batches(windows, args.map_windows, 1, seed))
-        emap = measure_errors(model, mine.split(args.batch), retain=mixed.split(args.batch))
+        gates = mine.split(args.batch), mixed.split(args.batch)
+        emap = measure_errors(model, gates[0], retain=gates[1])
         options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
         options |= {"settle": args.settle}
         if args.beside:
@@ -88,7 +94,7 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
             model.base_model.set_adapter([*earlier, name])
             model.set_requires_grad(earlier, False)
         optimizer = create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.beside_lr)
-        train(model, optimizer, windows, args, seed)
+        train(model, optimizer, windows, args, seed, gates)
         model.set_gate_fpr(args.gate_fpr)
         seen.append(mine)
         names = [other for other, _, _ in domains[: stage + 1]]
@@ -145,6 +151,7 @@ def main() -> None:
     add("--beside-lr", type=float, default=3e-3, help="its rate (default: %(default)s)")
     add("--autocast", action="store_true", help="compute in bf16 where CUDA does (weights stay in fp32)")
     add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
+    add("--refit", type=int, default=0, help="step of a stage after which its gates are fitted anew (default: none)")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     args = parser.parse_args()
     if args.table:
