@@ -77,9 +77,7 @@ def compare(
     shares: dict[str, list[Tensor]] = {"domain": [], "retain": []}
     for key, gate in gates.items():
         passed = {"retain": scored["retain"].evidence(key, gate)}
-        # the rate of what lies above each is at most what is allowed
-        ordered = passed["retain"].sort().values
-        limits[key] = ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]]
+        limits[key] = _limits(passed["retain"], scored["retain"].places(key))
         if key[0] == "gate":
             passed["domain"] = scored["domain"].evidence(key, gate)
             for name, held in scored.items():
@@ -111,6 +109,26 @@ def compare(
             "retain_tokens": scored["retain"].tokens,
         },
     )
+
+
+def _limits(evidence: Tensor, place: Tensor) -> Tensor:
+    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, and of each stage
+    of a text that half of the texts reach.
+
+    By all of them alone, a domain that is easily told would have limits far below zero, where the first tokens of any
+    text still are: short texts would pass whole.
+
+    Args:
+        evidence: `[N]`. place: of each token in its text, from 1, `[N]`.
+    """
+    limits = []
+    texts = int((place == 1).sum())
+    for first in (0, *(2**i for i in range(int(place.max()).bit_length()))):
+        if first and 2 * int((place == first).sum()) < texts:
+            break
+        ordered = (evidence[(place >= first) & (place < 2 * first)] if first else evidence).sort().values
+        limits.append(ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]])
+    return torch.stack(limits).amax(dim=0)
 
 
 def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int) -> Tensor:
@@ -258,6 +276,10 @@ class _Scores:
     def evidence(self, key: Key, gate: Gate) -> Tensor:
         """Evidence at each held-out token, `[N]`."""
         return torch.cat([gate.evidence(scores, rows)[0][rows.real] for scores, rows, _ in self.held[key]])
+
+    def places(self, key: Key) -> Tensor:
+        """Of each held-out token in its text, from 1, `[N]`."""
+        return torch.cat([rows.real.cumsum(1)[rows.real] for _, rows, _ in self.held[key]])
 
     def nodes(self, key: Key) -> Tensor:
         """The experts that each of these was routed to, `[N, K]`."""
