@@ -166,6 +166,7 @@ def survey(
     Raises:
         ValueError: no text, a map of another model, an unknown method, experts that are packed or quantized already,
             offloaded, or different from layer to layer, or a model with grown experts.
+        FloatingPointError: what a form would do to an expert comes out as NaN or infinite.
     Warns:
         UserWarning: layers of this model cannot be skipped.
 
@@ -193,6 +194,7 @@ def survey(
         reach = emap.square / (2 * hidden * max(emap.labels, 1))
         by_map = torch.stack([each.spread for each in found]) * reach.unsqueeze(-1)
     layers = tuple(site.layer for site in tree.sites)
+    _check_finite(damage, calibration, layers, forms)
     skips = None
     if "skip" in methods and not can_skip(model):
         warnings.warn(
@@ -206,6 +208,24 @@ def survey(
     damage, by_map, skips = from_first((damage, by_map, skips))
     base = fingerprint.describe_base(model, tree)
     return Survey(layers, forms, sizes, damage, by_map, skips, calibration, tuple(methods), base)
+
+
+def _check_finite(
+    damage: dict[str, Tensor], calibration: Calibration, layers: tuple[int, ...], forms: Sequence[Form]
+) -> None:
+    for name, each in damage.items():
+        wrong = (~torch.isfinite(each)).nonzero().tolist()
+        if wrong:
+            row, expert, form, _ = wrong[0]
+            seen = calibration.layers[layers[row]]
+            pieces = {"inputs": seen.x, "routing weights": seen.weight, "errors": seen.error}
+            causes = [what for what, piece in pieces.items() if not bool(torch.isfinite(piece).all())]
+            raise FloatingPointError(
+                f"the damage ({name}) of {len(wrong)} forms of experts is not finite, first that of expert {expert} of layer "
+                f"{layers[row]} as {forms[form]}: "
+                + (f"the {' and '.join(causes)} of that layer are not; " if causes else "its weights are not, once made; ")
+                + "check the model's weights, and compute in fp32 or bf16"
+            )
 
 
 def plan(

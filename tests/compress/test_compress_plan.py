@@ -309,6 +309,17 @@ def test_experts_that_no_token_reaches_go_first():
     assert all(node.predicted == 0 for node in plan.nodes if (node.layer, node.expert) in idle)
 
 
+def test_a_damage_that_is_no_number_is_named():
+    """An expert that no token reaches lets the loss be finite."""
+    model, text = build(), tokens(1, 4)
+    index = calibrate(model, {"retain": [text]}, progress=False).layers[1].index
+    idle = next(e for e in range(EXPERTS) if not (index == e).any())
+    with torch.no_grad():
+        expert_stacks(find_experts(model).sites[1].module)["down_proj"][idle, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=rf"damage \(\w+\) .* expert {idle} of layer 1 as .*: its weights are not"):
+        compress.survey(model, methods=("quantize",), retain=[text], progress=False)
+
+
 def test_skips_come_within_reach():
     """With nothing else to do, as many layers go as must."""
     model = build()
