@@ -69,8 +69,8 @@ class PCGrowConfig(PeftConfig):
             takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
             `"auto"`: decides for each node, and says what and why (`decisions` holds all of it).
         gate_fpr (`float`, defaults to `0.01`):
-            Share of retain tokens that a newborn may take, in (0, 1), at every stage of a text: the threshold of the branch
-            gates, set on text that they were not fitted on.
+            Share of retain tokens that a newborn may take, in (0, 1), at every stage of a text: the threshold of the
+            branch gates, set on text that they were not fitted on.
         protect (`float`, defaults to `0.0`):
             Keeps updates off the main input directions of the retain text at each node, down to this share of their
             energy, in [0, 1); needs a map measured with `retain=`. Costs the memory of the directions and three thin

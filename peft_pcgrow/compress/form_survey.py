@@ -221,10 +221,10 @@ def _check_finite(
             pieces = {"inputs": seen.x, "routing weights": seen.weight, "errors": seen.error}
             causes = [what for what, piece in pieces.items() if not bool(torch.isfinite(piece).all())]
             raise FloatingPointError(
-                f"the damage ({name}) of {len(wrong)} forms of experts is not finite, first that of expert {expert} of layer "
-                f"{layers[row]} as {forms[form]}: "
-                + (f"the {' and '.join(causes)} of that layer are not; " if causes else "its weights are not, once made; ")
-                + "check the model's weights, and compute in fp32 or bf16"
+                f"the damage ({name}) of {len(wrong)} forms of experts is not finite, first that of expert {expert} of "
+                f"layer {layers[row]} as {forms[form]}: "
+                f"{'the ' + ' and '.join(causes) + ' of that layer' if causes else 'its weights, once made,'} are not; "
+                "check the model's weights, and compute in fp32 or bf16"
             )
 
 

@@ -112,8 +112,8 @@ def compare(
 
 
 def _limits(evidence: Tensor, place: Tensor) -> Tensor:
-    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, and of each stage
-    of a text that half of the texts reach.
+    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, and of each
+    stage of a text that half of the texts reach.
 
     By all of them alone, a domain that is easily told would have limits far below zero, where the first tokens of any
     text still are: short texts would pass whole.
