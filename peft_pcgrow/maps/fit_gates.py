@@ -1,5 +1,6 @@
 """Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out of the fit."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from peft_pcgrow.gates.text_position import entering, modules_inside
 from peft_pcgrow.maps.batches import Batch, moved
 from peft_pcgrow.maps.newborns import nodes_of
 
-# one text in so many is held out to set thresholds on
+# of so many texts that follow each other one is held out to set thresholds on
 HELD_OUT = 4
 # a gate: its kind, of `given.GATES` ("gate" reads what enters the experts, "entry" what enters the attention), and the
 # row of its layer
@@ -149,11 +150,17 @@ def _run(model: nn.Module, tree: Tree, batches: Iterable[Batch], see: Callable, 
     texts = 0
     for batch in batches:
         count = _texts(batch)
-        held = torch.arange(texts, texts + count, device="cpu") % HELD_OUT == HELD_OUT - 1
+        held = torch.tensor([is_held_out(number) for number in range(texts, texts + count)], device="cpu")
         texts += count
         with _watched(tree, see, held, batch.rows):
             model(**moved(batch.inputs, device), use_cache=False)
         bar.update()
+
+
+def is_held_out(number: int) -> bool:
+    """Whether the text of this place in a corpus is: which of four is drawn, so that corpora that come in turn are all
+    fitted and measured on."""
+    return random.Random(number // HELD_OUT).randrange(HELD_OUT) == number % HELD_OUT
 
 
 def _texts(batch: Batch) -> int:

@@ -12,6 +12,7 @@ from peft_pcgrow import ErrorMap, find_experts, measure_errors
 from peft_pcgrow.gates.directions import MomentSketch
 from peft_pcgrow.gates.gate import ENOUGH, GATE_RIDGE, RATES
 from peft_pcgrow.maps.error_map import SUMS
+from peft_pcgrow.maps.fit_gates import is_held_out
 from tiny import PAD, build, domain, retain
 
 TABLES = ("threshold", "recall", "false_positive")
@@ -101,9 +102,18 @@ def log_ratios(separation, row, x):
 
 
 def held_out(separation, row, texts):
-    """Log ratios `[N]` and experts `[N, K]` of every fourth text's tokens."""
-    mine = [(log_ratios(separation, row, x), index) for number, x, index in texts if number % 4 == 3]
+    """Log ratios `[N]` and experts `[N, K]` of the tokens of texts that are held out."""
+    mine = [(log_ratios(separation, row, x), index) for number, x, index in texts if is_held_out(number)]
     return [torch.cat(parts) for parts in zip(*mine, strict=True)]
+
+
+@pytest.mark.parametrize("sources", range(1, 9))
+def test_sources_that_come_in_turn_are_fitted_and_measured_on(sources):
+    """One text in four is held out, of the first four already, and of each source no less than half its share."""
+    numbers = range(48 * sources)
+    assert all(sum(map(is_held_out, numbers[place : place + 4])) == 1 for place in numbers[::4])
+    for source in range(sources):
+        assert 6 <= sum(map(is_held_out, numbers[source::sources])) <= 18
 
 
 def rows_above(ratios, limits, slack):
@@ -158,7 +168,7 @@ def test_a_rate_bounds_what_passes_a_layer(setting):
         passed = (separation.false_positive[row].double() * routed[:, None]).sum(0) / index.shape[1]
         limits, slack = separation.threshold[row].double(), TOLERANCE["fp32"] * ratios.abs().max()
         assert (passed.round() <= rates * len(ratios)).all()
-        lengths = torch.tensor([len(x) for number, x, _ in texts if number % 4 == 3])
+        lengths = torch.tensor([len(x) for number, x, _ in texts if is_held_out(number)])
         places = torch.cat([torch.arange(1, n + 1) for n in lengths])
         tight = torch.zeros(len(rates), dtype=torch.bool)
         for first in (0, 1, 2, 4, 8, 16, 32):
@@ -193,7 +203,7 @@ def test_directions_are_fitted_on_the_other_texts(setting):
     model, ours, theirs, separation = case(*setting)
     window = separation.facts["window"]
     for row, pair in enumerate(zip(visits(model, ours), visits(model, theirs), strict=True)):
-        fitted = [[(x.double(), index) for number, x, index in texts if number % 4 != 3] for texts in pair]
+        fitted = [[(x.double(), index) for number, x, index in texts if not is_held_out(number)] for texts in pair]
         features = [torch.stack([m for x, _ in texts for m in running_means(x, window)]) for texts in fitted]
         apart = [part - part.mean(0) for part in features]
         covariance = sum(part.mT @ part for part in apart) / sum(len(part) for part in apart)
@@ -211,7 +221,8 @@ def test_held_out_texts_do_not_touch_the_fit():
     ours, theirs = domain(8, seed=3), retain(8, seed=3)
     before = measured(build(), [ours], [theirs]).separation
     for corpus in (ours, theirs):
-        corpus[3::4] = corpus[3::4].flip(1)
+        others = [number for number in range(len(corpus)) if is_held_out(number)]
+        corpus[others] = corpus[others].flip(1)
     after = measured(build(), [ours], [theirs]).separation
     assert_close("direction", after.direction, before.direction, "fp32 solve")
     assert_close("law", after.law, before.law, "fp32 solve")

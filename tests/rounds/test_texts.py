@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from peft_pcgrow.maps.fit_gates import is_held_out
 from peft_pcgrow.rounds.texts import drawn, read_texts
 
 
 @pytest.mark.parametrize("sources", [2, 3, 4, 5])
 def test_sources_that_come_in_turn_are_in_every_part(sources):
-    """Half of the retain text is fitted on, of which a map takes some, of which every fourth sets the thresholds."""
+    """Half of the retain text is fitted on, of which a map takes some, of which one in four sets the thresholds."""
     windows = torch.arange(96 * sources).unsqueeze(1).expand(-1, 4) + 1000
     texts = read_texts(
         [[1, 2, index] for index in range(64)], [[3, 4, index] for index in range(8)], windows, None, 4, 8
@@ -18,8 +19,8 @@ def test_sources_that_come_in_turn_are_in_every_part(sources):
         return {int(text["input_ids"][0] - 1000) % sources for text in some}
 
     fitted = drawn(texts.fit, 40 * sources)
-    thresholds = fitted[3::4]
-    directions = [text for place, text in enumerate(fitted) if place % 4 != 3]
+    thresholds = [text for place, text in enumerate(fitted) if is_held_out(place)]
+    directions = [text for place, text in enumerate(fitted) if not is_held_out(place)]
     assert all(len(of(some)) == sources for some in (texts.fit, texts.watch, directions, thresholds))
     both = [int(text["input_ids"][0]) for text in (*texts.fit, *texts.watch)]
     assert sorted(both) == windows[:, 0].tolist()
