@@ -127,7 +127,7 @@ def _engines(model: nn.Module) -> list[Any]:
     """The modules around or inside of a model that gather weights for it, by whatever engine."""
     if not (dist.is_available() and dist.is_initialized() and (kinds := loaded(FSDP1 | FSDP2))):
         return []
-    inside = set(model.modules())
+    inside = [each for each in model.modules() if isinstance(each, kinds)]
     # others are not asked for their class, which proxies answer by failing
-    found = (each for each in gc.get_objects() if issubclass(type(each), kinds))
-    return [each for each in found if each in inside or model in set(each.modules())]
+    found = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    return inside + [each for each in found if each is not model and model in set(each.modules())]
