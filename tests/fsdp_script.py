@@ -23,7 +23,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from peft_pcgrow import Muon, PCGrowConfig, compress, create_pcgrow_optimizer, find_lr, measure_errors
-from tiny import build, mixed, spawned, tokens
+from peft_pcgrow.maps.map_tensors import to_tensors
+from tiny import VOCABULARY, build, domain, mixed, retain, spawned, tokens
 
 # of two processes, one holds 4 and 4, 1 and 0, 2 and 1 nodes
 LOCUS = {0: list(range(8)), 1: [1], 2: [1, 3, 6]}
@@ -47,13 +48,28 @@ def newborns(**changes: Any) -> PeftModel:
     return spawned(protect=0.5, lora=LoraConfig(r=2, target_modules=["q_proj"]), **changes).train()
 
 
-def sharded(model: PeftModel, **options: Any) -> PeftModel:
+def layers_of(model: Any) -> nn.ModuleList:
+    return getattr(model, "get_base_model", lambda: model)().model.layers
+
+
+def sharded(model: Any, **options: Any) -> Any:
     """By its layers, if there are several processes."""
     if dist.is_initialized():
-        for layer in model.get_base_model().model.layers:
+        for layer in layers_of(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
     return model
+
+
+def sharded_in_parts(model: Any) -> Any:
+    """Attention and experts apart, and what is above and below the layers."""
+    if dist.is_initialized():
+        for layer in layers_of(model):
+            for part in (layer.self_attn, layer.mlp.experts):
+                fully_shard(part)
+        fully_shard([model.model.norm, model.lm_head])
+        fully_shard(model.model.embed_tokens)
+    return sharded(model)
 
 
 def share(ids: Tensor) -> Tensor:
@@ -106,6 +122,7 @@ def train(model: Any, half: Path | None = None, text: Callable[..., Tensor] = to
     for number in range(STEPS):
         if half is not None and number == STEPS // 2:
             keep(model, optimizer, half)
+            measure_errors(model, [tokens(2, 8)], progress=False)  # which training does not notice
         losses.append(step(model, optimizer, number, text))
     return {"losses": losses, "weights": trained(model)}
 
@@ -152,6 +169,45 @@ def resume(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "weights": trained(model)}
 
 
+def halves(texts: list[Tensor]) -> list[Tensor]:
+    """Of several processes, each has its half."""
+    rank, world = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
+    return texts[rank * len(texts) // world : (rank + 1) * len(texts) // world]
+
+
+def only(texts: list[Tensor], rank: int) -> list[Tensor]:
+    return [] if dist.is_initialized() and dist.get_rank() != rank else texts
+
+
+def maps() -> dict[str, Any]:
+    """Of models that are sharded, if there are several processes: their maps; and how many layers are whole at a time
+    while one is measured."""
+    ours, theirs = [domain(1, 12, s) for s in range(8)], [retain(1, 12, s) for s in range(8)]
+    base, parts, counts = sharded(build()), sharded_in_parts(build()), set()
+    torch.manual_seed(1)
+    grown, born = sharded(grow(init_weights=False)), sharded(newborns())
+    handles = [
+        layer.mlp.register_forward_hook(
+            lambda *_: counts.add(sum(not isinstance(each.mlp.gate.weight, DTensor) for each in layers_of(base)))
+        )
+        for layer in layers_of(base)
+    ]
+    direct: dict[str, Any] = {"settle": "direct", "settle_depth": 1, "progress": False}
+    found = {
+        "base": measure_errors(base, halves(ours), retain=halves(theirs), window=4, progress=False),
+        "without text": measure_errors(base, only(ours[:3], 0), heldout=only(ours[4:], 1), progress=False),
+        "direct": measure_errors(base, halves(ours), **direct),
+        "in parts": measure_errors(parts, halves(ours), **direct, gradients=True),
+        "grown": measure_errors(grown, halves(ours), progress=False),
+        "newborns": measure_errors(born, halves(ours), gradients=False, progress=False),
+    }
+    for handle in handles:
+        handle.remove()
+    born.refit_gates(halves(ours), halves(theirs))
+    gates = {name: held.clone() for name, held in born.named_buffers() if "pcgrow_gate" in name}
+    return {"maps": {n: to_tensors(emap) for n, emap in found.items()}, "refitted": gates, "whole at a time": counts}
+
+
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
     """Bytes that a process sends or gets by collectives, by their names: of the whole that is gathered or spread."""
@@ -189,7 +245,7 @@ def said(call: Callable[[], Any]) -> str:
     """What is raised."""
     try:
         call()
-    except (ValueError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -234,6 +290,29 @@ def broken_steps() -> dict[str, str]:
     }
 
 
+def failing_maps() -> dict[str, str]:
+    """What is raised where maps of a sharded model cannot be measured, or a process fails in the midst."""
+    model, rank = build(), dist.get_rank()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY - 1 :] = float("nan")
+    sharded(model)
+
+    def broken() -> Iterator[Tensor]:
+        yield tokens()
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from tokens(8).split(2)
+
+    text = [tokens(2, 8), torch.full((2, 8), VOCABULARY - 2 + rank)]
+    calls: dict[str, dict[str, Any]] = {
+        "map, relaxed": {"batches": text, "settle": "relax"},
+        "map, text of its own": {"batches": text, "retain": "self"},
+        "map, no disk": {"batches": broken()},
+        "map, not finite": {"batches": text},
+    }
+    return {name: said(lambda call=call: measure_errors(model, **call, progress=False)) for name, call in calls.items()}
+
+
 def refused() -> dict[str, str]:
     """What is raised before anything is done."""
     model, text = sharded(grow()), tokens(8).split(2)
@@ -244,7 +323,7 @@ def refused() -> dict[str, str]:
     optimizer = create_pcgrow_optimizer(early, lr=0.02)
     return {
         "optimizer before": said(lambda: step(sharded(early), optimizer, 0)),
-        "map": said(lambda: measure_errors(model, text, progress=False)),
+        **failing_maps(),
         "find_lr": said(lambda: find_lr(model, text)),
         "merge": said(model.merge_adapter),
         "another adapter": said(lambda: model.add_adapter("more", PCGrowConfig(locus=LOCUS))),
@@ -275,6 +354,7 @@ def main(folder: Path) -> None:
     born = sharded(newborns())
     found["spawned"] = train(born, text=mixed)
     found["written"] = written(born)
+    found["maps"] = maps()
     found["buffers"] = {name: held.clone() for name, held in born.named_buffers() if "pcgrow" in name}
     found["traffic"] = {way: traffic(settle=way) for way in ("sweep", "backprop")}
     found["broken"] = broken_steps()

@@ -119,6 +119,37 @@ def test_bytes_sent(ranks):
         assert 0 < sweep <= 1.05 * backprop
 
 
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """By one process, of all of the text."""
+    return fsdp_script.maps()
+
+
+@pytest.mark.parametrize("case", ["base", "without text", "direct", "in parts", "grown", "newborns"])
+def test_maps(ranks, measured, case):
+    """Of a sharded model: sums, folds, gates and held-out text are those of one process that has all of it."""
+    want, facts = measured["maps"][case]
+    for tensors, found in (each["maps"]["maps"][case] for each in ranks):
+        assert tensors.keys() == want.keys()
+        for name, tensor in want.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text)
+            assert torch.equal(tensors[name], ranks[0]["maps"]["maps"][case][0][name]), name
+        assert found["base"] == facts["base"]
+        assert found["run"]["weights"] == facts["run"]["weights"]
+        assert (found["tokens"], found["labels"]) == (facts["tokens"], facts["labels"])
+
+
+def test_one_layer_is_whole_at_a_time(ranks):
+    for found in ranks:
+        assert found["maps"]["whole at a time"] == {1}
+
+
+def test_gates_are_fitted_anew(ranks, measured):
+    for found in ranks:
+        for name, gate in measured["refitted"].items():
+            torch.testing.assert_close(found["maps"]["refitted"][name], gate, rtol=1e-4, atol=1e-4)
+
+
 BROKEN = {
     "NaN in one process": r"FloatingPointError: the gradient of .* is NaN or infinite",
     "zeros": r"adapter 'default' trains on nothing.*no gradient came back",
@@ -127,7 +158,10 @@ BROKEN = {
 }
 REFUSED = {
     "optimizer before": r"an optimizer holds the banks as they were before fully_shard.*create it afterwards",
-    "map": r"measure_errors needs its weights whole.*before the model is sharded",
+    "map, relaxed": r"ValueError: the model is sharded by fully_shard.*Sweep, and give what `sample_text` wrote before",
+    "map, text of its own": r"ValueError: the model is sharded by fully_shard.*what `sample_text` wrote before",
+    "map, no disk": r"measure_errors failed on process 1 of 2: OSError: the disk is gone|^OSError: the disk is gone",
+    "map, not finite": r"measure_errors failed on process 1 of 2: FloatingPoint.*|^FloatingPointError: the loss of a b",
     "find_lr": r"find_lr needs its weights whole.*before the model is sharded",
     "merge": r"merging needs its weights whole",
     "another adapter": r"gate_up_proj is a DTensor \(sharded by fully_shard",
