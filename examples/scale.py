@@ -115,9 +115,11 @@ class Plan:
 
     def fsdp(self, way: str) -> dict[str, float]:
         """Bytes that a process receives in a step: all-gathers of weights, (n - 1) / n of them each, in the forward and
-        wherever a layer runs again, and one reduce-scatter of gradients. Direct needs no base in its backward."""
+        when an error reaches a layer (by direct too, which hardly needs them there), and one reduce-scatter of
+        gradients."""
         share, base = (self.ranks - 1) / self.ranks, BASE * self.shape.parameters()
         (forward, again), wide = self.runs(way), BASE if way == "full training" else BANK
+        again = forward - self.lowest if way == "direct" else again
         trained = self.trained(way) * (0 if way == "full training" else BANK)
         return {
             "forward": share * (base + trained),

@@ -1,8 +1,8 @@
 """Run by test_fsdp.py in two processes, and imported by it for the same steps in one."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_pcgrow import Muon, PCGrowConfig, compress, create_pcgrow_optimizer, find_lr, measure_errors
 from peft_pcgrow.maps.map_tensors import to_tensors
@@ -192,12 +194,10 @@ def maps() -> dict[str, Any]:
         )
         for layer in layers_of(base)
     ]
-    direct: dict[str, Any] = {"settle": "direct", "settle_depth": 1, "progress": False}
     found = {
         "base": measure_errors(base, halves(ours), retain=halves(theirs), window=4, progress=False),
         "without text": measure_errors(base, only(ours[:3], 0), heldout=only(ours[4:], 1), progress=False),
-        "direct": measure_errors(base, halves(ours), **direct),
-        "in parts": measure_errors(parts, halves(ours), **direct, gradients=True),
+        "in parts": measure_errors(parts, halves(ours), settle="direct", settle_depth=1, progress=False),
         "grown": measure_errors(grown, halves(ours), progress=False),
         "newborns": measure_errors(born, halves(ours), gradients=False, progress=False),
     }
@@ -208,27 +208,19 @@ def maps() -> dict[str, Any]:
     return {"maps": {n: to_tensors(emap) for n, emap in found.items()}, "refitted": gates, "whole at a time": counts}
 
 
-@contextmanager
-def counting() -> Iterator[dict[str, int]]:
+class Counting(TorchDispatchMode):
     """Bytes that a process sends or gets by collectives, by their names: of the whole that is gathered or spread."""
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-    sent, own = dict.fromkeys(names, 0), {name: getattr(dist, name) for name in names}
 
-    def counted(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            held = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
-            sent[name] += max(tensor.numel() * tensor.element_size() for tensor in held)
-            return own[name](*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, int] = {}
 
-        return call
-
-    try:
-        for name in names:
-            setattr(dist, name, counted(name))
-        yield sent
-    finally:
-        for name in names:
-            setattr(dist, name, own[name])
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace == "c10d":
+            held = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            size = max((each.numel() * each.element_size() for each in held), default=0)
+            self.sent[func.name()] = self.sent.get(func.name(), 0) + size
+        return func(*args, **(kwargs or {}))
 
 
 def traffic(**changes: Any) -> dict[str, int]:
@@ -236,9 +228,9 @@ def traffic(**changes: Any) -> dict[str, int]:
     model = sharded(grow(**changes))
     optimizer = create_pcgrow_optimizer(model, lr=0.02)
     step(model, optimizer, 0)
-    with counting() as sent:
+    with Counting() as counted:
         step(model, optimizer, 1)
-    return sent
+    return counted.sent
 
 
 def said(call: Callable[[], Any]) -> str:
@@ -288,6 +280,14 @@ def broken_steps() -> dict[str, str]:
         "lost": attempt(forget),
         "outside": attempt(lambda _: None, model=partly),
     }
+
+
+def ending() -> Iterator[Tensor]:
+    """Text in the midst of which process 1 ends."""
+    for seed in range(4):
+        yield tokens(2, 8, seed)
+        if dist.get_rank() == 1:
+            os._exit(0)
 
 
 def failing_maps() -> dict[str, str]:
@@ -356,11 +356,13 @@ def main(folder: Path) -> None:
     found["written"] = written(born)
     found["maps"] = maps()
     found["buffers"] = {name: held.clone() for name, held in born.named_buffers() if "pcgrow" in name}
-    found["traffic"] = {way: traffic(settle=way) for way in ("sweep", "backprop")}
+    found["traffic"] = {way: traffic(settle=way) for way in ("sweep", "direct", "backprop")}
     found["broken"] = broken_steps()
     found["refused"] = refused()
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    found["dying"] = said(lambda: measure_errors(sharded(build()), ending(), progress=False))
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    os._exit(0)  # there is nobody to say goodbye to
 
 
 if __name__ == "__main__":

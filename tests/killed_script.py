@@ -43,7 +43,7 @@ class Death:
 
 # each goes on from where the one before was killed; a checkpoint follows each step
 DEATHS = [Death(1, 2), Death(0, 3), Death(0, 3, writing=True), Death(1, 4, writing=True)]
-CASES = {"ddp spawn": DEATHS, "ddp deepen": DEATHS[:1], "fsdp deepen": DEATHS}
+CASES = {"ddp spawn": DEATHS, "ddp deepen": DEATHS[:1], "fsdp spawn": DEATHS}
 
 
 def grow(how: str) -> PeftModel:
@@ -161,9 +161,8 @@ def attempt(*told: Any) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    gc.freeze()  # what was imported is not looked through again
     models = {how: grow(how) for how in ("deepen", "spawn")}
-    gc.collect()
-    gc.freeze()
     found = {}
     for case, deaths in CASES.items():
         model, place = models[case.split()[1]], folder / case.replace(" ", "-")
