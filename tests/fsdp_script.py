@@ -24,7 +24,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_pcgrow import Muon, PCGrowConfig, compress, create_pcgrow_optimizer, find_lr, measure_errors
+from peft_pcgrow import (
+    Muon,
+    PCGrowConfig,
+    compress,
+    create_pcgrow_optimizer,
+    find_lr,
+    measure_errors,
+    order_by_surprisal,
+)
 from peft_pcgrow.maps.map_tensors import to_tensors
 from tiny import VOCABULARY, build, domain, mixed, retain, spawned, tokens
 
@@ -186,8 +194,7 @@ def maps() -> dict[str, Any]:
     while one is measured."""
     ours, theirs = [domain(1, 12, s) for s in range(8)], [retain(1, 12, s) for s in range(8)]
     base, parts, counts = sharded(build()), sharded_in_parts(build()), set()
-    torch.manual_seed(1)
-    grown, born = sharded(grow(init_weights=False)), sharded(newborns())
+    born = sharded(newborns())
     handles = [
         layer.mlp.register_forward_hook(
             lambda *_: counts.add(sum(not isinstance(each.mlp.gate.weight, DTensor) for each in layers_of(base)))
@@ -198,8 +205,7 @@ def maps() -> dict[str, Any]:
         "base": measure_errors(base, halves(ours), retain=halves(theirs), window=4, progress=False),
         "without text": measure_errors(base, only(ours[:3], 0), heldout=only(ours[4:], 1), progress=False),
         "in parts": measure_errors(parts, halves(ours), settle="direct", settle_depth=1, progress=False),
-        "grown": measure_errors(grown, halves(ours), progress=False),
-        "newborns": measure_errors(born, halves(ours), gradients=False, progress=False),
+        "newborns": measure_errors(born, halves(ours), progress=False),
     }
     for handle in handles:
         handle.remove()
@@ -324,6 +330,7 @@ def refused() -> dict[str, str]:
     return {
         "optimizer before": said(lambda: step(sharded(early), optimizer, 0)),
         **failing_maps(),
+        "order": said(lambda: order_by_surprisal(list(text[0]), model, progress=False)),
         "find_lr": said(lambda: find_lr(model, text)),
         "merge": said(model.merge_adapter),
         "another adapter": said(lambda: model.add_adapter("more", PCGrowConfig(locus=LOCUS))),

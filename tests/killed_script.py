@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
-from peft_pcgrow import Muon, PCGrowConfig, RefitGatesCallback, create_pcgrow_optimizer
+from peft_pcgrow import ErrorMapCallback, Muon, PCGrowConfig, RefitGatesCallback, create_pcgrow_optimizer
 from peft_pcgrow.training.checkpoints import last_checkpoint
 from tiny import build, domain, mixed, retain, spawned, tokens
 
@@ -43,7 +43,7 @@ class Death:
 
 # each goes on from where the one before was killed; a checkpoint follows each step
 DEATHS = [Death(1, 2), Death(0, 3), Death(0, 3, writing=True), Death(1, 4, writing=True)]
-CASES = {"ddp spawn": DEATHS, "ddp deepen": DEATHS[:1], "fsdp spawn": DEATHS}
+CASES = {"ddp spawn": DEATHS, "ddp deepen": DEATHS[:1], "fsdp spawn": DEATHS[::2]}
 
 
 def grow(how: str) -> PeftModel:
@@ -109,8 +109,10 @@ def train(model: PeftModel, folder: Path, case: str, death: Death | None) -> dic
     if case.startswith("fsdp"):
         PartialState().distributed_type = DistributedType.MULTI_GPU  # which alone accelerate shards on
     if case.endswith("spawn"):
-        text, parted = mixed, [[texts(4, seed=3 + rank)] for texts in (domain, retain)]
-        callbacks.append(RefitGatesCallback(*parted, steps=[1, 3]))
+        text, parted = mixed, [[texts(2, 12, 3 + rank)] for texts in (domain, retain)]
+        callbacks.append(RefitGatesCallback(*parted, steps=[2]))
+    if folder.name == "whole":  # training goes on as without
+        callbacks.append(ErrorMapCallback([tokens(1, 8, rank)], every=2, at_start=False, max_share=1.0))
     data = [{"input_ids": row, "labels": row} for seed in range(2) for row in text(seed=seed)]
     trainer = Mortal(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.death = death
@@ -119,7 +121,8 @@ def train(model: PeftModel, folder: Path, case: str, death: Death | None) -> dic
     held |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in held.items()}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"held": {name: t.detach() for name, t in whole.items()}, "losses": losses}
+    maps = [(step, emap.mass) for each in callbacks for step, emap in getattr(each, "maps", ())]
+    return {"held": {name: t.detach() for name, t in whole.items()}, "losses": losses, "maps": maps}
 
 
 def process(rank: int, port: int, folder: Path, model: PeftModel, *told: Any) -> None:

@@ -82,7 +82,8 @@ def measure_errors(
     folds are cut between their texts.
 
     Under torch.distributed (accelerate, torchrun) every process measures the batches it is given, if any, and gets the
-    map of all of them together; all processes must call, with the same model.
+    map of all of them together; all processes must call, with the same model. What `fully_shard` (FSDP2) has sharded is
+    gathered a layer at a time, in the forward and on the way down.
 
     Args:
         model (nn.Module): a transformers causal LM with experts, in any floating dtype and on any device; with or

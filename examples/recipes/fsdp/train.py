@@ -3,8 +3,8 @@
     accelerate launch --config_file examples/recipes/fsdp/fsdp2.yaml examples/recipes/fsdp/train.py MODEL TEXTS MAP OUT
 
 MODEL: a name or folder. TEXTS: a JSON Lines file with "text". MAP: what `measure_errors(...).save` wrote, in a run of
-its own: maps need the whole weights, on one device or by device_map. OUT: where the adapter goes. Under bf16 the banks
-stay in fp32 between steps. --resume goes on from the newest whole checkpoint in OUT, also on another number
+its own, on one device, by device_map, or of a base that fully_shard has split. OUT: where the adapter goes. Under bf16
+the banks stay in fp32 between steps. --resume goes on from the newest whole checkpoint in OUT, also on another number
 of GPUs.
 """
 
