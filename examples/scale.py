@@ -1,7 +1,8 @@
 """What growing costs at scale, on paper: bytes that are counted, by the formulas beside them; nothing is run or timed.
 
 Per process and step of a micro-batch: what FSDP, DDP and expert parallelism send by each way of training, what lies in
-memory, what breaks first. Configs are the public ones; tests/programs/test_scale.py counts a model in miniature.
+memory (as `pcgrow doctor --ranks` says), what breaks first. Configs are the public ones; tests/programs/test_scale.py
+counts a model in miniature.
 
     python examples/scale.py [--budget 0.12] [--tokens 4096]
 """
@@ -10,10 +11,15 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-# bytes of a number: of the base and of activations, of banks and their gradients, of Muon's momentum, of AdamW's two
-GB, BASE, BANK, MUON, ADAM = 1e9, 2, 4, 4, 8
-# what an H100 has, and what it may receive in a second from its node (NVLink) and from others (400 Gb/s)
-MEMORY, INSIDE, BETWEEN, NODE = 80 * GB, 450 * GB, 50 * GB, 8
+from transformers import DeepseekV3Config, Qwen3MoeConfig
+
+from peft_pcgrow.command.doctor import Checkup, check_up, gpu_bytes
+
+# bytes of a number: of the base and of activations, of banks and their gradients
+GB, BASE, BANK = 1e9, 2, 4
+# what an H100 may receive in a second from its node (NVLink) and from others (400 Gb/s)
+INSIDE, BETWEEN, NODE = 450 * GB, 50 * GB, 8
+LENGTH = 512
 FLOPS = 4e14  # that dense products reach in a second, of 9.9e14
 WAYS = ("full training", "LoRA", "sweep", "direct")
 
@@ -69,12 +75,17 @@ DEEPSEEK = Shape(
     *("DeepSeek-V3", 61, 7168, 256, 8, 2048, 129_280, latent_attention(7168, 128, 1536, 512, 128, 64, 128)),
     *(128 * 192, 128 * 192, 1, 3, 18_432),
 )
+QWEN_CONFIG = Qwen3MoeConfig(
+    vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, dtype="bfloat16",
+)  # fmt: skip
+DEEPSEEK_CONFIG = DeepseekV3Config(dtype="bfloat16")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A shape on so many processes, each with a micro-batch of `tokens`; `budget` of the experts grow, spread alike
-    over the layers from `lowest` on. Weights and banks are sharded by FSDP; `spread`: experts lie on so many."""
+    over the layers from `lowest` on. Weights and banks are sharded by FSDP."""
 
     shape: Shape
     ranks: int
@@ -82,7 +93,6 @@ class Plan:
     budget: float = 0.12
     lowest: int = 0
     rank: int = 16  # of LoRA on attention and all experts
-    spread: int = 1
 
     @property
     def banks(self) -> float:
@@ -105,9 +115,11 @@ class Plan:
 
     def fsdp(self, way: str) -> dict[str, float]:
         """Bytes that a process receives in a step: all-gathers of weights, (n - 1) / n of them each, in the forward and
-        wherever a layer runs again, and one reduce-scatter of gradients. Direct needs no base in its backward."""
+        when an error reaches a layer (by direct too, which hardly needs them there), and one reduce-scatter of
+        gradients."""
         share, base = (self.ranks - 1) / self.ranks, BASE * self.shape.parameters()
         (forward, again), wide = self.runs(way), BASE if way == "full training" else BANK
+        again = forward - self.lowest if way == "direct" else again
         trained = self.trained(way) * (0 if way == "full training" else BANK)
         return {
             "forward": share * (base + trained),
@@ -132,27 +144,6 @@ class Plan:
         """Of an error map's summed gradients on each process: fp32, hidden sides sketched, for each of four folds."""
         width = min(self.shape.hidden, sketch)
         return 4 * 4 * self.shape.sparse_layers * self.shape.experts * 3 * width * self.shape.inner
-
-    def memory(self, way: str) -> dict[str, float]:
-        """Bytes at a process's peak, with AdamW (and weights in fp32, if all train), or Muon on banks. Two layers are
-        gathered at a time, to run and to come, with their banks; of activations, every layer's input is kept and one
-        layer's inside (LoRA and full training with checkpoints)."""
-        s, shards = self.shape, self.ranks
-        trained, wide = self.trained(way), BASE if way == "full training" else BANK
-        beside = 0.0 if way == "full training" else trained
-        optimizer = {"full training": ADAM + 4, "LoRA": ADAM}.get(way, MUON)
-        inside = 6 * s.hidden + 2 * s.queries + 4 * s.keys + s.top_k * (3 * s.inner + 2 * s.hidden)
-        layer = s.layer(s.experts // self.spread)
-        return {
-            "weights": BASE * s.parameters() / shards,
-            "banks": BANK * beside / shards,
-            "gradients": wide * trained / shards,
-            "optimizer": optimizer * trained / shards,
-            "gathered layers": 2 * (BASE * layer + (BANK + BASE) * beside / s.layers / self.spread),
-            "layer inputs": s.layers * self.tokens * s.hidden * BASE,
-            "one layer inside": self.tokens * inside * BASE,
-            "logits": self.tokens * s.vocabulary * (BASE + 2 * 4),
-        }
 
     def seconds(self, way: str) -> tuple[float, float]:
         """At best: to receive what FSDP sends, where the slower of the two ways in takes all of it; and to compute, 2
@@ -195,23 +186,15 @@ def sent(plans: dict[str, Plan]) -> str:
     return table(head, rows)
 
 
-def held(plans: dict[str, Plan], way: str) -> str:
-    found = {name: plan.memory(way) for name, plan in plans.items()}
-    rows = [[part, *(gigabytes(each[part]) for each in found.values())] for part in next(iter(found.values()))]
-    return table([way, *found], [*rows, ["all", *(gigabytes(sum(each.values())) for each in found.values())]])
-
-
-def breaks(plans: dict[str, Plan]) -> str:
-    """What does not fit, or is largest, and what waits: of each plan, with the sweep."""
+def breaks(plans: dict[str, tuple[Plan, Checkup]]) -> str:
+    """What does not fit, and what waits: of each plan, with the sweep."""
     lines = []
-    for name, plan in plans.items():
-        parts = plan.memory("sweep")
-        part = max(parts, key=lambda each: parts[each])
-        fits = "fits" if sum(parts.values()) < MEMORY else "does NOT fit"
+    for name, (plan, found) in plans.items():
+        row = found.steps[0]
         waits, computes = plan.seconds("sweep")
         lines.append(
-            f"- {name}: {gigabytes(sum(parts.values()))} GB, {fits}; largest: {part}, {gigabytes(parts[part])}; FSDP "
-            f"waits {waits / computes:.1f} times as long as it computes; the map with gradients: "
+            f"- {name}: {gigabytes(row.peak)} GB, {'fits' if found.fits(row) else 'does NOT fit'}; FSDP waits "
+            f"{waits / computes:.1f} times as long as it computes; the map with gradients: "
             f"{gigabytes(plan.map_bytes())} GB on each process"
         )
     return "\n".join(lines) + "\n\n" + CHANGES
@@ -240,10 +223,13 @@ def main() -> None:
     }
     rows = [[what, *(gigabytes(sum(p.fsdp("sweep").values())) for p in each)] for what, each in grow.items()]
     print(table(("", "first", "second", "third"), rows))
-    print("GB at a process's peak\n")
-    for way in WAYS[:3]:  # direct as the sweep
-        print(held(plans, way))
-    print("What breaks first\n\n" + breaks({**plans, "DeepSeek-V3, 64, experts on 8": plan(DEEPSEEK, 64, spread=8)}))
+    configs = {"Qwen3-30B-A3B, 8": QWEN_CONFIG, "DeepSeek-V3, 64": DEEPSEEK_CONFIG}
+    checked = {}
+    for name, each in plans.items():
+        batch, gpu = max(1, args.tokens // LENGTH), gpu_bytes("H100")
+        checked[name] = each, check_up(configs[name], args.budget, None, batch, LENGTH, gpu, ranks=each.ranks)
+        print(f"{name}: {checked[name][1]}\n")
+    print("What breaks first\n\n" + breaks(checked))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run by test_fsdp.py in two processes, and imported by it for the same steps in one."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,20 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from peft_pcgrow import Muon, PCGrowConfig, compress, create_pcgrow_optimizer, find_lr, measure_errors
-from tiny import build, mixed, spawned, tokens
+from peft_pcgrow import (
+    Muon,
+    PCGrowConfig,
+    compress,
+    create_pcgrow_optimizer,
+    find_lr,
+    measure_errors,
+    order_by_surprisal,
+)
+from peft_pcgrow.maps.map_tensors import to_tensors
+from tiny import VOCABULARY, build, domain, mixed, retain, spawned, tokens
 
 # of two processes, one holds 4 and 4, 1 and 0, 2 and 1 nodes
 LOCUS = {0: list(range(8)), 1: [1], 2: [1, 3, 6]}
@@ -47,13 +58,28 @@ def newborns(**changes: Any) -> PeftModel:
     return spawned(protect=0.5, lora=LoraConfig(r=2, target_modules=["q_proj"]), **changes).train()
 
 
-def sharded(model: PeftModel, **options: Any) -> PeftModel:
+def layers_of(model: Any) -> nn.ModuleList:
+    return getattr(model, "get_base_model", lambda: model)().model.layers
+
+
+def sharded(model: Any, **options: Any) -> Any:
     """By its layers, if there are several processes."""
     if dist.is_initialized():
-        for layer in model.get_base_model().model.layers:
+        for layer in layers_of(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
     return model
+
+
+def sharded_in_parts(model: Any) -> Any:
+    """Attention and experts apart, and what is above and below the layers."""
+    if dist.is_initialized():
+        for layer in layers_of(model):
+            for part in (layer.self_attn, layer.mlp.experts):
+                fully_shard(part)
+        fully_shard([model.model.norm, model.lm_head])
+        fully_shard(model.model.embed_tokens)
+    return sharded(model)
 
 
 def share(ids: Tensor) -> Tensor:
@@ -106,6 +132,7 @@ def train(model: Any, half: Path | None = None, text: Callable[..., Tensor] = to
     for number in range(STEPS):
         if half is not None and number == STEPS // 2:
             keep(model, optimizer, half)
+            measure_errors(model, [tokens(2, 8)], progress=False)  # which training does not notice
         losses.append(step(model, optimizer, number, text))
     return {"losses": losses, "weights": trained(model)}
 
@@ -152,27 +179,54 @@ def resume(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "weights": trained(model)}
 
 
-@contextmanager
-def counting() -> Iterator[dict[str, int]]:
+def halves(texts: list[Tensor]) -> list[Tensor]:
+    """Of several processes, each has its half."""
+    rank, world = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
+    return texts[rank * len(texts) // world : (rank + 1) * len(texts) // world]
+
+
+def only(texts: list[Tensor], rank: int) -> list[Tensor]:
+    return [] if dist.is_initialized() and dist.get_rank() != rank else texts
+
+
+def maps() -> dict[str, Any]:
+    """Of models that are sharded, if there are several processes: their maps; and how many layers are whole at a time
+    while one is measured."""
+    ours, theirs = [domain(1, 12, s) for s in range(8)], [retain(1, 12, s) for s in range(8)]
+    base, parts, counts = sharded(build()), sharded_in_parts(build()), set()
+    born = sharded(newborns())
+    handles = [
+        layer.mlp.register_forward_hook(
+            lambda *_: counts.add(sum(not isinstance(each.mlp.gate.weight, DTensor) for each in layers_of(base)))
+        )
+        for layer in layers_of(base)
+    ]
+    found = {
+        "base": measure_errors(base, halves(ours), retain=halves(theirs), window=4, progress=False),
+        "without text": measure_errors(base, only(ours[:3], 0), heldout=only(ours[4:], 1), progress=False),
+        "in parts": measure_errors(parts, halves(ours), settle="direct", settle_depth=1, progress=False),
+        "newborns": measure_errors(born, halves(ours), progress=False),
+    }
+    for handle in handles:
+        handle.remove()
+    born.refit_gates(halves(ours), halves(theirs))
+    gates = {name: held.clone() for name, held in born.named_buffers() if "pcgrow_gate" in name}
+    return {"maps": {n: to_tensors(emap) for n, emap in found.items()}, "refitted": gates, "whole at a time": counts}
+
+
+class Counting(TorchDispatchMode):
     """Bytes that a process sends or gets by collectives, by their names: of the whole that is gathered or spread."""
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
-    sent, own = dict.fromkeys(names, 0), {name: getattr(dist, name) for name in names}
 
-    def counted(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            held = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
-            sent[name] += max(tensor.numel() * tensor.element_size() for tensor in held)
-            return own[name](*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, int] = {}
 
-        return call
-
-    try:
-        for name in names:
-            setattr(dist, name, counted(name))
-        yield sent
-    finally:
-        for name in names:
-            setattr(dist, name, own[name])
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace == "c10d":
+            held = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            size = max((each.numel() * each.element_size() for each in held), default=0)
+            self.sent[func.name()] = self.sent.get(func.name(), 0) + size
+        return func(*args, **(kwargs or {}))
 
 
 def traffic(**changes: Any) -> dict[str, int]:
@@ -180,16 +234,16 @@ def traffic(**changes: Any) -> dict[str, int]:
     model = sharded(grow(**changes))
     optimizer = create_pcgrow_optimizer(model, lr=0.02)
     step(model, optimizer, 0)
-    with counting() as sent:
+    with Counting() as counted:
         step(model, optimizer, 1)
-    return sent
+    return counted.sent
 
 
 def said(call: Callable[[], Any]) -> str:
     """What is raised."""
     try:
         call()
-    except (ValueError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -234,6 +288,37 @@ def broken_steps() -> dict[str, str]:
     }
 
 
+def ending() -> Iterator[Tensor]:
+    """Text in the midst of which process 1 ends."""
+    for seed in range(4):
+        yield tokens(2, 8, seed)
+        if dist.get_rank() == 1:
+            os._exit(0)
+
+
+def failing_maps() -> dict[str, str]:
+    """What is raised where maps of a sharded model cannot be measured, or a process fails in the midst."""
+    model, rank = build(), dist.get_rank()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY - 1 :] = float("nan")
+    sharded(model)
+
+    def broken() -> Iterator[Tensor]:
+        yield tokens()
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from tokens(8).split(2)
+
+    text = [tokens(2, 8), torch.full((2, 8), VOCABULARY - 2 + rank)]
+    calls: dict[str, dict[str, Any]] = {
+        "map, relaxed": {"batches": text, "settle": "relax"},
+        "map, text of its own": {"batches": text, "retain": "self"},
+        "map, no disk": {"batches": broken()},
+        "map, not finite": {"batches": text},
+    }
+    return {name: said(lambda call=call: measure_errors(model, **call, progress=False)) for name, call in calls.items()}
+
+
 def refused() -> dict[str, str]:
     """What is raised before anything is done."""
     model, text = sharded(grow()), tokens(8).split(2)
@@ -244,7 +329,8 @@ def refused() -> dict[str, str]:
     optimizer = create_pcgrow_optimizer(early, lr=0.02)
     return {
         "optimizer before": said(lambda: step(sharded(early), optimizer, 0)),
-        "map": said(lambda: measure_errors(model, text, progress=False)),
+        **failing_maps(),
+        "order": said(lambda: order_by_surprisal(list(text[0]), model, progress=False)),
         "find_lr": said(lambda: find_lr(model, text)),
         "merge": said(model.merge_adapter),
         "another adapter": said(lambda: model.add_adapter("more", PCGrowConfig(locus=LOCUS))),
@@ -275,12 +361,15 @@ def main(folder: Path) -> None:
     born = sharded(newborns())
     found["spawned"] = train(born, text=mixed)
     found["written"] = written(born)
+    found["maps"] = maps()
     found["buffers"] = {name: held.clone() for name, held in born.named_buffers() if "pcgrow" in name}
-    found["traffic"] = {way: traffic(settle=way) for way in ("sweep", "backprop")}
+    found["traffic"] = {way: traffic(settle=way) for way in ("sweep", "direct", "backprop")}
     found["broken"] = broken_steps()
     found["refused"] = refused()
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    found["dying"] = said(lambda: measure_errors(sharded(build()), ending(), progress=False))
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    os._exit(0)  # there is nobody to say goodbye to
 
 
 if __name__ == "__main__":

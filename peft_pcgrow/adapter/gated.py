@@ -9,7 +9,7 @@ from torch import nn
 from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.architectures.find import find_experts
-from peft_pcgrow.architectures.sharded import check_whole
+from peft_pcgrow.architectures.gathered import device_of, gathered_by_layer, to_gather
 from peft_pcgrow.maps.batches import held_still, read_batches
 from peft_pcgrow.maps.distributed import everywhere, together
 from peft_pcgrow.maps.fit_gates import compare
@@ -83,8 +83,7 @@ class Gated:
         if idle := [name for name in names if name not in self.active_adapters]:
             raise ValueError(f"adapters {idle} are not active, and gates are fitted to what runs: activate them first")
         with together("refit_gates"), held_still(self.model):
-            check_whole(self.model, "refit_gates")
-            device = next(self.model.parameters()).device
+            engines, device = to_gather(self.model, "refit_gates"), device_of(self.model)
             domain, spared = (
                 everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), device)
                 for text in (batches, retain)
@@ -92,11 +91,11 @@ class Gated:
             fitted = []
             for name in names:
                 # adapters may grow nodes of other kinds
-                tree, window = (
-                    find_experts(self.model, self.peft_config[name].nodes),
-                    self.peft_config[name].gate_window,
-                )
-                fitted.append((tree, compare(self.model, tree, domain, spared, window, None, progress)))
+                config = self.peft_config[name]
+                tree = find_experts(self.model, config.nodes, bool(engines))
+                with gathered_by_layer(engines, tree.layers):
+                    compared = compare(self.model, tree, domain, spared, config.gate_window, None, progress)
+                fitted.append((tree, compared))
         for name, (tree, separation) in zip(names, fitted, strict=True):
             for row, site in enumerate(tree.sites):
                 if isinstance(site.module, PCGrowExperts) and site.module.spawned(name):

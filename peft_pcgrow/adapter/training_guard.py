@@ -261,7 +261,8 @@ class TrainingGuard(StepWatcher):
             seen = self.watched.get(weight)
             if seen is None or id(weight) not in groups or (seen.inside and not in_backward()):
                 continue
-            if seen.fixed is not None:
+            # at a rate of zero, as where torch makes an optimizer's state, nothing has moved, and rounding must not
+            if seen.fixed is not None and moves(groups[id(weight)]) is not False:
                 # whatever the optimizer made of the gradient (Adam's scales, weight decay), those directions stay
                 directions, held = _directions(layer, adapter, weight), local(weight)
                 if directions is None:

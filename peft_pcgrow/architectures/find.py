@@ -73,7 +73,7 @@ class Tree:
         return {site.layer: site.experts for site in self.sites}
 
 
-def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
+def find_experts(model: nn.Module, nodes: str | None = None, sharded: bool = False) -> Tree:
     """Find decoder layers, experts modules and routers by contract. The model stays as it is.
 
     Blocks that do not follow the contract by themselves are tried, on a few random tokens, and their sites say how they
@@ -84,6 +84,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
         nodes (str): "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them;
             "dense": the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer.
             None: routed where there are some, else dense.
+        sharded (bool): take weights that `fully_shard` has split for plain ones: for what gathers them itself.
 
     Returns:
         The decoder layers, and a site for each that has experts: its module, its router and how many there are.
@@ -123,7 +124,7 @@ def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     assert isinstance(layers, nn.ModuleList)
     sites = []
     for name, base in found.items():
-        _check_base(name, base, model)
+        _check_base(name, base, model, sharded)
         outer = name
         while outer.endswith(".base_layer"):
             outer = outer.removesuffix(".base_layer")
@@ -208,7 +209,7 @@ def check_in_memory(tree: Tree) -> None:
             )
 
 
-def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
+def _check_base(name: str, base: ExpertsModule, model: nn.Module, sharded: bool) -> None:
     if getattr(base, EXPERTS_MARK):
         raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
     _check_forward(name, base)
@@ -220,7 +221,7 @@ def _check_base(name: str, base: ExpertsModule, model: nn.Module) -> None:
         raise ValueError(f"{name} ({type(base).__name__}) is not its weights alone: {why}")
     if is_packed(base) or is_adopted(base):
         return  # ours, or looked at before it was adopted
-    if (why := why_not_stacks(base, [*names, *expert_stacks(base)], base.num_experts)) is not None:
+    if (why := why_not_stacks(base, [*names, *expert_stacks(base)], base.num_experts, sharded)) is not None:
         raise ValueError(
             f"{name} ({type(base).__name__}) holds no plain weights, which growing, measuring and packing need: {why}. "
             f"Instead, {way_out(getattr(model, 'config', base.config))}"

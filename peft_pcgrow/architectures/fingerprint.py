@@ -1,7 +1,7 @@
 """What tells one base model from another."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple
 from typing import Any
 
@@ -22,9 +22,13 @@ ROUNDED = {
 }
 
 
-def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
+def describe_base(model: nn.Module, tree: Tree, read: Callable[[Any], Any] = lambda weight: weight) -> dict[str, Any]:
     """What tells one base from another: model type, shapes and fingerprints of routers and experts (None if they
-    cannot be told: on the meta device, sharded, quantized or packed; or if there are none)."""
+    cannot be told: on the meta device, sharded, quantized or packed; or if there are none).
+
+    Args:
+        read: called with each weight; of sharded ones it may give all.
+    """
     config = experts.text_config(getattr(model, "config", None))
     site = tree.sites[0]
     shapes = {name: list(stack.shape[1:]) for name, stack in experts.expert_stacks(site.base).items()}
@@ -37,25 +41,25 @@ def describe_base(model: nn.Module, tree: Tree) -> dict[str, Any]:
         "vocabulary": getattr(config, "vocab_size", None),
         # absent of routed experts, as in maps and adapters from before there was a choice
         **({} if tree.nodes == "routed" else {"nodes": tree.nodes}),
-        "routers": _fingerprint(_router_weights(tree)),
-        "stacks": _fingerprint(_samples(tree)),
+        "routers": _fingerprint(_router_weights(tree, read)),
+        "stacks": _fingerprint(_samples(tree, read)),
     }
 
 
-def _router_weights(tree: Tree) -> Iterator[Tensor | None]:
+def _router_weights(tree: Tree, read: Callable[[Any], Any]) -> Iterator[Tensor | None]:
     for site in tree.sites:
-        for parameter in site.router.parameters() if site.router is not None else ():
+        for parameter in map(read, site.router.parameters() if site.router is not None else ()):
             if parameter.is_floating_point():
                 yield parameter.detach() if _readable(parameter) else None
 
 
-def _samples(tree: Tree) -> Iterator[Tensor | None]:
+def _samples(tree: Tree, read: Callable[[Any], Any]) -> Iterator[Tensor | None]:
     """Some numbers of every stack, always the same ones."""
     for site in tree.sites:
         if experts.is_packed(site.base):
             yield None
             return
-        for stack in experts.expert_stacks(site.base).values():
+        for stack in map(read, experts.expert_stacks(site.base).values()):
             yield _sample(stack) if _readable(stack) else None
 
 

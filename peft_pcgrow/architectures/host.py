@@ -77,6 +77,8 @@ FSDP1 = {"FullyShardedDataParallel": "torch.distributed.fsdp"}
 FSDP2 = {"FSDPModule": "torch.distributed.fsdp"}
 # set on every module whose weights the second gathers: these are other tensors in each forward
 MANAGED = "_is_fsdp_managed_module"
+# where the hooks are from by which it gathers
+GATHERS = "torch.distributed.fsdp"
 DTENSOR = {"DTensor": "torch.distributed.tensor"}
 # set on parameters that lie in a flat one; on those that DeepSpeed partitions
 FLAT, PARTITIONED = ("_fsdp_flattened", "_is_flat_param"), "ds_id"
@@ -94,6 +96,11 @@ def loaded(names: dict[str, str]) -> tuple[type, ...]:
     """The classes of a table above that this process has imported."""
     found = (getattr(sys.modules.get(module), name, None) for name, module in names.items())
     return tuple(kind for kind in found if kind is not None)
+
+
+def gathers(hook: Any) -> bool:
+    """Whether a module's hook is one that gathers its sharded weights."""
+    return (getattr(hook, "__module__", None) or "").startswith(GATHERS)
 
 
 def block_class(name: str) -> type | None:

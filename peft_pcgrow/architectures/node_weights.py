@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.host import BITSANDBYTES, HOOK, OLD_FORWARD, loaded, plain_forwards
+from peft_pcgrow.architectures.host import BITSANDBYTES, HOOK, OLD_FORWARD, gathers, loaded, plain_forwards
 from peft_pcgrow.settling.conditions import own_hooks
 
 # what torch's own tools leave beside a weight that they compute anew at every call, and what takes them off
@@ -38,7 +38,7 @@ def why_computed(module: Any, names: Iterable[str]) -> str | None:
 def why_hooked(module: Any) -> str | None:
     """What else runs when a module is called, which grown copies of its weights would not."""
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
-    if own := own_hooks(hooks):
+    if own := [key for key in own_hooks(hooks) if not gathers(hooks[key])]:
         named = getattr(hooks[own[0]], "__qualname__", None) or type(hooks[own[0]]).__name__
         return (
             f"it has a forward hook ({named}), which grown copies of its weights would not run: remove it by its "

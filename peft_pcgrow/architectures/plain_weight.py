@@ -19,31 +19,32 @@ _SCALES = re.compile(r"(^|_)(scales?|scale_inv|zeros?|zero_point|qzeros|blocks|a
 PACKED_METHOD = "pcgrow"
 
 
-def why_not_plain(tensor: Any) -> str | None:
-    """What a tensor is, if it is no plain weight."""
+def why_not_plain(tensor: Any, sharded: bool = False) -> str | None:
+    """What a tensor is, if it is no plain weight; `sharded`: a shard of one will do."""
     if not isinstance(tensor, Tensor):
         return f"a {type(tensor).__name__}"
-    if (sharded := how_sharded(tensor)) is not None:
-        return sharded
-    if type(tensor) not in (Tensor, nn.Parameter):
+    how = how_sharded(tensor)
+    if how is not None and not sharded:
+        return how
+    if how is None and type(tensor) not in (Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}"
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         return f"codes in {str(tensor.dtype).removeprefix('torch.')}"
     return None
 
 
-def why_not_stacks(module: Any, names: Iterable[str], count: int) -> str | None:
+def why_not_stacks(module: Any, names: Iterable[str], count: int, sharded: bool = False) -> str | None:
     """Why the parameters `names` of an experts module, one slice for each of `count` experts, are no plain weights."""
     for name in names:
         if name in getattr(module, "parametrizations", ()):
             return f"{name} is computed from other tensors (a parametrization, as of bitsandbytes)"
-        if (what := why_not_plain(getattr(module, name, None))) is not None:
+        if (what := why_not_plain(getattr(module, name, None), sharded)) is not None:
             return f"{name} is {what}"
         if len(getattr(module, name)) != count:
             return f"{name} has {len(getattr(module, name))} slices for {count} experts"
     known = set(names)
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if name not in known and (_SCALES.search(name) or why_not_plain(tensor) is not None):
+        if name not in known and (_SCALES.search(name) or why_not_plain(tensor, sharded) is not None):
             return f"beside its weights there is {name}"
     return None
 

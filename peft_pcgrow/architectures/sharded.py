@@ -50,6 +50,12 @@ def is_by_fsdp2(model: nn.Module) -> bool:
     Raises:
         ValueError: another engine has, or one beside it.
     """
+    return bool(fsdp2_engines(model))
+
+
+def fsdp2_engines(model: nn.Module) -> list[Any]:
+    """The modules around or inside of a model that `fully_shard` has made gather its weights; ValueError as for
+    `is_by_fsdp2`."""
     engines = _engines(model)
     if (one := next((each for each in engines if isinstance(each, loaded(FSDP1))), None)) is not None:
         raise ValueError(f"the model is inside of {type(one).__name__} (FSDP1): {INSTEAD}")
@@ -60,7 +66,7 @@ def is_by_fsdp2(model: nn.Module) -> bool:
             raise ValueError(f"{name} is {how}: {INSTEAD}")
         if how is not None and sum(not placed.is_replicate() for placed in parameter.placements) > 1:  # type: ignore
             raise ValueError(f"{name} is sharded by tensor or expert parallelism beside fully_shard: {INSTEAD}")
-    return bool(engines)
+    return engines
 
 
 def reshard(model: nn.Module) -> None:
@@ -127,7 +133,7 @@ def _engines(model: nn.Module) -> list[Any]:
     """The modules around or inside of a model that gather weights for it, by whatever engine."""
     if not (dist.is_available() and dist.is_initialized() and (kinds := loaded(FSDP1 | FSDP2))):
         return []
-    inside = set(model.modules())
+    inside = [each for each in model.modules() if isinstance(each, kinds)]
     # others are not asked for their class, which proxies answer by failing
-    found = (each for each in gc.get_objects() if issubclass(type(each), kinds))
-    return [each for each in found if each in inside or model in set(each.modules())]
+    found = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    return inside + [each for each in found if each is not model and model in set(each.modules())]

@@ -36,7 +36,7 @@ class Checkup:
         budget: share of the nodes. grown: how many these are; bank, step: bytes of their weights, and of what a
             training step adds to these (gradients, and momentum).
         batch, length: of a step. steps: what it takes, by every way; why_no_steps: why that is not known.
-        gpu: bytes that are there.
+        gpu: bytes that are there. ranks: processes over which FSDP2 spreads a step; its numbers are then of one.
     """
 
     architecture: str
@@ -59,6 +59,7 @@ class Checkup:
     steps: tuple[StepMemory, ...] = ()
     why_no_steps: str = ""
     gpu: int | None = field(default=None, kw_only=True)
+    ranks: int = field(default=1, kw_only=True)
 
     def __str__(self) -> str:
         routed = "" if self.chosen is None else f", {self.chosen} for each token"
@@ -78,14 +79,15 @@ class Checkup:
         """What steps take."""
         if not self.steps:
             return [f"what activations take is not known: {self.why_no_steps}"] if self.why_no_steps else []
+        of_each = f", on each of {self.ranks} processes that FSDP2 spreads every layer over" if self.ranks > 1 else ""
         lines = [
             f"a step of {self.batch} texts of {self.length} tokens, the nodes spread over the layers (newborns as "
-            "deepened experts):",
-            f"  {'':<9} {'':<6} {'adapter':>9} {'state':>9} {'step':>9} {'in all':>9}",
+            f"deepened experts){of_each}:",
+            f"  {'':<9} {'':<6} {'base':>9} {'adapter':>9} {'state':>9} {'step':>9} {'in all':>9}",
         ]
         for row in self.steps:
             fits = "" if self.gpu is None else "  fits" if self.fits(row) else "  too large"
-            sizes = "".join(f" {_size(count):>9}" for count in (row.adapter, row.state, row.step, row.peak))
+            sizes = "".join(f" {_size(count):>9}" for count in (row.base, row.adapter, row.state, row.step, row.peak))
             lines.append(f"  {row.way:<9} {row.optimizer:<6}{sizes}{fits}")
         if self.gpu is not None:
             lines.append(f"  fits: into {_size(self.gpu)}, {SPARE:.0%} of it left to the runtime")
@@ -108,11 +110,13 @@ def check_up(
     length: int = 512,
     gpu: int | None = None,
     device: str = "cuda",
+    ranks: int = 1,
 ) -> Checkup:
     """Look a model over on the meta device, from its config alone.
 
     Args:
-        batch, length: of a step. gpu: bytes that it is to fit into. device: as for `step_memory`.
+        batch, length: of a step, of each process. gpu: bytes that it is to fit into.
+        device, ranks: as for `step_memory`.
 
     Raises:
         Unusable: a budget that is no share, nothing in it can grow, or transformers has no causal LM for it.
@@ -134,7 +138,9 @@ def check_up(
     spread = {site.layer: (grown * (n + 1)) // layers - (grown * n) // layers for n, site in enumerate(tree.sites)}
     steps, why = (), ""
     try:
-        steps = tuple(step_memory(model, tree, {layer: n for layer, n in spread.items() if n}, batch, length, device))
+        steps = tuple(
+            step_memory(model, tree, {layer: n for layer, n in spread.items() if n}, batch, length, device, ranks)
+        )
     except Exception as error:  # a model's own code, which was not made to run without numbers
         why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
     return Checkup(
@@ -158,6 +164,7 @@ def check_up(
         steps=steps,
         why_no_steps=why,
         gpu=gpu,
+        ranks=ranks,
     )
 
 

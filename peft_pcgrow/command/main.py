@@ -71,6 +71,7 @@ def doctor(
     budget: Annotated[float, typer.Option(help="Share of the nodes to grow.")] = 0.2,
     nodes: Annotated[str | None, typer.Option(help="routed, shared or dense.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Say what fits: into as many GiB, or a GPU's name (H100).")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that FSDP2 spreads training over.")] = 1,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window in training.")] = 512,
     batch_size: Batch = 8,
     revision: Revision = None,
@@ -79,7 +80,7 @@ def doctor(
     """Say what of a model can grow, and what a training step takes by every way; no weight is loaded."""
     with exit_codes() as stdout:
         there = None if gpu is None else gpu_bytes(gpu)
-        found = check_up(load_config(model, revision), budget, nodes, batch_size, length, there)
+        found = check_up(load_config(model, revision), budget, nodes, batch_size, length, there, ranks=ranks)
         show(found, found.row(), as_json, stdout)
 
 

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from peft_pcgrow.gates.text_borders import Told
 from peft_pcgrow.maps.corpus import IGNORED, read_corpus
 from peft_pcgrow.settling.output_head import OutputHead
 
+# inputs with a row for each row of a batch; others, of images for example, only look so when numbers happen to agree
+BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 NO_GRADIENTS = (
     "errors are gradients, and torch.inference_mode() keeps none: measure outside of it, a model that was made outside "
     "of it"
@@ -70,25 +73,36 @@ def token_losses(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def settled_losses(model: nn.Module) -> Iterator[Callable[[dict[str, Any], Tensor], float]]:
+def settled_losses(
+    model: nn.Module, agreed: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[Callable[[dict[str, Any], Tensor], float]]:
     """Inside, what sums the token losses of one batch, given as `inputs` and `target`, carries their error down, and
-    returns the sum in nats."""
+    returns the sum in nats; `agreed` is entered between the two, around the look whether the sum is finite."""
     head = OutputHead.of(model)
     try:
-        yield partial(_settle_batch, model, head)
+        yield partial(_settle_batch, model, head, agreed)
     finally:
         if head is not None:
             head.remove()
 
 
-def _settle_batch(model: nn.Module, head: OutputHead | None, inputs: dict[str, Any], target: Tensor) -> float:
+def _settle_batch(
+    model: nn.Module,
+    head: OutputHead | None,
+    agreed: Callable[[], AbstractContextManager[None]],
+    inputs: dict[str, Any],
+    target: Tensor,
+) -> float:
     with torch.enable_grad():
         loss = None if head is None or not head.fits else _loss_without_logits(model, head, inputs, target)
         if loss is None:
             loss = token_losses(predict(model, inputs), target).sum()
     value = float(loss.detach())
-    if not value < float("inf"):
-        raise FloatingPointError(f"the loss of a batch is {value}: check the model's weights and the batch's tokens")
+    with agreed():
+        if not value < float("inf"):
+            raise FloatingPointError(
+                f"the loss of a batch is {value}: check the model's weights and the batch's tokens"
+            )
     loss.backward()
     return value
 
@@ -206,6 +220,37 @@ def read_batches(
         yield read
         if max_tokens is not None and (tokens := tokens + read.tokens) >= max_tokens:
             return
+
+
+def in_pieces(source: Iterator[Batch], max_tokens: int | None, folds: int) -> Iterator[list[Batch]]:
+    """Each batch, in pieces of some of its rows where there are fewer batches than folds."""
+    first: list[Batch] = []
+    tokens = 0
+    for read in source:
+        first.append(read)
+        full = max_tokens is not None and (tokens := tokens + read.tokens) >= max_tokens
+        if full or len(first) == folds:
+            break
+    pieces = -(-folds // max(len(first), 1))
+    for read in chain(first, source):
+        yield _cut(read, pieces)
+
+
+def _cut(batch: Batch, pieces: int) -> list[Batch]:
+    """Some of its rows each; whole, if the model takes more than what is known to have a row for each text."""
+    rows = len(batch.target)
+    for name, value in batch.inputs.items():
+        by_row = name in BY_ROW and isinstance(value, Tensor) and len(value) == rows
+        if not by_row and not isinstance(value, (bool, int, float, str, type(None))):
+            return [batch]
+    if pieces < 2 or rows < 2 or (batch.inputs.get("position_ids", batch.target).dim() > 2):
+        return [batch]
+    found = []
+    for chosen in torch.arange(rows, device=batch.target.device).chunk(pieces):
+        part = {name: value[chosen] if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+        start = None if batch.rows.start is None else batch.rows.start[chosen]
+        found.append(Batch(part, batch.target[chosen], Rows(batch.real[chosen], start)))
+    return found
 
 
 @contextmanager

@@ -32,15 +32,34 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+class FailedElsewhere(RuntimeError):
+    """Another process failed and has told all; nobody waits to be told of this."""
+
+
+def any_ready(what: str, ready: bool) -> bool:
+    """Whether a process has another step to take with the others; all must call, until none has.
+
+    Raises:
+        FailedElsewhere: one of them has failed in the midst of `together` instead.
+    """
+    told = gathered(ready)
+    for rank, each in enumerate(told):
+        if isinstance(each, str):
+            raise FailedElsewhere(f"{what} failed on process {rank} of {len(told)}: {each}")
+    return any(told)
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """What processes do side by side: if it fails on one, it is raised on all, and nobody waits for one that is gone.
 
-    All must enter; nothing inside may wait for another process.
+    All must enter; nothing inside may wait for another process, but by `any_ready`.
     """
     failed: Exception | None = None
     try:
         yield
+    except FailedElsewhere:
+        raise
     except Exception as error:
         failed = error
     told = gathered(None if failed is None else f"{type(failed).__name__}: {failed}")

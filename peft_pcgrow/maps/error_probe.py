@@ -1,7 +1,7 @@
 """What the error map looks at in each layer while a corpus is settled, and sums up."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import ExpertsSite, Tree
+from peft_pcgrow.architectures.gathered import Gather
 from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.maps.batches import IGNORED
@@ -20,7 +21,13 @@ from peft_pcgrow.settling.descent import Probe
 
 
 class ErrorProbe(Probe):
-    """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map."""
+    """Sums, per site and expert, what `ErrorMap` holds, going on from an unfinished map.
+
+    Attributes:
+        gather: of a layer's index: inside, its weights are whole, as in its forward; None: they always are.
+    """
+
+    gather: Gather | None = None
 
     def __init__(
         self,
@@ -100,12 +107,20 @@ class ErrorProbe(Probe):
             self.words += self._words.cpu()
         self._sums, self._images, self._words = {}, {}, None
 
+    @property
+    def frees(self) -> bool:  # type: ignore[override]
+        return self.gather is not None
+
+    def _whole(self, index: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.gather is None else self.gather(index)
+
     @contextmanager
     def watch(self, index: int) -> Iterator[Callable[[], list[Tensor]]]:  # type: ignore[override]
         self._routed, self._stacks, outputs = None, [], []
         site = self.sites.get(index)
         if site is None:
-            yield lambda: []
+            with self._whole(index):
+                yield lambda: []
             return
 
         def seen(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -114,6 +129,7 @@ class ErrorProbe(Probe):
 
         handles = []
         with ExitStack() as composed:
+            composed.enter_context(self._whole(index))
             try:
                 if self.sketch is not None:
                     if isinstance(site.module, (experts.GrownExperts, ViewedExperts)):

@@ -2,34 +2,36 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
 from peft_pcgrow.architectures.engines import inside
 from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
-from peft_pcgrow.architectures.sharded import check_whole
-from peft_pcgrow.gates.gate import Rows
+from peft_pcgrow.architectures.gathered import device_of, gathered_by_layer, to_gather
+from peft_pcgrow.architectures.sharded import whole
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
 from peft_pcgrow.maps.batches import (
+    IGNORED,
     Batch,
     check_causal,
     check_gradients,
     held_still,
+    in_pieces,
     known_words,
     read_batches,
     settled_losses,
 )
 from peft_pcgrow.maps.corpus import whole_number
-from peft_pcgrow.maps.distributed import check_same, everywhere, over_processes, process, processes, together
+from peft_pcgrow.maps.distributed import any_ready, check_same, everywhere, over_processes, process, processes, together
 from peft_pcgrow.maps.error_map import FOLDS, ErrorMap
 from peft_pcgrow.maps.error_probe import ErrorProbe
 from peft_pcgrow.maps.fit_gates import compare
@@ -43,9 +45,12 @@ from peft_pcgrow.settling.layer_stack import LayerStack
 # expert parameters up to which summed gradients are kept whole (4 folds in fp32: 1 GiB); beyond, sketched to this
 EXACT_PARAMETERS = 2**26
 SKETCH_DIM = 64
-# inputs with a row for each row of a batch; others, of images for example, only look so when numbers happen to agree
-BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 GONE = {"coherent": "it is called gradients="}
+IN_STEP = (
+    "the model is sharded by fully_shard, whose processes gather each layer together: settle='relax' runs layers as "
+    "often as its text asks for, and retain='self' writes as much as each has text. Sweep, and give what `sample_text` "
+    "wrote before the model was sharded"
+)
 OTHER_TEXT = "of other text, of more of it, or of the same in other batches"
 
 
@@ -77,7 +82,8 @@ def measure_errors(
     folds are cut between their texts.
 
     Under torch.distributed (accelerate, torchrun) every process measures the batches it is given, if any, and gets the
-    map of all of them together; all processes must call, with the same model.
+    map of all of them together; all processes must call, with the same model. What `fully_shard` (FSDP2) has sharded is
+    gathered a layer at a time, in the forward and on the way down.
 
     Args:
         model (nn.Module): a transformers causal LM with experts, in any floating dtype and on any device; with or
@@ -137,8 +143,10 @@ def measure_errors(
     with together("measure_errors"):
         check_causal(model)
         check_gradients(model)
-        check_whole(model, "measure_errors")
-        tree = find_experts(model, nodes)
+        engines = to_gather(model, "measure_errors")
+        if engines and (settle == "relax" or retain == "self"):
+            raise ValueError(IN_STEP)
+        tree = find_experts(model, nodes, bool(engines))
         check_unhooked(tree)
         way = Way(settle, settle_depth, settle_tol)
         given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
@@ -153,7 +161,7 @@ def measure_errors(
         if gradients:
             check_in_memory(tree)
         sketch_dim = given.get("sketch_dim", _sketch_dim(tree))
-        base = fingerprint.describe_base(model, tree) | {
+        base = fingerprint.describe_base(model, tree, whole) | {
             "sketch": sketch_dim if gradients else None,
             "settle": [settle, settle_depth] if settle == "direct" else settle,
         }
@@ -162,11 +170,12 @@ def measure_errors(
         run["weights"] = weights_in_use(model)
     asked = {"max_tokens": limit, "heldout": heldout is not None, "retain": retain is not None}
     check_same("measure_errors", {**run, **asked, "base": base})
-    device = next(model.parameters()).device
+    device = device_of(model)
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
     limit = None if limit is None else -(-limit // processes())
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
-    how = _How(model, adopt(tree), way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
+    sketch = GradientSketch(sketch_dim) if gradients else None
+    how = _How(model, adopt(tree), way, sketch, base, limit, progress, engines)
     seen: list[Batch] | None = None if retain is None else []
     with together("measure_errors"):
         resumed = saving.load()
@@ -184,7 +193,7 @@ def measure_errors(
                 "each, and labels that are not all -100"
             )
     if seen is not None:
-        with held_still(model):
+        with held_still(model), gathered_by_layer(engines, how.tree.layers):
             emap.separation = _separate(how, read, seen, retain, window, sketch_dim)
     return emap
 
@@ -200,6 +209,11 @@ class _How:
     base: dict[str, Any]
     max_tokens: int | None
     progress: bool
+    engines: list[Any]
+
+    def with_others(self, ready: bool) -> bool:
+        """Whether there is a step to take: of this process, or where that gathers weights, of any."""
+        return any_ready("measure_errors", ready) if self.engines else ready
 
 
 def _sweep(
@@ -233,11 +247,12 @@ def _sweep(
     with (
         tqdm(total=how.max_tokens, unit="tok", **options) as bar,
         held_still(how.model),
+        gathered_by_layer(how.engines, how.tree.layers) as probe.gather,
         probe.routing(),
         LayerStack(how.tree.layers, lambda: how.way, probe),
-        settled_losses(how.model) as settle_batch,
+        settled_losses(how.model, partial(together, "measure_errors") if how.engines else nullcontext) as settle_batch,
     ):
-        for number, pieces in enumerate(_batches(source, how.max_tokens), start=1):
+        for number, pieces in enumerate(in_pieces(source, how.max_tokens, FOLDS), start=1):
             for piece in pieces:
                 if seen is not None:
                     seen.append(piece)
@@ -247,6 +262,7 @@ def _sweep(
                 if resumed is not None and text.batches == known and text.hexdigest != resumed.run.get("read"):
                     raise saving.stale(OTHER_TEXT)
                 if text.batches > known or saving.folder is None:
+                    how.with_others(True)
                     probe.begin(piece.real, piece.target)
                     probe.loss += settle_batch(piece.inputs, piece.target)
             bar.update(done - bar.n)
@@ -255,8 +271,12 @@ def _sweep(
                 saving.save(whole(sofar()))
             if how.max_tokens is not None and done >= how.max_tokens:
                 break
-    if text.batches < known:
-        raise saving.stale(OTHER_TEXT)
+        if text.batches < known:
+            raise saving.stale(OTHER_TEXT)
+        nothing = torch.zeros(1, 2, dtype=torch.long, device=device_of(how.model))
+        while how.with_others(False):
+            probe.keep = nothing.flatten().bool()
+            settle_batch({"input_ids": nothing}, nothing + IGNORED)
     return sofar()
 
 
@@ -283,37 +303,6 @@ def _own_folder(checkpoint: str | os.PathLike | None) -> Path | None:
     if checkpoint is None:
         return None
     return Path(checkpoint) / f"process-{process()}" if processes() > 1 else Path(checkpoint)
-
-
-def _batches(source: Iterator[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:
-    """Each batch, in pieces of some of its rows where there are fewer batches than folds."""
-    first: list[Batch] = []
-    tokens = 0
-    for read in source:
-        first.append(read)
-        full = max_tokens is not None and (tokens := tokens + read.tokens) >= max_tokens
-        if full or len(first) == FOLDS:
-            break
-    pieces = -(-FOLDS // max(len(first), 1))
-    for read in chain(first, source):
-        yield _cut(read, pieces)
-
-
-def _cut(batch: Batch, pieces: int) -> list[Batch]:
-    """Some of its rows each; whole, if the model takes more than what is known to have a row for each text."""
-    rows = len(batch.target)
-    for name, value in batch.inputs.items():
-        by_row = name in BY_ROW and isinstance(value, Tensor) and len(value) == rows
-        if not by_row and not isinstance(value, (bool, int, float, str, type(None))):
-            return [batch]
-    if pieces < 2 or rows < 2 or (batch.inputs.get("position_ids", batch.target).dim() > 2):
-        return [batch]
-    found = []
-    for chosen in torch.arange(rows, device=batch.target.device).chunk(pieces):
-        part = {name: value[chosen] if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
-        start = None if batch.rows.start is None else batch.rows.start[chosen]
-        found.append(Batch(part, batch.target[chosen], Rows(batch.real[chosen], start)))
-    return found
 
 
 def _separate(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.sharded import whole
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.settling.conditions import adapters_in_use
@@ -23,12 +24,13 @@ def weights_in_use(model: nn.Module) -> str:
     """Digest of all parameters and buffers, of modules' numbers (experts per token, say), and of which adapters are in
     use; reads every weight once.
 
-    Of weights that are offloaded only the names and shapes are known.
+    Of weights that are offloaded only the names and shapes are known; sharded ones are gathered, one at a time, and all
+    processes must call.
     """
     digest = hashlib.sha256()
     held = [*model.named_parameters(), *model.named_buffers()]
     # a device is asked once it has summed everything, not for each piece
-    sums = [None if tensor.is_meta else torch.stack([*_sums(tensor.detach())]) for _, tensor in held]
+    sums = [None if tensor.is_meta else torch.stack([*_sums(whole(tensor.detach()))]) for _, tensor in held]
     for (name, tensor), pieces in zip(held, sums, strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         for piece in () if pieces is None else pieces.tolist():

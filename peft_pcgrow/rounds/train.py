@@ -1,7 +1,6 @@
 """Train what a round has grown, in transformers' own Trainer, until held-out text is predicted no better."""
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,13 +25,12 @@ from peft_pcgrow.maps.corpus import Text
 from peft_pcgrow.rounds.decision import RoundDecision
 from peft_pcgrow.rounds.texts import collate
 from peft_pcgrow.say import say
+from peft_pcgrow.training.checkpoints import STATE, last_checkpoint
 from peft_pcgrow.training.muon import create_pcgrow_optimizer
 
 # share of the steps over which the rate rises; afterwards it falls to zero
 WARMUP = 1 / 30
-BEST, STATE, CHECKPOINT = "best.safetensors", "trainer_state.json", "checkpoint-"
-# what a checkpoint needs to be gone on from; its state is written last
-PARTS = (STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+BEST = "best.safetensors"
 
 
 class BestOnHeldOut(TrainerCallback):
@@ -145,15 +143,16 @@ def train(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        last, looks = last_checkpoint(folder)
+        last, looks = last_checkpoint(folder), []
         if last is not None:
+            looks = held_out_losses(TrainerState.load_from_json(str(Path(last) / STATE)))
             say(f"pcgrow: training goes on from {last}")
             # the Trainer activates the first alone while it loads them: the oldest is no newborn of another's newborn
             oldest_first = sorted(keeper.active, key=list(model.peft_config).index)
             model.base_model.set_adapter(oldest_first)  # type: ignore[operator]
         ended = bool(looks) and looks[-1][0] >= decision.max_steps
         if not ended and not exhausted(looks, decision.patience):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            trainer.train(resume_from_checkpoint=last)
             looks = held_out_losses(trainer.state)
     put_back(model, folder / BEST)
     return looks
@@ -163,25 +162,6 @@ def share_of_rate(step: int, total: int) -> float:
     """Of the learning rate, at a step from 0: it rises over the first `WARMUP` of them and falls to zero at `total`."""
     warm = max(1, round(total * WARMUP))
     return min((step + 1) / (warm + 1), max(0.0, (total - step) / max(1, total - warm)))
-
-
-def last_checkpoint(folder: Path) -> tuple[Path | None, list[tuple[int, float]]]:
-    """The newest checkpoint that was written to its end, and what was seen of held-out text until then; others are
-    deleted."""
-    found: list[tuple[int, Path, TrainerState]] = []
-    for entry in filter(Path.is_dir, folder.glob(f"{CHECKPOINT}*")):
-        try:
-            if not all((entry / part).is_file() for part in PARTS):
-                raise FileNotFoundError(entry)
-            state = TrainerState.load_from_json(str(entry / STATE))
-        except (OSError, ValueError, TypeError):
-            shutil.rmtree(entry)
-            continue
-        found.append((state.global_step, entry, state))
-    if not found:
-        return None, []
-    _, last, state = max(found, key=lambda each: each[0])
-    return last, held_out_losses(state)
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ class Probe:
         """Called with the gradients of the tensors that `watch` listed."""
         raise NotImplementedError
 
+    # whether the layers' weights are freed after the forward, and `watch` brings them back, elsewhere in memory
+    frees = False
     # whether layers that errors are not carried through exactly must run again for it all the same
     again = True
 

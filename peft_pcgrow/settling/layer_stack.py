@@ -280,7 +280,7 @@ class LayerStack:
         arrived: dict[int, Tensor],
     ) -> tuple[Descent, Iterator[int]]:
         """The way down from the errors that have arrived, and its steps, which are still to be taken."""
-        for run, _ in runs:
+        for run, _ in runs if self.probe is None or not self.probe.frees else ():
             run.conditions.check(run.index)
         descent = Descent(tape.way, len(self.layers), tape.trainable, tape.bottom, self.probe)
         lower, hooked = arrived.keys() - {TOP}, tape.hooked()

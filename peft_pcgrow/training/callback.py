@@ -39,8 +39,8 @@ class ErrorMapCallback(TrainerCallback):
     all reporters (console, TensorBoard, W&B, trackio): mean loss and each layer's share of the error
     (`pcgrow/loss`, `pcgrow/layer_0_share`, ...), and what measuring has cost since training began or resumed:
     `pcgrow/seconds` and their share of the time, `pcgrow/time_share`. A map costs about as much as training steps on
-    as many tokens. Without adapters of this package, too. Weights sharded over processes (FSDP, ZeRO-3) are not
-    supported; under DDP every process measures the batches that it was given.
+    as many tokens. Without adapters of this package, too. Under DDP and FSDP2 every process measures the batches that
+    it was given; weights sharded otherwise (FSDP1, ZeRO-3) are not supported.
 
     Args:
         batches: what `measure_errors` takes, in a form that can be read again at every refresh: a list, a data set, a

@@ -8,7 +8,7 @@ from short_runs import run
 from peft_pcgrow import load_grown
 from peft_pcgrow.rounds.decision import RoundDecision, note_decision
 from peft_pcgrow.rounds.journal import alone, open_journal
-from peft_pcgrow.rounds.train import PARTS, last_checkpoint, share_of_rate, steps_of
+from peft_pcgrow.rounds.train import share_of_rate, steps_of
 from tiny import build, grown
 
 DECISION = {"growth": "spawn", "why": "so", "locus": {"1": [2]}, "max_steps": 4, "every": 2}
@@ -74,27 +74,6 @@ def test_journal_of_wrong_kinds_cannot_be_read(tmp_path, changes):
     path.write_text(json.dumps({**JOURNAL, **changes}))
     with pytest.raises(ValueError, match=r"journal.json cannot be read"):
         open_journal(tmp_path, {})
-
-
-def checkpoint(folder, step: int) -> None:
-    place = folder / f"checkpoint-{step}"
-    place.mkdir()
-    for part in PARTS:
-        (place / part).write_text("")
-    log = [{"step": step, "eval_loss": 1.0}]
-    (place / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_falls_back_to_a_checkpoint_that_is_whole(tmp_path, part):
-    checkpoint(tmp_path, 2)
-    checkpoint(tmp_path, 4)
-    (tmp_path / "checkpoint-6").write_text("")
-    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", [(4, 1.0)])
-    (tmp_path / "checkpoint-4" / part).unlink()
-    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [(2, 1.0)])
-    assert not (tmp_path / "checkpoint-4").exists()
-    assert (tmp_path / "checkpoint-6").is_file()
 
 
 def test_every_step_has_a_rate():

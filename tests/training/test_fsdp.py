@@ -113,10 +113,56 @@ def test_gates_are_equal(ranks):
 
 
 def test_bytes_sent(ranks):
-    """The sweep's layers run again, and their weights are gathered no more often than for backprop."""
+    """The sweep's layers run again, and their weights are gathered no more often than for backprop: once in the forward
+    and once in the backward, of each half of a batch; gradients are spread once."""
+    model, bare = fsdp_script.grow(), build(num_experts_per_tok=2)
+    layers = sum(p.numel() * 4 for p in fsdp_script.layers_of(model).parameters())
+    outside = sum(p.numel() * 4 for p in bare.parameters()) - sum(p.numel() * 4 for p in bare.model.layers.parameters())
+    banks = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    for traffic in (found["traffic"] for found in ranks):
+        assert traffic["sweep"] == traffic["direct"] == traffic["backprop"]
+        # stacks of one expert and of three are padded
+        gathered, spread = (traffic["sweep"][f"c10d::_{name}_base_"] for name in ("allgather", "reduce_scatter"))
+        assert gathered == pytest.approx(fsdp_script.HALVES * (2 * layers + outside), rel=0.1)
+        assert spread == pytest.approx(banks, rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """By one process, of all of the text."""
+    return fsdp_script.maps()
+
+
+@pytest.mark.parametrize("case", ["base", "without text", "in parts", "newborns"])
+def test_maps(ranks, measured, case):
+    """Of a sharded model: sums, folds, gates and held-out text are those of one process that has all of it."""
+    want, facts = measured["maps"][case]
+    for tensors, found in (each["maps"]["maps"][case] for each in ranks):
+        assert tensors.keys() == want.keys()
+        for name, tensor in want.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text)
+            assert torch.equal(tensors[name], ranks[0]["maps"]["maps"][case][0][name]), name
+        assert found["base"] == facts["base"]
+        assert found["run"]["weights"] == facts["run"]["weights"]
+        assert (found["tokens"], found["labels"]) == (facts["tokens"], facts["labels"])
+
+
+def test_one_layer_is_whole_at_a_time(ranks):
     for found in ranks:
-        sweep, backprop = (sum(found["traffic"][way].values()) for way in ("sweep", "backprop"))
-        assert 0 < sweep <= 1.05 * backprop
+        assert found["maps"]["whole at a time"] == {1}
+
+
+def test_gates_are_fitted_anew(ranks, measured):
+    for found in ranks:
+        for name, gate in measured["refitted"].items():
+            torch.testing.assert_close(found["maps"]["refitted"][name], gate, rtol=1e-4, atol=1e-4)
+
+
+def test_a_process_that_ends_while_a_map_is_measured(ranks):
+    """The other does not wait for it."""
+    assert "dying" not in ranks[1]
+    assert ranks[0]["dying"].startswith("RuntimeError: ")
+    assert "onnection" in ranks[0]["dying"]
 
 
 BROKEN = {
@@ -127,7 +173,11 @@ BROKEN = {
 }
 REFUSED = {
     "optimizer before": r"an optimizer holds the banks as they were before fully_shard.*create it afterwards",
-    "map": r"measure_errors needs its weights whole.*before the model is sharded",
+    "map, relaxed": r"ValueError: the model is sharded by fully_shard.*Sweep, and give what `sample_text` wrote before",
+    "map, text of its own": r"ValueError: the model is sharded by fully_shard.*what `sample_text` wrote before",
+    "map, no disk": r"measure_errors failed on process 1 of 2: OSError: the disk is gone|^OSError: the disk is gone",
+    "map, not finite": r"measure_errors failed on process 1 of 2: FloatingPoint.*|^FloatingPointError: the loss of a b",
+    "order": r"order_by_surprisal needs its weights whole.*before the model is sharded",
     "find_lr": r"find_lr needs its weights whole.*before the model is sharded",
     "merge": r"merging needs its weights whole",
     "another adapter": r"gate_up_proj is a DTensor \(sharded by fully_shard",

@@ -1,6 +1,7 @@
 """What a step is said to take, against the allocator's own record of one."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DeepseekV3Config, OlmoeConfig, Qwen3MoeConfig
 
 import benchmark
-from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts
+import memory_script
+import two_processes
+from memory_script import ATTENTION, LAYERS, SHAPES, config
+from peft_pcgrow import find_experts
 from peft_pcgrow.training.step_memory import StepMemory, step_memory
 
-LAYERS, EXPERTS = 6, 8
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# what a step takes most for -> vocabulary, inner neurons, grown experts of a layer, texts, tokens
-SHAPES = {"output": (1024, 48, 2, 4, 96), "descent": (64, 96, 2, 4, 96), "update": (64, 192, 8, 1, 16)}
 CASES = [
     *(("descent", way, "Muon") for way in ("sweep", "direct", "backprop", "spawn")),
     ("descent", "LoRA", "AdamW"),
@@ -24,41 +24,19 @@ CASES = [
 ]  # AdamW's update takes nothing that the way down has not
 
 
-def config(shape: str) -> Qwen3MoeConfig:
-    words, inner, *_ = SHAPES[shape]
-    return Qwen3MoeConfig(
-        vocab_size=words, hidden_size=96, num_hidden_layers=LAYERS, num_attention_heads=3, num_key_value_heads=1,
-        head_dim=32, moe_intermediate_size=inner, num_experts=EXPERTS, num_experts_per_tok=4, tie_word_embeddings=True,
-    )  # fmt: skip
-
-
 @cache
-def told(shape: str) -> dict[tuple[str, str], StepMemory]:
+def told(shape: str, ranks: int = 1) -> dict[tuple[str, str], StepMemory]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(shape), dtype=torch.float32)
     *_, grown, texts, length = SHAPES[shape]
-    rows = step_memory(model, find_experts(model), dict.fromkeys(range(LAYERS), grown), texts, length, "cpu")
+    locus = dict.fromkeys(range(LAYERS), grown)
+    rows = step_memory(model, find_experts(model), locus, texts, length, "cpu", ranks)
     return {(row.way, row.optimizer): row for row in rows}
 
 
 def measured(shape: str, way: str, optimizer: str) -> int:
     """Of the second step, when the optimizer's state is there."""
-    *_, grown, texts, length = SHAPES[shape]
-    model = AutoModelForCausalLM.from_config(config(shape), dtype=torch.float32)
-    ids = torch.randint(SHAPES[shape][0], (texts, length))
-    if way == "LoRA":
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=ATTENTION))
-    elif way == "spawn":
-        model = benchmark.spawned(0.0)(model, grown / EXPERTS)
-    else:
-        locus = {layer: [*range(grown)] for layer in range(LAYERS)}
-        model = get_peft_model(model, PCGrowConfig(locus=locus, settle=way))
-    stepper = create_pcgrow_optimizer(model, lr=1e-3) if optimizer == "Muon" else benchmark.adamw(model)
-
-    def step() -> None:
-        benchmark.step(model.train(), stepper, ids)
-
-    step()
+    step = memory_script.stepping(memory_script.grown(shape, way), shape, optimizer)
     return benchmark.peak_bytes(step, torch.device("cpu"))
 
 
@@ -69,6 +47,34 @@ def test_as_measured(shape, way, optimizer):
     row = told(shape)["sweep" if way == "spawn" else way, optimizer]
     assert row.step == getattr(row, shape)
     assert row.step == pytest.approx(measured(shape, way, optimizer), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of two processes found."""
+    return two_processes.run(Path(memory_script.__file__), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.slow
+@pytest.mark.cpu("processes meet over gloo")
+@pytest.mark.parametrize("case", memory_script.TWO)
+def test_on_two_processes(ranks, case):
+    """That FSDP2 shards it over: what each holds, to the byte, and what a step takes there."""
+    row = told(case[0], ranks=2)[case[1:]]
+    assert max(found[case]["held"] for found in ranks) == row.base + row.adapter
+    for found in ranks:
+        assert row.step == pytest.approx(found[case]["step"], rel=0.1)
+
+
+def test_more_processes_take_less_each():
+    """The more of them, the less each holds; what it gathers stays, and one process is as without."""
+    alone, two, eight = (told("descent", n)["sweep", "Muon"] for n in (1, 2, 8))
+    assert told("descent")["sweep", "Muon"] == alone
+    assert eight.base < two.base < alone.base
+    assert two.adapter == alone.adapter // 2
+    # two experts a layer are on two processes of eight
+    assert eight.adapter == two.adapter
+    assert eight.descent > alone.descent - alone.adapter
 
 
 def test_what_is_held():

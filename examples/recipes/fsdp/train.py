@@ -3,8 +3,9 @@
     accelerate launch --config_file examples/recipes/fsdp/fsdp2.yaml examples/recipes/fsdp/train.py MODEL TEXTS MAP OUT
 
 MODEL: a name or folder. TEXTS: a JSON Lines file with "text". MAP: what `measure_errors(...).save` wrote, in a run of
-its own: maps need the whole weights, on one device or by device_map. OUT: where the adapter goes. Under bf16 the banks
-stay in fp32 between steps. --resume goes on from the newest checkpoint in OUT, also on another number of GPUs.
+its own, on one device, by device_map, or of a base that fully_shard has split. OUT: where the adapter goes. Under bf16
+the banks stay in fp32 between steps. --resume goes on from the newest whole checkpoint in OUT, also on another number
+of GPUs.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from peft_pcgrow import Muon, PCGrowConfig, create_pcgrow_optimizer
+from peft_pcgrow.training.checkpoints import last_checkpoint
 
 
 class MuonTrainer(Trainer):
@@ -48,7 +50,7 @@ def main() -> None:
     how = TrainingArguments(args.out, max_steps=args.steps, learning_rate=args.lr, save_steps=50, report_to="none")
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = MuonTrainer(model, how, train_dataset=texts.select_columns(["input_ids"]), data_collator=collator)
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.out) if args.resume else None)
     # all processes gather, the first one writes
     trainer.model.save_pretrained(args.out, is_main_process=trainer.is_world_process_zero())
 
