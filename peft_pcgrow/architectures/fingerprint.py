@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.expert_parallel import Share
 from peft_pcgrow.architectures.find import Tree
+from peft_pcgrow.architectures.sharded import local
 
 # numbers read of each stack, from so many of its experts at least (a view copies whole experts)
 SAMPLES, VIEWED = 2048, 4
@@ -56,11 +58,15 @@ def _samples(tree: Tree) -> Iterator[Tensor | None]:
             yield None
             return
         for stack in experts.expert_stacks(site.base).values():
-            yield _sample(stack) if _readable(stack) else None
+            if (share := Share.of(site.base)) is None:
+                yield _sample(stack) if _readable(stack) else None
+            else:
+                here = local(stack)
+                yield share.join(_sample(here, share.total)) if _readable(here) else None
 
 
-def _sample(stack: Any) -> Tensor:
-    count, shape = stack.shape[0], stack.shape[1:]
+def _sample(stack: Any, count: int | None = None) -> Tensor:
+    count, shape = count or stack.shape[0], stack.shape[1:]
     each = -(-SAMPLES // count)
     # an odd multiplier spreads them over rows and columns alike
     flat = torch.arange(each, dtype=torch.int64, device="cpu") * 2654435761 % shape.numel()

@@ -53,7 +53,8 @@ def together(what: str) -> Iterator[None]:
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """Raise ValueError on all processes if one of them has other facts; all must call."""
-    every = gathered(dict(facts))
+    # one that does something else by now has other facts
+    every = [each if isinstance(each, dict) else {} for each in gathered(dict(facts))]
     unlike = [name for name in facts if any(each.get(name) != every[0].get(name) for each in every)]
     if unlike:
         name = unlike[0]
@@ -81,14 +82,25 @@ def summed(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
     return found
 
 
-def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
+def over_processes(emap: ErrorMap, device: torch.device, shared_out: bool = False) -> ErrorMap:
     """The map of what all processes measured, the same on each; all must call.
 
     Args:
         device: of the model, where the process group may need its tensors.
+        shared_out: whether all measured the same text, each with the gradients of its own experts.
     """
     if processes() == 1:
         return emap
+    if shared_out:
+        held = emap.newborns.tensors()
+        born = {name: tensor for name, tensor in held.items() if name.startswith("gradient.")}
+        return replace(
+            emap,
+            gradient=summed(emap.gradient, device),
+            newborns=emap.newborns.changed(held | summed(born, device)),
+            run={name: emap.run[name] for name in ("weights",) if name in emap.run},
+            heldout=over_processes(emap.heldout, device, True) if emap.heldout is not None else None,
+        )
     counters = torch.tensor([float(getattr(emap, name)) for name in COUNTERS], dtype=torch.float64, device="cpu")
     given = {name: getattr(emap, name) for name in (*SUMS, "fold_labels")} | {"counters": counters}
     given |= {name: held for name in OPTIONAL if (held := getattr(emap, name)) is not None}

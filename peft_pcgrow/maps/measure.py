@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
-from peft_pcgrow.architectures.engines import inside
-from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
-from peft_pcgrow.architectures.sharded import check_whole
+from peft_pcgrow.architectures.engines import inside, is_shared_out
+from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_to_grow
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
@@ -135,10 +134,10 @@ def measure_errors(
     refuse_gone("measure_errors", gone, GONE)
     model = inside(model)
     with together("measure_errors"):
-        check_causal(model)
+        check_causal(model, shared_out=True)
         check_gradients(model)
-        check_whole(model, "measure_errors")
-        tree = find_experts(model, nodes)
+        alike = is_shared_out(model)
+        tree = find_to_grow(model, nodes, "measure_errors")
         check_unhooked(tree)
         way = Way(settle, settle_depth, settle_tol)
         given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
@@ -164,9 +163,9 @@ def measure_errors(
     check_same("measure_errors", {**run, **asked, "base": base})
     device = next(model.parameters()).device
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
-    limit = None if limit is None else -(-limit // processes())
+    limit = None if limit is None else -(-limit // (1 if alike else processes()))
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
-    how = _How(model, adopt(tree), way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress)
+    how = _How(model, adopt(tree), way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress, alike)
     seen: list[Batch] | None = None if retain is None else []
     with together("measure_errors"):
         resumed = saving.load()
@@ -176,7 +175,7 @@ def measure_errors(
             held = _sweep(how, read(heldout), before, saving, lambda emap: replace(mine, heldout=emap))
             mine.heldout = before = held
         saving.save(replace(mine, heldout=before))
-    emap = over_processes(mine, device)
+    emap = over_processes(mine, device, alike)
     for what, found in (("corpus", emap), ("held-out text", emap.heldout)):
         if found is not None and not found.labels:
             raise ValueError(
@@ -191,7 +190,7 @@ def measure_errors(
 
 @dataclass(frozen=True)
 class _How:
-    """How a corpus is measured: arguments of `measure_errors`, read."""
+    """How a corpus is measured: arguments of `measure_errors`, read; whether all processes measure the same text."""
 
     model: nn.Module
     tree: Tree
@@ -200,6 +199,7 @@ class _How:
     base: dict[str, Any]
     max_tokens: int | None
     progress: bool
+    alike: bool
 
 
 def _sweep(
@@ -242,8 +242,10 @@ def _sweep(
                 if seen is not None:
                     seen.append(piece)
                 done += piece.tokens
-                if saving.folder is not None:
+                if saving.folder is not None or how.alike:
                     text.add(piece.inputs, piece.target)
+                if how.alike:
+                    text.check_alike()
                 if resumed is not None and text.batches == known and text.hexdigest != resumed.run.get("read"):
                     raise saving.stale(OTHER_TEXT)
                 if text.batches > known or saving.folder is None:
@@ -331,9 +333,13 @@ def _separate(
                 raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
             shapes = [spread(batch.real, texts_apart(batch.rows)).shape for batch in domain]
             texts, longest = sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
-            # other processes write other texts
-            retain = sample_text(how.model, texts, longest, seed=process(), progress=how.progress) if texts else []
+            # other processes write other texts, if they may
+            seed = 0 if how.alike else process()
+            retain = sample_text(how.model, texts, longest, seed=seed, progress=how.progress) if texts else []
         batches = list(read(retain, max_tokens=how.max_tokens))
     # a gate is fitted to all of the text, so every process fits the same ones
-    domain, batches = everywhere(domain, device), everywhere(batches, device)
+    if how.alike:
+        TextDigest.of(batches).check_alike()
+    else:
+        domain, batches = everywhere(domain, device), everywhere(batches, device)
     return compare(how.model, how.tree, domain, batches, window, sketch_dim, how.progress)

@@ -1,7 +1,7 @@
 """What an unfinished measurement may go on by: the weights in use, the way of measuring, and the text read so far."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.engines import is_shared_out
+from peft_pcgrow.architectures.sharded import local
 from peft_pcgrow.maps import map_file
+from peft_pcgrow.maps.batches import Batch
+from peft_pcgrow.maps.distributed import check_same, gathered
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.settling.conditions import adapters_in_use
 
@@ -28,7 +32,7 @@ def weights_in_use(model: nn.Module) -> str:
     digest = hashlib.sha256()
     held = [*model.named_parameters(), *model.named_buffers()]
     # a device is asked once it has summed everything, not for each piece
-    sums = [None if tensor.is_meta else torch.stack([*_sums(tensor.detach())]) for _, tensor in held]
+    sums = [None if tensor.is_meta else torch.stack([*_sums(local(tensor.detach()))]) for _, tensor in held]
     for (name, tensor), pieces in zip(held, sums, strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         for piece in () if pieces is None else pieces.tolist():
@@ -38,7 +42,9 @@ def weights_in_use(model: nn.Module) -> str:
         digest.update(f"{name} {sorted(numbers.items())}".encode())
         if used := adapters_in_use(module):
             digest.update(f"{name} {used}".encode())
-    return digest.hexdigest()[:32]
+    found = digest.hexdigest()[:32]
+    # of other experts in other processes
+    return hashlib.sha256("".join(gathered(found)).encode()).hexdigest()[:32] if is_shared_out(model) else found
 
 
 def _sums(tensor: Tensor) -> Iterator[Tensor]:
@@ -56,6 +62,17 @@ class TextDigest:
 
     hexdigest: str = ""
     batches: int = 0
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> "TextDigest":
+        found = cls()
+        for batch in batches:
+            found.add(batch.inputs, batch.target)
+        return found
+
+    def check_alike(self) -> None:
+        """Raise ValueError unless it is the same in all processes, which must call."""
+        check_same("measure_errors with experts shared out", {"the text": self.hexdigest})
 
     def add(self, inputs: Mapping[str, Any], target: Tensor) -> None:
         digest = hashlib.sha256(self.hexdigest.encode())
