@@ -85,7 +85,8 @@ def whole(model: PeftModel, of: Callable[[nn.Parameter], Tensor | None]) -> dict
 
 
 def gradients(model: PeftModel, ids: Tensor) -> dict[str, Any]:
-    loss = model(input_ids=ids, labels=ids).loss
+    output = model(input_ids=ids, labels=ids)
+    loss = output.loss if ids.numel() > 1 else output.logits.square().sum()
     loss.backward()
     found = {"loss": loss.detach(), **whole(model, lambda weight: weight.grad)}
     norm: Any = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIPPED)
@@ -137,6 +138,7 @@ def everything(models: Models, beside: Models) -> dict[str, Any]:
         ids = mixed() if "grow" in changes else tokens()
         found[name] = gradients(models.grown(**changes), ids)
     found["beside"] = gradients(beside.grown(), tokens())
+    found["one token"] = gradients(beside.grown(), tokens(1, 1))  # of no expert of the second process in layer 1
     found["muon"] = stepped(beside.grown(), "muon")
     found["adamw"] = stepped(model := models.grown(), "adamw", 4)
     model.save_pretrained(str(models.folder / f"saved {models.plan is not None}"), is_main_process=rank == 0)

@@ -1,6 +1,7 @@
 """The part of a tuner layer that knows which of its base's experts are in this process (see `expert_parallel`)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,28 @@ class SharedOut(nn.Module):
         if self.share is None:
             return dispatch.run(self.base_layer, branches, *routed, exact)
         hidden, index, weight = self.share.enter(*routed)
-        return self.share.leave(dispatch.run(self.part, branches, hidden, index, weight, exact), hidden, weight)
+        if torch.is_grad_enabled():
+            output = self._rows_here(branches, hidden, index, weight, exact)
+        else:
+            output = dispatch.run(self.part, branches, hidden, index, weight, exact)
+        return self.share.leave(output, hidden, weight)
+
+    def _rows_here(
+        self, branches: Sequence[dispatch.Branch], hidden: Tensor, index: Tensor, weight: Tensor, exact: bool
+    ) -> Tensor:
+        """The same of the rows of experts here alone, as tokens of one choice each: others are not computed, and what
+        was not computed has no gradient that is not finite."""
+        part = self.part
+        here = index < part.num_experts
+        # the first row at weight 0, rather than none
+        here[0, 0] |= ~here.any()
+        token, choice = here.nonzero(as_tuple=True)
+        gated = [replace(b, passes=None if b.passes is None else b.passes[token]) for b in branches]
+        chosen = index[token, choice].clamp(max=part.num_experts - 1).unsqueeze(1)
+        rows = dispatch.run(part, gated, hidden[token], chosen, weight[token, choice].unsqueeze(1), exact)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+        return total.index_add(0, token, rows.to(wide)).to(hidden.dtype)
 
     def here(self, adapter_name: str, nodes: Sequence[int]) -> list[int]:
         """Of what belongs to each of an adapter's grown experts, `[G]`, that of those in this process."""

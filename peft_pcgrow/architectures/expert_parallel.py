@@ -64,9 +64,7 @@ class Share:
             hidden, weight = _Copies.apply(self.group, hidden, weight)  # type: ignore[misc]
         index = index - self.first
         elsewhere = (index < 0) | (index >= self.here)
-        # what no expert computes may hold anything, which gradients of zero do not make finite: then it is the last's
-        nobody = self.here - torch.is_grad_enabled()
-        return hidden, index.masked_fill(elsewhere, nobody), weight.masked_fill(elsewhere, 0)
+        return hidden, index.masked_fill(elsewhere, self.here), weight.masked_fill(elsewhere, 0)
 
     def leave(self, output: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
         """The outputs of all processes added up, `[T, H]`; hidden, weight: as the part was called with."""

@@ -40,7 +40,7 @@ def nearly(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 1e-5, at
         torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("growth", [*expert_parallel_script.GROWTHS, "several", "beside"])
+@pytest.mark.parametrize("growth", [*expert_parallel_script.GROWTHS, "several", "beside", "one token"])
 def test_gradients(found, growth):
     """Of all banks, their norm, and what clipping makes of them."""
     _, want, ranks = found
