@@ -145,9 +145,15 @@ def everything(models: Models, beside: Models) -> dict[str, Any]:
     found["trained"] = logits(model.eval())
     found["protect adamw"] = stepped(model := models.grown(**GROWTHS["protect"]), "adamw", 4, mixed)
     found["spawned"] = logits(model.eval())
+    texts = [domain(8, 12, seed=1), retain(8, 12, seed=1)]
+    born = beside.grown(**GROWTHS["spawn"]).eval()
+    born.base_model.refit_gates([domain(64, seed=1)], [retain(64, seed=1)])
+    found["gates"] = {name: t for name, t in born.named_buffers() if "pcgrow_gate" in name}
+    found["rate"] = torch.tensor(find_lr(beside.grown(), [tokens(4, 12, seed=s) for s in (3, 3)]))
+    found["order"] = order_by_surprisal([*texts[0]], beside.grown(), return_surprisal=True, progress=False)[1]
     found["written"] = model.generate(input_ids=tokens(2, 8), max_new_tokens=6, do_sample=False)
-    texts: dict[str, Any] = {"progress": False, "window": 4, "retain": [retain(8, 12, seed=1)]}
-    found["map"] = numbers(measure_errors(models.base(), [domain(8, 12, seed=s) for s in range(5)], **texts))
+    how: dict[str, Any] = {"progress": False, "window": 4, "retain": [texts[1]]}
+    found["map"] = numbers(measure_errors(models.base(), [domain(8, 12, seed=s) for s in range(5)], **how))
     found["map of grown"] = numbers(measure_errors(model, [domain(4, 12, seed=s) for s in range(4)], progress=False))
     found["several"] = several(models)
     loaded = models.loaded("adapter")
@@ -177,8 +183,6 @@ def refused(models: Models) -> dict[str, str]:
                 models.base(), str(models.folder / "adapter"), low_cpu_mem_usage=True
             ),
             "find": lambda: find_experts(models.base()),
-            "order": lambda: order_by_surprisal(list(ids), grown, progress=False),
-            "find_lr": lambda: find_lr(grown, [ids, ids]),
             "plan": lambda: compress.plan(models.base(), target=0.5, retain=[ids], progress=False),
             "shrink": lambda: compress.shrink_adapter(grown, bits=4),
             "merge": grown.merge_adapter,

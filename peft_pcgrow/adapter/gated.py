@@ -8,8 +8,7 @@ from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
 from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.architectures.find import find_experts
-from peft_pcgrow.architectures.sharded import check_whole
+from peft_pcgrow.architectures.find import find_to_grow
 from peft_pcgrow.maps.batches import held_still, read_batches
 from peft_pcgrow.maps.distributed import everywhere, together
 from peft_pcgrow.maps.fit_gates import compare
@@ -83,17 +82,15 @@ class Gated:
         if idle := [name for name in names if name not in self.active_adapters]:
             raise ValueError(f"adapters {idle} are not active, and gates are fitted to what runs: activate them first")
         with together("refit_gates"), held_still(self.model):
-            check_whole(self.model, "refit_gates")
-            device = next(self.model.parameters()).device
             domain, spared = (
-                everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), device)
+                everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), self.model)
                 for text in (batches, retain)
             )
             fitted = []
             for name in names:
                 # adapters may grow nodes of other kinds
                 tree, window = (
-                    find_experts(self.model, self.peft_config[name].nodes),
+                    find_to_grow(self.model, self.peft_config[name].nodes, "refit_gates"),
                     self.peft_config[name].gate_window,
                 )
                 fitted.append((tree, compare(self.model, tree, domain, spared, window, None, progress)))

@@ -216,13 +216,12 @@ class PCGrowExperts(Prepared, Given, SealedLayer, SharedOut, experts.GrownExpert
         return [name for name in adapters_in_use(self) if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
-        in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
-            name: [(stack, experts.nodes_here(self.base_layer))]
-            for name, stack in experts.expert_stacks(self.base_layer).items()
-        }
+        stacks, every = experts.expert_stacks(self.base_layer), experts.nodes_here(self.base_layer)
+        in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {n: [(s, every)] for n, s in stacks.items()}
         newborns = {newborn: self.total + n for n, newborn in enumerate(self.newborns)}
         for adapter in [] if self.disable_adapters or self.merged else self.active_banks():
-            nodes = tuple(newborns.get((adapter, e), e) for e in self.here(adapter, self.grown[adapter]))
+            here = [self.births[adapter].grown[place] for place in self.places_here(adapter)]
+            nodes = tuple(newborns.get((adapter, expert), expert) for expert in here)
             for name, weight in self.weights(adapter).items():
                 in_use[name].append((weight, nodes))
         return in_use

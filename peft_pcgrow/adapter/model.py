@@ -133,8 +133,8 @@ class PCGrowModel(Gated, WholeSteps):
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
     ) -> None:
         """In all layers, or in none."""
-        # inside of what makes all parameters empty, too
-        if (low_cpu_mem_usage or nn.Linear(1, 1, device="cpu").weight.is_meta) and is_shared_out(model):
+        # told, or by PEFT's way of making all parameters empty
+        if is_shared_out(model) and (low_cpu_mem_usage or nn.LayerNorm(1, device="cpu").weight.is_meta):
             raise ValueError(LEAVE_OUT.format("low_cpu_mem_usage=True"))
         config = self.peft_config[adapter_name]
         with self.or_not_at_all(model, adapter_name):

@@ -63,10 +63,6 @@ class SharedOut(nn.Module):
         total = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         return total.index_add(0, token, rows.to(wide)).to(hidden.dtype)
 
-    def here(self, adapter_name: str, nodes: Sequence[int]) -> list[int]:
-        """Of what belongs to each of an adapter's grown experts, `[G]`, that of those in this process."""
-        return [nodes[place] for place in self.places_here(adapter_name)]
-
     def places_here(self, adapter_name: str) -> list[int]:
         """Which of an adapter's grown experts are in this process, as places among all."""
         grown = self.births[adapter_name].grown
@@ -105,4 +101,5 @@ def refuse_other_text(model: nn.Module) -> tuple[Any, ...]:
 
 def _compare(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if model.training and torch.is_grad_enabled():
-        check_alike([t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+        text = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
+        check_alike(text, next(model.parameters()).device)

@@ -205,10 +205,9 @@ class TrainingGuard(StepWatcher):
         given = [(p, local(_dense(gradient))) for p, gradient in held if gradient is not None]
         # the largest number of all: one pass, and the one value that a step has to wait for
         most = get_total_norm([gradient for _, gradient in given if gradient.numel()], math.inf)
-        apart = [gradient for _, gradient in held if how_sharded(gradient) is not None]
-        if apart:
+        if (apart := self.sharded or self.shared_out) and given:
             # another process may hold what is not finite: all refuse the step
-            most = largest(most.nan_to_num(math.inf), apart[0])
+            most = largest(most.nan_to_num(math.inf), given[0][0])
         if math.isfinite(float(most)):
             return
         state = ABOVE if in_backward() else UNCHANGED

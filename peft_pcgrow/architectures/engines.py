@@ -33,8 +33,8 @@ UNKNOWN = (
 )
 ELSEWHERE = (
     "what was called needs the others too",
-    "measure_errors, get_peft_model, training by a loop of one's own, save_pretrained, from_pretrained and generate "
-    "work on it. ",
+    "measure_errors, get_peft_model, find_lr, order_by_surprisal, training by a loop of one's own, refit_gates, "
+    "save_pretrained, from_pretrained and generate work on it. ",
 )
 PARTED = (
     "{} is partitioned by DeepSpeed (ZeRO-3), which leaves empty tensors between the calls of modules: layers that run "
@@ -80,7 +80,7 @@ def is_shared_out(model: nn.Module) -> bool:
     for module in model.modules():
         if sizes := _sizes(module):
             marked = [held for held in module.modules() if EXPERTS_MARK in vars(held)]
-            alike = {*sizes} == {*SHARING} and {*sizes.values()} == {dist.get_world_size()}
+            alike = {*sizes} == {*SHARING} and dist.is_initialized() and {*sizes.values()} == {dist.get_world_size()}
             return alike and bool(marked) and all(getattr(held, EXPERTS_MARK) for held in marked)
     return False
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import Shard
 
 from peft_pcgrow.architectures.host import DTENSOR, EXPERTS_MARK, loaded
 from peft_pcgrow.architectures.sharded import local, whole
@@ -112,9 +111,10 @@ class Share:
         return whole(self._spread(part))
 
     def _spread(self, here: Tensor) -> Tensor:
-        (kind,) = loaded(DTENSOR)
+        from torch.distributed.tensor import DTensor, Shard  # costly, and loaded where there is a mesh
+
         device = here.device if here.is_meta else self.mesh.device_type
-        return kind.from_local(here.to(device), self.mesh, [Shard(0)], run_check=False)  # type: ignore[attr-defined]
+        return DTensor.from_local(here.to(device), self.mesh, [Shard(0)], run_check=False)
 
     def read(self, stack: Tensor, pieces: Pieces) -> Tensor:
         """Copies of pieces of a stack, `[N, ...]`; all processes must call."""
@@ -127,9 +127,13 @@ class Share:
         return found
 
 
-def check_alike(text: Sequence[Tensor]) -> None:
-    """Raise ValueError unless all processes come with the same tensors; all must call."""
-    told = torch.zeros(2, dtype=torch.float64, device=text[0].device if text else "cpu")
+def check_alike(text: Sequence[Tensor], device: torch.device) -> None:
+    """Raise ValueError unless all processes come with the same tensors; all must call.
+
+    Args:
+        device: where processes can send.
+    """
+    told = torch.zeros(2, dtype=torch.float64, device=device)
     for number, tensor in enumerate(text, start=1):
         held = tensor.detach().double().flatten()
         place = torch.arange(1, len(held) + 1, dtype=torch.float64, device=held.device)

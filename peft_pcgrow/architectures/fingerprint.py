@@ -59,14 +59,15 @@ def _samples(tree: Tree) -> Iterator[Tensor | None]:
             return
         for stack in experts.expert_stacks(site.base).values():
             if (share := Share.of(site.base)) is None:
-                yield _sample(stack) if _readable(stack) else None
+                yield _sample(stack, len(stack)) if _readable(stack) else None
             else:
                 here = local(stack)
                 yield share.join(_sample(here, share.total)) if _readable(here) else None
 
 
-def _sample(stack: Any, count: int | None = None) -> Tensor:
-    count, shape = count or stack.shape[0], stack.shape[1:]
+def _sample(stack: Any, count: int) -> Tensor:
+    """Of a stack of experts, `count` of them in all processes."""
+    shape = stack.shape[1:]
     each = -(-SAMPLES // count)
     # an odd multiplier spreads them over rows and columns alike
     flat = torch.arange(each, dtype=torch.int64, device="cpu") * 2654435761 % shape.numel()

@@ -1,14 +1,16 @@
 """Several processes at work on one corpus (torch.distributed): what each found, put together."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.engines import is_shared_out
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.maps.batches import Batch, moved, read_batches
 from peft_pcgrow.maps.error_map import COUNTERS, OPTIONAL, SUMS, ErrorMap
@@ -119,8 +121,49 @@ def over_processes(emap: ErrorMap, device: torch.device, shared_out: bool = Fals
     )
 
 
-def everywhere(batches: list[Batch], device: torch.device) -> list[Batch]:
-    """The batches of all processes, in the order of their ranks, on this one's device; all must call."""
+@dataclass
+class TextDigest:
+    """Digest of batches, in their order."""
+
+    hexdigest: str = ""
+    batches: int = 0
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> "TextDigest":
+        found = cls()
+        for batch in batches:
+            found.add(batch.inputs, batch.target)
+        return found
+
+    def check_alike(self) -> None:
+        """Raise ValueError unless it is the same in all processes, which must call."""
+        check_same("a model whose experts are shared out", {"the text": self.hexdigest})
+
+    def add(self, inputs: Mapping[str, Any], target: Tensor) -> None:
+        digest = hashlib.sha256(self.hexdigest.encode())
+        for name, value in sorted({**inputs, "labels": target}.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self.hexdigest, self.batches = digest.hexdigest()[:32], self.batches + 1
+
+
+def turn(model: nn.Module) -> tuple[int, int]:
+    """Of the processes that share the text out among them, which this one is, and how many there are: all that see the
+    same, as where a model's experts are shared out, are one."""
+    return (0, 1) if is_shared_out(model) else (process(), processes())
+
+
+def everywhere(batches: list[Batch], model: nn.Module) -> list[Batch]:
+    """The batches of all processes, in the order of their ranks, on this one's device; all must call.
+
+    Raises:
+        ValueError: they are to be the same on all, and are not.
+    """
+    device = next(model.parameters()).device
+    if is_shared_out(model):
+        TextDigest.of(batches).check_alike()
+        return batches
     if processes() == 1:
         return batches
     here = [_moved(batch, torch.device("cpu")) for batch in batches]
@@ -143,7 +186,7 @@ def read_everywhere(model: nn.Module, batches: Iterable[Any], max_tokens: int | 
     """
     with together("reading the text"):
         here = list(read_batches(model, batches, max_tokens))
-    return everywhere(here, next(model.parameters()).device)
+    return everywhere(here, model)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

@@ -28,12 +28,21 @@ from peft_pcgrow.maps.batches import (
     settled_losses,
 )
 from peft_pcgrow.maps.corpus import whole_number
-from peft_pcgrow.maps.distributed import check_same, everywhere, over_processes, process, processes, together
+from peft_pcgrow.maps.distributed import (
+    TextDigest,
+    check_same,
+    everywhere,
+    over_processes,
+    process,
+    processes,
+    together,
+    turn,
+)
 from peft_pcgrow.maps.error_map import FOLDS, ErrorMap
 from peft_pcgrow.maps.error_probe import ErrorProbe
 from peft_pcgrow.maps.fit_gates import compare
 from peft_pcgrow.maps.gradient_sketch import GradientSketch
-from peft_pcgrow.maps.resume import Checkpoint, TextDigest, weights_in_use
+from peft_pcgrow.maps.resume import Checkpoint, weights_in_use
 from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.settings import refuse_gone
 from peft_pcgrow.settling.descent import Way
@@ -163,7 +172,7 @@ def measure_errors(
     check_same("measure_errors", {**run, **asked, "base": base})
     device = next(model.parameters()).device
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
-    limit = None if limit is None else -(-limit // (1 if alike else processes()))
+    limit = None if limit is None else -(-limit // turn(model)[1])
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
     how = _How(model, adopt(tree), way, GradientSketch(sketch_dim) if gradients else None, base, limit, progress, alike)
     seen: list[Batch] | None = None if retain is None else []
@@ -326,7 +335,6 @@ def _separate(
     window: int,
     sketch_dim: int,
 ) -> Separation:
-    device = next(how.model.parameters()).device
     with together("measure_errors"):
         if isinstance(retain, str):
             if retain != "self":
@@ -334,12 +342,9 @@ def _separate(
             shapes = [spread(batch.real, texts_apart(batch.rows)).shape for batch in domain]
             texts, longest = sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
             # other processes write other texts, if they may
-            seed = 0 if how.alike else process()
-            retain = sample_text(how.model, texts, longest, seed=seed, progress=how.progress) if texts else []
+            options = {"seed": turn(how.model)[0], "progress": how.progress}
+            retain = sample_text(how.model, texts, longest, **options) if texts else []
         batches = list(read(retain, max_tokens=how.max_tokens))
     # a gate is fitted to all of the text, so every process fits the same ones
-    if how.alike:
-        TextDigest.of(batches).check_alike()
-    else:
-        domain, batches = everywhere(domain, device), everywhere(batches, device)
+    domain, batches = everywhere(domain, how.model), everywhere(batches, how.model)
     return compare(how.model, how.tree, domain, batches, window, sketch_dim, how.progress)

@@ -1,7 +1,7 @@
 """What an unfinished measurement may go on by: the weights in use, the way of measuring, and the text read so far."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from peft_pcgrow.architectures.engines import is_shared_out
 from peft_pcgrow.architectures.sharded import local
 from peft_pcgrow.maps import map_file
-from peft_pcgrow.maps.batches import Batch
-from peft_pcgrow.maps.distributed import check_same, gathered
+from peft_pcgrow.maps.distributed import gathered
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.settling.conditions import adapters_in_use
 
@@ -54,33 +53,6 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
         wide = chunk.long()
         place = torch.arange(1, len(wide) + 1, device=wide.device)
         yield torch.stack([wide.sum(), (wide * place).sum()])
-
-
-@dataclass
-class TextDigest:
-    """Digest of batches, in their order."""
-
-    hexdigest: str = ""
-    batches: int = 0
-
-    @classmethod
-    def of(cls, batches: Iterable[Batch]) -> "TextDigest":
-        found = cls()
-        for batch in batches:
-            found.add(batch.inputs, batch.target)
-        return found
-
-    def check_alike(self) -> None:
-        """Raise ValueError unless it is the same in all processes, which must call."""
-        check_same("measure_errors with experts shared out", {"the text": self.hexdigest})
-
-    def add(self, inputs: Mapping[str, Any], target: Tensor) -> None:
-        digest = hashlib.sha256(self.hexdigest.encode())
-        for name, value in sorted({**inputs, "labels": target}.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        self.hexdigest, self.batches = digest.hexdigest()[:32], self.batches + 1
 
 
 @dataclass
