@@ -51,6 +51,7 @@ for step, batch in zip(range(1, args.steps + 1), chain.from_iterable(repeat(load
     optimizer.zero_grad()
     if first:
         print(f"step {step}: loss {float(loss):.3f}")
-# all processes gather, the first one writes
-model.save_pretrained(args.out, is_main_process=first)
+# all processes gather, the first one writes; given nothing, PEFT gathers the base too
+own = {name: held for name, held in model.state_dict().items() if "pcgrow" in name}
+model.save_pretrained(args.out, state_dict=own, is_main_process=first)
 dist.destroy_process_group()
