@@ -130,6 +130,30 @@ def several(models: Models) -> dict[str, Any]:
     return found
 
 
+def resumed(models: Models) -> list[list[float]]:
+    """Losses of two steps, and of the same from files: the adapter's, and each process's own of the optimizer."""
+    found, file = [], models.folder / f"optimizer{dist.get_rank()}.pt"
+    model = models.grown()
+    for again in (False, True):
+        optimizer = create_pcgrow_optimizer(model, lr=0.05)
+        for step in (2, 3) if again else range(4):
+            if step == 2 and not again:
+                torch.save(optimizer.state_dict(), file)
+                model.save_pretrained(str(models.folder / "half"), is_main_process=dist.get_rank() == 0)
+                dist.barrier()
+            elif step == 2:
+                optimizer.load_state_dict(torch.load(file, weights_only=False))
+            ids = tokens(seed=step)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        half = str(models.folder / "half")
+        model = PeftModel.from_pretrained(models.base(), half, is_trainable=True).train()
+    return [found[2:4], found[4:]]
+
+
 def everything(models: Models, beside: Models) -> dict[str, Any]:
     """What is to be the same in two processes as in one; `beside`: with attention whole in every process."""
     found: dict[str, Any] = {}
@@ -208,7 +232,8 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     models = Models(folder, {})
     rules = dict.fromkeys(models.base().tp_plan, "replicate")
-    found = everything(models, Models(folder, {"tp_plan": rules})) | {"said": refused(models)}
+    beside = Models(folder, {"tp_plan": rules})
+    found = everything(models, beside) | {"said": refused(models), "resumed": resumed(beside)}
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
 
 

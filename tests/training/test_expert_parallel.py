@@ -103,6 +103,12 @@ def test_files(found):
     assert config[0].base["stacks"] is not None, "whose base is told by its weights"
 
 
+def test_resumed(found):
+    for before, after in (each["resumed"] for each in found[2]):
+        assert len(before) == 2
+        assert before == after
+
+
 REFUSED = {
     "lora": "lora=LoraConfig",
     "modules": "modules_to_save=['lm_head'] is not supported yet where processes share out the experts",
