@@ -86,12 +86,12 @@ def together(rank: int = 0, world: int = 1) -> dict[str, Any]:
     }
 
 
-def mesh(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
-    """What is said of a model that transformers has spread over two processes, and that it is the same model."""
+def split(folder: Path) -> dict[str, Any]:
+    """What is said of a model whose matrices transformers has split, and that it is the same model."""
     from transformers.distributed import DistributedConfig
 
     def load(name: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=DistributedConfig(**sizes))
+        return AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=DistributedConfig(tp_size=2))
 
     model, ids = load("base"), tokens(2, 8)
     said = tried(
@@ -232,8 +232,7 @@ def zero3(folder: Path) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Path], Any]] = {
     "together": lambda _: together(dist.get_rank(), 2),
-    "ep": lambda folder: mesh(folder, {"tp_size": 2, "ep_size": 2}),
-    "tp": lambda folder: mesh(folder, {"tp_size": 2}),
+    "tp": lambda folder: split(folder),
     "dying": lambda _: dying(dist.get_rank()),
     "zero2": zero2,
     "zero3": zero3,

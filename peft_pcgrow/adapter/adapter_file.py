@@ -32,11 +32,11 @@ class Closing(dict):
     def items(self) -> ItemsView:
         layers = {tail(name): layer for name, layer in grown_layers(self.model, self.adapter).items()}
         tensors, names, others = {}, {}, {}
-        for key, tensor in list(super().items()):
-            self[key] = tensor = whole(tensor)
-            key = self.rename(key, self.adapter)
+        for given, tensor in list(super().items()):
+            key = self.rename(given, self.adapter)
             name, inside, rest = key.partition(".pcgrow_")
             layer = layers.get(tail(name)) if inside else None
+            self[given] = tensor = whole(tensor) if layer is None else layer.collected(self.adapter, rest, tensor)
             if layer is None:
                 others[tail(key)] = tensor
             elif not rest.endswith(KEY):
@@ -83,6 +83,16 @@ def check_file(model: nn.Module, adapter: str, verify: bool, tensors: Mapping[st
     taken = {key: tensor for key, tensor in tensors.items() if not (f".{SEAL_MARK}." in key or key.endswith(_OLD))}
     # checked, so the receiver's own, which torch's loading compares again
     return taken | {seal_key(name, adapter): Seal(facts[layer.layer_index]).write() for name, layer in layers.items()}
+
+
+def dealt(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Banks of a file, by the model's own keys, as they are to lie where processes share out the experts."""
+    found = {}
+    for name, layer in grown_layers(model, adapter).items():
+        keys = [f"{name}.{own_key(f'{stack}.weight', adapter)}" for stack in layer.adapter_layer_names]
+        for key in keys if layer.share is not None else ():
+            found[key] = layer.dealt(adapter, tensors[key])
+    return found
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

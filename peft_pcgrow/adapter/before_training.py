@@ -28,7 +28,7 @@ def check_protected(model: nn.Module, layers: Sequence[PCGrowExperts], adapters:
 
 def check_given(model: nn.Module, layers: Sequence[PCGrowExperts], adapters: Sequence[str]) -> None:
     """Newborns behind gates that were never set would train on nothing, and nothing would be protected."""
-    check_engine(model)
+    check_engine(model, shared_out=True)
     for name in adapters:
         own = [layer for layer in layers if name in layer.births]
         for layer in own:

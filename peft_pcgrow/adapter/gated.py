@@ -8,8 +8,8 @@ from torch import nn
 
 from peft_pcgrow.adapter.config import PCGrowConfig, check_rate
 from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.architectures.find import find_experts
-from peft_pcgrow.architectures.gathered import device_of, gathered_by_layer, to_gather
+from peft_pcgrow.architectures.find import find_to_grow
+from peft_pcgrow.architectures.gathered import gathered_by_layer, to_gather
 from peft_pcgrow.maps.batches import held_still, read_batches
 from peft_pcgrow.maps.distributed import everywhere, together
 from peft_pcgrow.maps.fit_gates import compare
@@ -83,16 +83,16 @@ class Gated:
         if idle := [name for name in names if name not in self.active_adapters]:
             raise ValueError(f"adapters {idle} are not active, and gates are fitted to what runs: activate them first")
         with together("refit_gates"), held_still(self.model):
-            engines, device = to_gather(self.model, "refit_gates"), device_of(self.model)
+            engines = to_gather(self.model, "refit_gates")
             domain, spared = (
-                everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), device)
+                everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), self.model)
                 for text in (batches, retain)
             )
             fitted = []
             for name in names:
                 # adapters may grow nodes of other kinds
                 config = self.peft_config[name]
-                tree = find_experts(self.model, config.nodes, bool(engines))
+                tree = find_to_grow(self.model, config.nodes, "refit_gates", bool(engines))
                 with gathered_by_layer(engines, tree.layers):
                     compared = compare(self.model, tree, domain, spared, config.gate_window, None, progress)
                 fitted.append((tree, compared))

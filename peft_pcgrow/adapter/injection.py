@@ -14,14 +14,19 @@ from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.resolve import Resolved, birth, check_base, check_resolved, check_tokens, resolve
 from peft_pcgrow.architectures import experts, fingerprint
-from peft_pcgrow.architectures.find import ExpertsSite, Tree, check_in_memory, check_unhooked, find_experts
+from peft_pcgrow.architectures.engines import is_shared_out
+from peft_pcgrow.architectures.find import ExpertsSite, Tree, check_in_memory, check_unhooked, find_to_grow
 from peft_pcgrow.architectures.router_capacity import check_flat
-from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.locus import Locus
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.packed.quantize import left_unpacked
 from peft_pcgrow.say import say
 
+# of what cannot be had yet where processes share out the experts
+LEAVE_OUT = (
+    "{} is not supported yet where processes share out the experts (DistributedConfig), whose adapters are whole grown "
+    "experts alone: leave it out, or load the model without distributed_config and train under DDP or FSDP2"
+)
 # PEFT's rule for one name: whether a config's target_modules and its other restrictions let it be a target
 Targets = Callable[[Any, str], Any]
 
@@ -65,8 +70,7 @@ def prepare(config: PCGrowConfig, model: nn.Module, grown: Sequence[PCGrowExpert
     """
     measured = _map(config)
     nodes = config.nodes or (measured.base.get("nodes") if measured is not None else None)
-    tree = find_experts(model, nodes)
-    check_whole(model, "growing")
+    tree = find_to_grow(model, nodes, "growing")
     check_in_memory(tree)
     check_unhooked(tree)
     base = fingerprint.describe_base(model, tree)
@@ -94,12 +98,24 @@ def prepare(config: PCGrowConfig, model: nn.Module, grown: Sequence[PCGrowExpert
             stacklevel=3,
         )
     check_resolved(config, resolved, allowed)
+    if is_shared_out(model):
+        _check_shared_out(config, resolved)
     check_tokens(config, model)
     locus = Locus(resolved.locus or {})
     chosen = [site for site in allowed if site.layer in locus]
     resolved = replace(resolved, base=check_base(config, base), target_modules={site.name for site in chosen})
     births = {site.name: birth(config, resolved, site, measured) for site in chosen}
     return Injection(tree, births, resolved, measured)
+
+
+def _check_shared_out(config: PCGrowConfig, resolved: Resolved) -> None:
+    """Raise ValueError for what cannot be had yet where processes share out the experts."""
+    names = "lora", "modules_to_save", "trainable_token_indices", "base_quantization", "shrunk"
+    asked = {name: getattr(config, name) for name in names} | {"parts": resolved.parts}
+    asked["router"] = None if config.router == "branch" else config.router
+    for name, value in asked.items():
+        if value is not None:
+            raise ValueError(LEAVE_OUT.format(f"{name}={str(value)[:80]}"))
 
 
 def _map(config: PCGrowConfig) -> ErrorMap | None:

@@ -19,8 +19,10 @@ from peft_pcgrow.adapter.layer_call import Call
 from peft_pcgrow.adapter.merged import check_mergeable, write_merged
 from peft_pcgrow.adapter.mixed_batch import adapters_in_use, for_their_samples
 from peft_pcgrow.adapter.sealed_layer import SealedLayer, SealHolder
+from peft_pcgrow.adapter.shared_out import SharedOut
 from peft_pcgrow.adapter.working_copies import Prepared
 from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.expert_parallel import Share
 from peft_pcgrow.architectures.slices import Pieces
 from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.atomic import all_or_nothing
@@ -32,7 +34,7 @@ from peft_pcgrow.say import ends
 PERTURBATION = 0.5
 
 
-class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTunerLayer):
+class PCGrowExperts(Prepared, Given, SealedLayer, SharedOut, experts.GrownExperts, BaseTunerLayer):
     """Runs `base_layer`, except for the rows of grown experts, which their bank computes.
 
     Args:
@@ -48,6 +50,7 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         # a model that evaluates gives the base's bits at once
         self.training = base_layer.training  # type: ignore[attr-defined]
         self.layer_index = layer_index
+        self.share, self.total = Share.of(base_layer), experts.count_experts(base_layer)
         stacks = experts.expert_stacks(base_layer)
         for name in stacks:
             setattr(self, f"pcgrow_{name}", nn.ModuleDict())
@@ -84,6 +87,7 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         for name, weights in self.donors(birth).items():
             if not init_weights:
                 weights = weights + PERTURBATION * weights.std() * torch.randn_like(weights)
+            weights = self.dealt(adapter_name, weights)
             coding = None if birth.shrunk is None else birth.shrunk[name]
             self._banks(name)[adapter_name] = make_bank(weights, self.base_layer.is_transposed, coding)
         self.pcgrow_seal[adapter_name] = SealHolder(partial(self.facts, adapter_name), adapter_name, verify)
@@ -109,8 +113,8 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
             theirs = self.births[other]
             deepened = set(birth.spawned) & (set(theirs.grown) - set(theirs.spawned)) - set(birth.parents)
             for expert in deepened | {donor for donor, parent in parents.items() if parent == other}:
-                for name, weight in self.weights(other).items():
-                    copied = weight.detach()[theirs.grown.index(expert)]
+                for name, weight in self.whole_weights(other).items():
+                    copied = weight[theirs.grown.index(expert)]
                     weights[name][birth.grown.index(expert)] = copied.to(weights[name].device, weights[name].dtype)
         return weights
 
@@ -156,9 +160,6 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         banks = {name: self._banks(name)[adapter_name] for name in names if adapter_name in self._banks(name)}
         return partial(self.put, adapter_name, self.births[adapter_name], banks)
 
-    def is_shrunk(self, adapter_name: str) -> bool:
-        return self.births.get(adapter_name, Birth(())).shrunk is not None
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if requires_grad and self.is_shrunk(name):
@@ -178,7 +179,7 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
             return self._composed[adapter_name]
         key = (adapter_name, next(iter(bank.values())).device)
         if key not in self._placed:
-            slot = dispatch.slots(birth.grown, self.base_layer.num_experts, key[1])
+            slot = dispatch.slots(birth.grown, self.total, key[1])
             self._placed[key] = parts.placed(birth.pieces, slot)
         return parts.compose(self.base_layer, birth.grown, self._placed[key], bank)
 
@@ -198,6 +199,7 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
     def node(self, adapter_name: str, weight: nn.Parameter, place: int) -> tuple[int, int, str]:
         """Layer, expert and name of a slice of a bank parameter: `2.5` or `2.5 down_proj`."""
         held = self.pieces(self.births[adapter_name])[self.stack_of(adapter_name, weight)]
+        place = self.among_all(adapter_name, place)
         expert = int(held.experts[place])
         return self.layer_index, expert, f"{self.layer_index}.{expert} {held.labels[place]}".rstrip()
 
@@ -214,12 +216,12 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         return [name for name in adapters_in_use(self) if name in self.births]
 
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
-        in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {
-            name: [(stack, None)] for name, stack in experts.expert_stacks(self.base_layer).items()
-        }
-        newborns = {newborn: self.base_layer.num_experts + n for n, newborn in enumerate(self.newborns)}
+        stacks, every = experts.expert_stacks(self.base_layer), experts.nodes_here(self.base_layer)
+        in_use: dict[str, list[tuple[Tensor, tuple[int, ...] | None]]] = {n: [(s, every)] for n, s in stacks.items()}
+        newborns = {newborn: self.total + n for n, newborn in enumerate(self.newborns)}
         for adapter in [] if self.disable_adapters or self.merged else self.active_banks():
-            nodes = tuple(newborns.get((adapter, expert), expert) for expert in self.grown[adapter])
+            here = [self.births[adapter].grown[place] for place in self.places_here(adapter)]
+            nodes = tuple(newborns.get((adapter, expert), expert) for expert in here)
             for name, weight in self.weights(adapter).items():
                 in_use[name].append((weight, nodes))
         return in_use
@@ -232,10 +234,10 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
 
     @torch.no_grad()
     def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
-        newborns, total = self.newborns, self.base_layer.num_experts
+        newborns, total = self.newborns, self.total
         if not newborns:
             return index
-        branches = self._branches(self.active_banks(), hidden, remember=False)
+        branches = self._branches(self.active_banks(), hidden, None, remember=False)
         owners = [name if branch.passes is not None else "" for name, branch in branches]
         return dispatch.nodes([branch for _, branch in branches], owners, newborns, index, total)
 
@@ -249,21 +251,23 @@ class PCGrowExperts(Prepared, Given, SealedLayer, experts.GrownExperts, BaseTune
         active = [] if self.merged_adapters else self.active_banks()
         if not active:
             return base(hidden_states, top_k_index, top_k_weights)
-        branches = [branch for _, branch in self._branches(active, hidden_states)]
+        branches = [branch for _, branch in self._branches(active, hidden_states, self.share)]
         # training needs no bits, and computes no row twice
-        return dispatch.run(base, branches, hidden_states, top_k_index, top_k_weights, exact=not self.training)
+        return self.run(branches, (hidden_states, top_k_index, top_k_weights), exact=not self.training)
 
     def _branches(
-        self, active: Sequence[str], hidden: Tensor, remember: bool = True
+        self, active: Sequence[str], hidden: Tensor, share: Share | None, remember: bool = True
     ) -> list[tuple[str, dispatch.Branch]]:
         """What computes the rows of experts that the `active` adapters grow, with its adapter, in the order of
-        `asked`."""
+        `asked`; of a `share`'s alone."""
         births = {name: self.births[name] for name in active}
-        key, now = (hidden.device, *active), tuple(births.values())
+        key, now = (hidden.device, share is None, *active), tuple(births.values())
         held = self._asked.get(key)
         if held is None or not all(map(is_, held[0], now)):
-            everyone = asked(births, self.base_layer.num_experts)
-            order = [(name, slot.to(hidden.device), gated, parents) for name, slot, gated, parents in everyone]
+            order = []
+            for name, slot, gated, parents in asked(births, self.total):
+                slot = slot if share is None else share.slots(slot, births[name].grown)
+                order.append((name, slot.to(hidden.device), gated, parents))
             held = self._asked[key] = now, order
         banks, passes = {}, {}
         for name, birth in births.items():

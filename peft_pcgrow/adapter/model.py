@@ -17,18 +17,19 @@ from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.gated import Gated
 from peft_pcgrow.adapter.gated_lora import put_behind_gates
 from peft_pcgrow.adapter.host import LoraLayer
-from peft_pcgrow.adapter.injection import Injection, prepare
+from peft_pcgrow.adapter.injection import LEAVE_OUT, Injection, prepare
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.lora_beside import check_alone, injected, key_in_file, without_others
 from peft_pcgrow.adapter.merged import check_mergeable
 from peft_pcgrow.adapter.mixed_batch import adapters_named, check_samples
+from peft_pcgrow.adapter.shared_out import refuse_other_text
 from peft_pcgrow.adapter.text_hooks import enter, follow_inside, follow_whole_texts, refuse_mixed_rows
 from peft_pcgrow.adapter.training_guard import TrainingGuard
 from peft_pcgrow.adapter.what_trains import rows_alone, what_trains
 from peft_pcgrow.adapter.whole_steps import WholeSteps, unmerged
 from peft_pcgrow.adapter.without_logits import drop_logits
 from peft_pcgrow.architectures.decoder import UNPATCHED
-from peft_pcgrow.architectures.engines import check_engine
+from peft_pcgrow.architectures.engines import check_engine, is_shared_out
 from peft_pcgrow.architectures.find import adopt, find_experts, forward_replaced
 from peft_pcgrow.architectures.sharded import check_whole, like
 from peft_pcgrow.packed.quantize import check_quantizable, quantize_sites
@@ -132,6 +133,9 @@ class PCGrowModel(Gated, WholeSteps):
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
     ) -> None:
         """In all layers, or in none."""
+        # told, or by PEFT's way of making all parameters empty
+        if is_shared_out(model) and (low_cpu_mem_usage or nn.LayerNorm(1, device="cpu").weight.is_meta):
+            raise ValueError(LEAVE_OUT.format("low_cpu_mem_usage=True"))
         config = self.peft_config[adapter_name]
         with self.or_not_at_all(model, adapter_name):
             if config.base_quantization is not None:
@@ -161,7 +165,7 @@ class PCGrowModel(Gated, WholeSteps):
             self._guard = TrainingGuard(model, self.tuner_layers, self._summary)
             self._handles += follow_whole_texts(model, layers[0], self.tuner_layers)
             self._handles += (layers[0].register_forward_pre_hook(check_samples, with_kwargs=True),)
-            self._handles += refuse_mixed_rows(model, self.tuner_layers)
+            self._handles += (*refuse_mixed_rows(model, self.tuner_layers), *refuse_other_text(model))
             self._handles += (model.register_load_state_dict_pre_hook(adapter_file.check_state),)
             self._handles += (model.register_load_state_dict_post_hook(self._guard.loaded),)
         drops = any(isinstance(handle, OutputHead) for handle in self._handles)
@@ -302,7 +306,7 @@ class PCGrowModel(Gated, WholeSteps):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config: Any, adapter_name, state_dict, unwanted_adapter_names):
-        check_engine(model)
+        check_engine(model, shared_out=True)
         adapter_file.check_loaded(model, {}, cls._remove_adapter_name_from_key)  # before it is sealed anew
         ours = PCGrowExperts if config.lora is None else (PCGrowExperts, LoraLayer)
         held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -319,4 +323,5 @@ class PCGrowModel(Gated, WholeSteps):
         rename = cls._remove_adapter_name_from_key
         found = adapter_file.check_file(model, adapter_name, config.verify, found, rename)  # type: ignore
         places = {name: p for name, p in model.named_parameters() if name in found}
-        return {key: like(tensor, places.get(key)) for key, tensor in found.items()}
+        dealt = adapter_file.dealt(model, adapter_name, found)
+        return {key: like(tensor, places.get(key)) for key, tensor in (found | dealt).items()}

@@ -83,6 +83,9 @@ class SealedLayer(nn.Module):
         shrunk = {name: f"{KIND} {coding}" for name, coding in (birth.shrunk or {}).items()}
         return json.loads(json.dumps({**birth.facts, "layer": self.layer_index, "shrunk": shrunk}))
 
+    def is_shrunk(self, adapter_name: str) -> bool:
+        return self.births.get(adapter_name, Birth(())).shrunk is not None
+
     def own_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """All that an adapter has here, by the names in its file, after that of the layer."""
         found: dict[str, Tensor] = {}

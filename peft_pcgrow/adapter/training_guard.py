@@ -23,7 +23,8 @@ from peft_pcgrow.adapter.optimizer_hooks import StepWatcher, held_anywhere, move
 from peft_pcgrow.adapter.sharded_step import check_none_lost
 from peft_pcgrow.adapter.without_rows import RowsMet
 from peft_pcgrow.architectures import experts
-from peft_pcgrow.architectures.sharded import first_slice, is_by_fsdp2, largest, local, reshard
+from peft_pcgrow.architectures.engines import is_shared_out
+from peft_pcgrow.architectures.sharded import first_slice, how_sharded, is_by_fsdp2, largest, local, reshard
 from peft_pcgrow.say import ends, say
 from peft_pcgrow.settling.host import in_backward
 
@@ -103,13 +104,16 @@ class TrainingGuard(StepWatcher):
     def rearm(self) -> None:
         """Announce and check again, after the trainable adapters changed."""
         self.rows_met.forget()
-        # whether fully_shard has put a part of each bank here, and gradients have yet to come of a training forward
-        self.announced = self.sharded = self.awaited = False
+        # whether fully_shard has put a part of each bank here, whether expert parallelism has, and whether gradients
+        # have yet to come of a training forward
+        self.announced = self.sharded = self.shared_out = self.awaited = False
         self.watched: MutableMapping[Tensor, _Watched] = WeakTensorKeyDictionary()
 
     def note_banks(self) -> None:
         """Called when an adapter was made, before its banks can have been sharded."""
-        self.made = [weakref.ref(weight) for *_, weight in self._banks(every=True)]
+        banks = [weight for *_, weight in self._banks(every=True)]
+        # those that are DTensors already are not sharded anew, and could not be cast with references to them
+        self.made = [weakref.ref(weight) for weight in banks if how_sharded(weight) is None]
 
     def loaded(self, *_: Any) -> None:
         """Called after weights were loaded: they hold what is to stay from then on."""
@@ -119,7 +123,8 @@ class TrainingGuard(StepWatcher):
     def training_forward(self) -> None:
         """Called at the start of each forward that trains."""
         if not self.announced:
-            self.sharded = is_by_fsdp2(self.model)
+            self.shared_out = is_shared_out(self.model)
+            self.sharded = not self.shared_out and is_by_fsdp2(self.model)
             if self.sharded and {id(weight()) for weight in self.made} & held_anywhere():
                 raise RuntimeError(
                     "an optimizer holds the banks as they were before fully_shard made others of them, and would train "
@@ -173,7 +178,7 @@ class TrainingGuard(StepWatcher):
         graded = [(*bank, local(gradient)) for bank, gradient in given]
         mine = [entry for entry in graded if id(entry[2]) in groups]
         self._refuse_nonfinite(optimizer, mine)
-        self.rows_met.before_step(mine, whole=not in_backward(), sharded=self.sharded)
+        self.rows_met.before_step(mine, whole=not in_backward(), sharded=self.sharded or self.shared_out)
         for *_, weight in banks:
             self._of(weight).held |= id(weight) in groups
         # also of adapters that were switched off since the backward: their gradients are still there
@@ -200,7 +205,7 @@ class TrainingGuard(StepWatcher):
         given = [(p, local(_dense(gradient))) for p, gradient in held if gradient is not None]
         # the largest number of all: one pass, and the one value that a step has to wait for
         most = get_total_norm([gradient for _, gradient in given if gradient.numel()], math.inf)
-        if self.sharded and given:
+        if (apart := self.sharded or self.shared_out) and given:
             # another process may hold what is not finite: all refuse the step
             most = largest(most.nan_to_num(math.inf), given[0][0])
         if math.isfinite(float(most)):
@@ -217,7 +222,7 @@ class TrainingGuard(StepWatcher):
         for name, parameter in self.model.named_parameters():
             if id(parameter) in broken:
                 raise FloatingPointError(NOT_FINITE.format(name, state))
-        if self.sharded:
+        if apart:
             raise FloatingPointError(NOT_FINITE.format("what another process holds", state))
 
     @torch.no_grad()
@@ -225,7 +230,8 @@ class TrainingGuard(StepWatcher):
         """Before a step: take the kept-off directions out of the gradient, and note what the bank has along them."""
         if not layer.is_protected(adapter):
             return
-        stack, seen, here = layer.stack_of(adapter, weight), self._of(weight), _here(weight)
+        stack, seen = layer.stack_of(adapter, weight), self._of(weight)
+        here = _here(layer, adapter, weight)
         directions, transposed = _directions(layer, adapter, weight), layer.base_layer.is_transposed
         if seen.fixed is None:
             held = local(weight)
@@ -305,15 +311,19 @@ def _rows(bank: Tensor) -> Tensor:
     return held.reshape(held.shape[0], held.shape[1:].numel())
 
 
-def _here(weight: Tensor) -> slice:
-    """The slices of a bank that this process holds."""
+def _here(layer: PCGrowExperts, adapter: str, weight: Tensor) -> slice | list[int]:
+    """The slices of a bank that this process holds, as places among all."""
+    if layer.share is not None:
+        own = layer.places_here(adapter)
+        # places that are left over stay zero, whoever's directions are theirs
+        return own + [0] * (len(local(weight.detach())) - len(own))
     return slice(start := first_slice(weight), start + len(local(weight.detach())))
 
 
 def _directions(layer: PCGrowExperts, adapter: str, weight: nn.Parameter) -> Tensor | None:
     """Those that are protected of the slices here."""
     every = layer.directions(adapter, layer.stack_of(adapter, weight))
-    return None if every is None else every[_here(weight)]
+    return None if every is None else every[_here(layer, adapter, weight)]
 
 
 def _nodes(layer: PCGrowExperts, adapter: str, weight: nn.Parameter, marked: Tensor) -> list[Node]:

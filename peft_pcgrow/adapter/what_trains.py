@@ -20,7 +20,7 @@ def what_trains(layers: Sequence[PCGrowExperts], configs: Mapping[str, PCGrowCon
             continue
         config, locus = configs[name], Locus({layer.layer_index: layer.grown[name] for layer in mine})
         newborns = sum(len(layer.births[name].spawned) for layer in mine)
-        parameters = sum(p.numel() for layer in mine for p in layer.bank(name).values())
+        parameters = sum(layer.numbers(name) for layer in mine)
         what = f"{len(locus.nodes)} experts ({newborns} of them newborns)"
         if config.parts is not None:
             count = sum(parts.count(layer.births[name].pieces or {}) for layer in mine)
@@ -36,11 +36,11 @@ def rows_alone(layers: Sequence[PCGrowExperts], weights: Sequence[Tensor]) -> bo
     """Whether all that trains in a decoder layer are banks of `layers`, whose rows are sorted once: what a backward
     needs for them are the experts' inputs, and which rows went where."""
     banks = {id(p) for layer in layers for name in layer.active_banks() for p in layer.bank(name).values()}
-    together = not any(one_sort.kept_from(layer.base_layer, exact=not layer.training) for layer in layers)
+    together = not any(one_sort.kept_from(layer.part, exact=not layer.training) for layer in layers)
     return together and all(id(weight) in banks for weight in weights)
 
 
 def _rows(layers: Sequence[PCGrowExperts]) -> str:
     """How training runs their rows (see `dispatch.run`)."""
-    kept = dict.fromkeys(one_sort.kept_from(layer.base_layer, exact=False) for layer in layers)
+    kept = dict.fromkeys(one_sort.kept_from(layer.part, exact=False) for layer in layers)
     return "rows sorted once" if [*kept] == [""] else f"rows taken apart ({'; '.join(filter(None, kept))})"

@@ -89,7 +89,7 @@ def _count(adapter: str, counted: Counter[str], layer: PCGrowExperts, args: tupl
     if not layer.training or adapter not in layer.active_banks():
         return
     hidden, index = args[0].detach(), args[1]
-    birth, experts = layer.births[adapter], layer.base_layer.num_experts
+    birth, experts = layer.births[adapter], layer.total
     nodes = layer.nodes_of(hidden, index)
     routed = torch.isin(index, torch.tensor(birth.grown, device=index.device))
     passed = routed.clone()

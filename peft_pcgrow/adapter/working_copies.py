@@ -38,6 +38,7 @@ class Prepared(nn.Module):
     """A layer that keeps them."""
 
     base_layer: Any
+    share: Any
     births: dict[str, Birth]
     bank: Callable[[str], Mapping[str, Tensor]]
     weights: Callable[[str], Mapping[str, Tensor]]
@@ -50,6 +51,8 @@ class Prepared(nn.Module):
     def weights_to_run(self, adapter_name: str) -> Mapping[str, Tensor]:
         """`weights`, cast to the base's dtype and composed once for all forwards that need no gradient of them."""
         bank, base = self.bank(adapter_name), self.base_layer
+        if self.share is not None:
+            return {name: weight.to_local().to(base._parameters[name].dtype) for name, weight in bank.items()}  # type: ignore
         elsewhere = isinstance(base, ViewedExperts) or adapter_name in self._composed or torch.compiler.is_compiling()
         elsewhere |= getattr(self, MANAGED, False)
         own, composes = vars(base)["_parameters"], self.births[adapter_name].pieces is not None

@@ -7,15 +7,34 @@ import gc
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_pcgrow.architectures.host import COPIED, DEEPSPEED, MESH, PARTITIONED, SIZES, loaded
+from peft_pcgrow.architectures.host import (
+    COPIED,
+    DEEPSPEED,
+    EXPERTS_MARK,
+    MESH,
+    PARTITIONED,
+    SHARING,
+    SIZES,
+    loaded,
+)
 
 SPREAD = (
     "{} is spread over processes by transformers ({}): of its experts, the indices of its router or its layers only a "
-    "part is here, and nothing that measures, grows or reads them knows of the others. Load it without these "
-    "(distributed_config=None) and train under DDP or DeepSpeed's ZeRO-2; what was merged, or exported, loads with them"
+    "part is here, and {}. {}Load it without these (distributed_config=None) and train under DDP or DeepSpeed's "
+    "ZeRO-2; what was merged, or exported, loads with them"
+)
+UNKNOWN = (
+    "nothing that measures, grows or reads them knows of the others",
+    "What can grow is DistributedConfig(tp_size=N, ep_size=N) on N processes, which each hold some experts whole. ",
+)
+ELSEWHERE = (
+    "what was called needs the others too",
+    "measure_errors, get_peft_model, find_lr, order_by_surprisal, training by a loop of one's own, refit_gates, "
+    "save_pretrained, from_pretrained and generate work on it. ",
 )
 PARTED = (
     "{} is partitioned by DeepSpeed (ZeRO-3), which leaves empty tensors between the calls of modules: layers that run "
@@ -37,17 +56,39 @@ def inside(model: Any) -> Any:
     return model
 
 
-def check_engine(model: nn.Module) -> None:
+def check_engine(model: nn.Module, shared_out: bool = False) -> None:
     """Raise ValueError if a model's experts, matrices or layers lie on several processes by a plan of transformers', or
-    its parameters are partitioned by DeepSpeed."""
+    its parameters are partitioned by DeepSpeed.
+
+    Args:
+        shared_out: whether whole experts may (see `is_shared_out`).
+    """
     for module in model.modules():
-        sizes: Any = getattr(module.config, "distributed_config", None) if MESH in vars(module) else None
-        found = [f"{name}={size}" for name in SIZES if (size := getattr(sizes, name, None) or 1) > 1]
-        if found:
-            raise ValueError(SPREAD.format(type(module).__name__, ", ".join(found)))
+        if found := _sizes(module):
+            said = ", ".join(f"{name}={size}" for name, size in found.items())
+            if not is_shared_out(module):
+                raise ValueError(SPREAD.format(type(module).__name__, said, *UNKNOWN))
+            if not shared_out:
+                raise ValueError(SPREAD.format(type(module).__name__, said, *ELSEWHERE))
     parted = next((name for name, p in model.named_parameters() if hasattr(p, PARTITIONED)), None)
     if parted is not None:
         raise ValueError(PARTED.format(parted))
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether expert parallelism has given each process some whole experts of a model, for text that all see."""
+    for module in model.modules():
+        if sizes := _sizes(module):
+            marked = [held for held in module.modules() if EXPERTS_MARK in vars(held)]
+            alike = {*sizes} == {*SHARING} and dist.is_initialized() and {*sizes.values()} == {dist.get_world_size()}
+            return alike and bool(marked) and all(getattr(held, EXPERTS_MARK) for held in marked)
+    return False
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Over how many processes transformers has spread a model, by what; none of what is inside of it."""
+    sizes: Any = getattr(module.config, "distributed_config", None) if MESH in vars(module) else None
+    return {name: size for name in SIZES if (size := getattr(sizes, name, None) or 1) > 1}
 
 
 def stepped_by(model: nn.Module) -> str | None:

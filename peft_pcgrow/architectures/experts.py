@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures.adopted_experts import AdoptedExperts
+from peft_pcgrow.architectures.expert_parallel import Share, count_experts
 from peft_pcgrow.architectures.host import LOADED_IN
 from peft_pcgrow.architectures.layout import StackLayout
 from peft_pcgrow.architectures.plain_weight import loaded_quantized
@@ -74,7 +75,8 @@ class GrownExperts:
     @abstractmethod
     def weights_in_use(self) -> dict[str, list[tuple[Tensor, tuple[int, ...] | None]]]:
         """Which tensors hold the weights in use: per stack, (tensor, nodes of its slices, numbered as by `nodes_of`;
-        None for all experts).
+        None for all experts). Of those that are shared out, the slices in this process, the last of which may be of no
+        node.
 
         Composed weights are in use only inside `composed_once`.
         """
@@ -90,14 +92,26 @@ def expert_stacks(base: ExpertsModule) -> dict[str, nn.Parameter]:
 
     Of packed or adopted experts, views that give the experts they are indexed with (see `StackView`).
     """
-    views = _views(base)
+    views, total = _views(base), count_experts(base)
     found = views | {
         name: parameter
         for name, parameter in base.named_parameters(recurse=False)
-        if name not in views and parameter.dim() > 1 and parameter.shape[0] == base.num_experts
+        if name not in views and parameter.dim() > 1 and parameter.shape[0] == total
     }
     # in the order from before packing, which an adapter's parameters and so an optimizer's state follow
     return {name: found[name] for name in getattr(base, "pcgrow_names", found)}
+
+
+def part(base: ExpertsModule) -> ExpertsModule:
+    """The experts of a module that are in this process."""
+    share = Share.of(base)
+    return base if share is None else share.part(base)
+
+
+def nodes_here(base: ExpertsModule) -> tuple[int, ...] | None:
+    """The experts whose slices of a stack are in this process; None: all."""
+    share = Share.of(base)
+    return None if share is None else tuple(range(share.first, share.first + share.here))
 
 
 def _views(base: ExpertsModule) -> dict[str, Any]:
@@ -149,10 +163,12 @@ def read_experts(base: ExpertsModule, experts: Sequence[int]) -> dict[str, Tenso
 
 def read_pieces(base: ExpertsModule, pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
     """Copies of some pieces of each stack; where it is sharded, all processes must call."""
-    stacks, found = expert_stacks(base), {}
+    stacks, found, share = expert_stacks(base), {}, Share.of(base)
     for name, held in pieces.items():
         stack = stacks[name].detach()
-        if isinstance(stack, Tensor):
+        if share is not None:
+            found[name] = share.read(stack, held)
+        elif isinstance(stack, Tensor):
             found[name] = held.read(whole(stack))
         else:
             # packed: decode the experts in question only

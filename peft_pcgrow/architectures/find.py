@@ -9,7 +9,8 @@ from peft_pcgrow.architectures.adopt_mlps import marked, plain_mlps
 from peft_pcgrow.architectures.adopt_routed import foreign_experts, undecorated, why_none
 from peft_pcgrow.architectures.adoption import Adoption, innermost
 from peft_pcgrow.architectures.decoder import UNPATCHED, in_decoder, layer_list
-from peft_pcgrow.architectures.engines import check_engine
+from peft_pcgrow.architectures.engines import check_engine, is_shared_out
+from peft_pcgrow.architectures.expert_parallel import Share, count_experts
 from peft_pcgrow.architectures.experts import (
     ExpertsModule,
     GrownExperts,
@@ -22,6 +23,7 @@ from peft_pcgrow.architectures.experts import (
 from peft_pcgrow.architectures.host import EXPERTS_MARK, HOOK
 from peft_pcgrow.architectures.node_weights import check_unshared, why_computed, why_hooked
 from peft_pcgrow.architectures.plain_weight import is_offloaded, way_out, why_not_stacks
+from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.settling.layer_stack import beneath
 
 # what can be a node: experts that a router chooses, those that serve every token beside them, whole MLPs
@@ -52,7 +54,7 @@ class ExpertsSite:
 
     @property
     def experts(self) -> int:
-        return self.base.num_experts
+        return count_experts(self.base)
 
     @property
     def newborns(self) -> list[tuple[str, int]]:
@@ -73,7 +75,7 @@ class Tree:
         return {site.layer: site.experts for site in self.sites}
 
 
-def find_experts(model: nn.Module, nodes: str | None = None, sharded: bool = False) -> Tree:
+def find_experts(model: nn.Module, nodes: str | None = None) -> Tree:
     """Find decoder layers, experts modules and routers by contract. The model stays as it is.
 
     Blocks that do not follow the contract by themselves are tried, on a few random tokens, and their sites say how they
@@ -84,7 +86,6 @@ def find_experts(model: nn.Module, nodes: str | None = None, sharded: bool = Fal
         nodes (str): "routed": experts that a router chooses; "shared": the MLPs that serve every token beside them;
             "dense": the MLPs of decoder layers without routed experts. Shared and dense ones are one expert a layer.
             None: routed where there are some, else dense.
-        sharded (bool): take weights that `fully_shard` has split for plain ones: for what gathers them itself.
 
     Returns:
         The decoder layers, and a site for each that has experts: its module, its router and how many there are.
@@ -101,6 +102,32 @@ def find_experts(model: nn.Module, nodes: str | None = None, sharded: bool = Fal
     if nodes not in (None, *NODES):
         raise ValueError(f"unknown nodes={nodes!r}; choose from {', '.join(NODES)}, or None for what the model has")
     check_engine(model)
+    return _find(model, nodes, False)
+
+
+def find_to_grow(model: nn.Module, nodes: str | None, what: str, sharded: bool = False) -> Tree:
+    """As `find_experts`, also of a model whose experts are shared out over processes (see `expert_parallel`).
+
+    Args:
+        sharded: take weights that `fully_shard` has split for plain ones, to gather them (see `gathered`).
+
+    Raises:
+        ValueError: other weights than those are not whole in this process, or not those of `nodes`; `what` needs them.
+    """
+    check_engine(model, shared_out=True)
+    if not (shared_out := is_shared_out(model)) and not sharded:
+        check_whole(model, what)
+    tree = _find(model, nodes, sharded)
+    lone = next((site.name for site in tree.sites if shared_out and Share.of(site.base) is None), None)
+    if lone is not None:
+        raise ValueError(
+            f"{lone} is not shared out over processes as the model's routed experts are, and {what} beside them "
+            f"(nodes={tree.nodes!r}) is not supported yet: load the model without distributed_config"
+        )
+    return tree
+
+
+def _find(model: nn.Module, nodes: str | None, sharded: bool) -> Tree:
     modules = dict(model.named_modules())
     waiting = foreign_experts(model, modules)
     routed = {*marked(modules, "routed"), *waiting}
@@ -177,7 +204,7 @@ def forward_replaced(module: nn.Module) -> bool:
 def _router(block: nn.Module, base: ExpertsModule) -> nn.Module | None:
     """The sibling with one weight row per expert."""
     for child in block.children():
-        if any(p.dim() == 2 and p.shape[0] >= base.num_experts for p in child.parameters()) and (
+        if any(p.dim() == 2 and p.shape[0] >= count_experts(base) for p in child.parameters()) and (
             "router" in type(child).__name__.lower() or "gate" in type(child).__name__.lower()
         ):
             return child
@@ -210,8 +237,10 @@ def check_in_memory(tree: Tree) -> None:
 
 
 def _check_base(name: str, base: ExpertsModule, model: nn.Module, sharded: bool) -> None:
-    if getattr(base, EXPERTS_MARK):
-        raise ValueError(f"{name} is sharded by expert parallelism, which cannot be grown yet: load without ep_plan")
+    if (share := Share.of(base)) is not None:
+        base = share.part(base)  # whose forward is the architecture's own
+    elif getattr(base, EXPERTS_MARK):
+        raise ValueError(f"{name} is sharded by another expert parallelism than transformers': load without ep_plan")
     _check_forward(name, base)
     stacks = [first_matrix(base), "down_proj"]
     names = [*stacks, *(f"{stack}_bias" for stack in stacks if base.has_bias)]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.expert_parallel import Share
 from peft_pcgrow.architectures.find import Tree
+from peft_pcgrow.architectures.sharded import local
 
 # numbers read of each stack, from so many of its experts at least (a view copies whole experts)
 SAMPLES, VIEWED = 2048, 4
@@ -59,12 +61,18 @@ def _samples(tree: Tree, read: Callable[[Any], Any]) -> Iterator[Tensor | None]:
         if experts.is_packed(site.base):
             yield None
             return
-        for stack in map(read, experts.expert_stacks(site.base).values()):
-            yield _sample(stack) if _readable(stack) else None
+        for stack in experts.expert_stacks(site.base).values():
+            if (share := Share.of(site.base)) is not None:
+                here = local(stack)
+                yield share.join(_sample(here, share.total)) if _readable(here) else None
+            else:
+                held = read(stack)
+                yield _sample(held, len(held)) if _readable(held) else None
 
 
-def _sample(stack: Any) -> Tensor:
-    count, shape = stack.shape[0], stack.shape[1:]
+def _sample(stack: Any, count: int) -> Tensor:
+    """Of a stack of experts, `count` of them in all processes."""
+    shape = stack.shape[1:]
     each = -(-SAMPLES // count)
     # an odd multiplier spreads them over rows and columns alike
     flat = torch.arange(each, dtype=torch.int64, device="cpu") * 2654435761 % shape.numel()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_pcgrow.architectures.engines import is_shared_out
 from peft_pcgrow.architectures.host import DTENSOR, gathers, loaded
 from peft_pcgrow.architectures.sharded import check_whole, fsdp2_engines
 
@@ -22,7 +23,9 @@ Gather = Callable[[int], AbstractContextManager[None]]
 
 def to_gather(model: nn.Module, what: str) -> list[Any]:
     """The modules that `fully_shard` has made gather the weights of a model, whose numbers `what` needs; none: it is
-    whole. ValueError if another engine has sharded it."""
+    whole, or its experts are shared out (see `expert_parallel`). ValueError if another engine has sharded it."""
+    if is_shared_out(model):
+        return []
     engines = fsdp2_engines(model)
     if not engines:
         check_whole(model, what)

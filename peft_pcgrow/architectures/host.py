@@ -88,6 +88,8 @@ DEEPSPEED = {"DeepSpeedEngine": "deepspeed.runtime.engine"}
 COPIED = "_hp_mapping"
 # set on a model that transformers has spread over processes, and the sizes in its config's `distributed_config`
 MESH, SIZES = "_mesh_manager", ("tp_size", "ep_size", "pp_size")
+# of these, alike and alone, where each process has whole experts and all see the same text
+SHARING = ("tp_size", "ep_size")
 # Liger's, which take the place of others in transformers' files
 LIGER = {"LigerExperts": "liger_kernel.transformers.swiglu"}
 

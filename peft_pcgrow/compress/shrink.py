@@ -19,6 +19,7 @@ from peft_pcgrow.adapter.bank import SHRUNK, Coding, ShrunkBank, as_matrices, no
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.model import PCGrowModel
+from peft_pcgrow.architectures.engines import check_engine
 from peft_pcgrow.atomic import all_or_nothing
 from peft_pcgrow.compress.bank_moments import Moments, Place, input_moments
 from peft_pcgrow.maps.batches import IGNORED, Batch, losses
@@ -198,6 +199,7 @@ def shrink_adapter(
 
 def _adapter(model: nn.Module, name: str) -> tuple[list[PCGrowExperts], PCGrowConfig]:
     """The layers that an adapter grows, and its config."""
+    check_engine(model)
     known: Any = getattr(model, "peft_config", {})
     layers = [m for m in model.modules() if isinstance(m, PCGrowExperts) and name in m.births]
     config = known.get(name)

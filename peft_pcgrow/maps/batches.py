@@ -26,8 +26,9 @@ NO_GRADIENTS = (
 )
 
 
-def check_causal(model: Any) -> None:
-    """TypeError or ValueError unless `model` may be a causal LM in memory, whole in this process."""
+def check_causal(model: Any, shared_out: bool = False) -> None:
+    """TypeError or ValueError unless `model` may be a causal LM in memory, whole in this process but for experts, if
+    these may be `shared_out`."""
     if not isinstance(model, nn.Module):
         given = (
             f"the {type(model).__name__} {str(model)[:80]!r}"
@@ -38,7 +39,7 @@ def check_causal(model: Any) -> None:
     name = type(getattr(model, "get_base_model", lambda: model)()).__name__
     if name.endswith(("Classification", "QuestionAnswering")):
         raise ValueError(f"{name} predicts no words: load the model with AutoModelForCausalLM")
-    check_engine(model)
+    check_engine(model, shared_out)
 
 
 def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -1,14 +1,17 @@
 """Several processes at work on one corpus (torch.distributed): what each found, put together."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.engines import is_shared_out
+from peft_pcgrow.architectures.gathered import device_of
 from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.maps.batches import Batch, moved, read_batches
 from peft_pcgrow.maps.error_map import COUNTERS, OPTIONAL, SUMS, ErrorMap
@@ -72,7 +75,8 @@ def together(what: str) -> Iterator[None]:
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """Raise ValueError on all processes if one of them has other facts; all must call."""
-    every = gathered(dict(facts))
+    # one that does something else by now has other facts
+    every = [each if isinstance(each, dict) else {} for each in gathered(dict(facts))]
     unlike = [name for name in facts if any(each.get(name) != every[0].get(name) for each in every)]
     if unlike:
         name = unlike[0]
@@ -100,14 +104,25 @@ def summed(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
     return found
 
 
-def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
+def over_processes(emap: ErrorMap, device: torch.device, shared_out: bool = False) -> ErrorMap:
     """The map of what all processes measured, the same on each; all must call.
 
     Args:
         device: of the model, where the process group may need its tensors.
+        shared_out: whether all measured the same text, each with the gradients of its own experts.
     """
     if processes() == 1:
         return emap
+    if shared_out:
+        held = emap.newborns.tensors()
+        born = {name: tensor for name, tensor in held.items() if name.startswith("gradient.")}
+        return replace(
+            emap,
+            gradient=summed(emap.gradient, device),
+            newborns=emap.newborns.changed(held | summed(born, device)),
+            run={name: emap.run[name] for name in ("weights",) if name in emap.run},
+            heldout=over_processes(emap.heldout, device, True) if emap.heldout is not None else None,
+        )
     counters = torch.tensor([float(getattr(emap, name)) for name in COUNTERS], dtype=torch.float64, device="cpu")
     given = {name: getattr(emap, name) for name in (*SUMS, "fold_labels")} | {"counters": counters}
     given |= {name: held for name in OPTIONAL if (held := getattr(emap, name)) is not None}
@@ -126,8 +141,49 @@ def over_processes(emap: ErrorMap, device: torch.device) -> ErrorMap:
     )
 
 
-def everywhere(batches: list[Batch], device: torch.device) -> list[Batch]:
-    """The batches of all processes, in the order of their ranks, on this one's device; all must call."""
+@dataclass
+class TextDigest:
+    """Digest of batches, in their order."""
+
+    hexdigest: str = ""
+    batches: int = 0
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> "TextDigest":
+        found = cls()
+        for batch in batches:
+            found.add(batch.inputs, batch.target)
+        return found
+
+    def check_alike(self) -> None:
+        """Raise ValueError unless it is the same in all processes, which must call."""
+        check_same("a model whose experts are shared out", {"the text": self.hexdigest})
+
+    def add(self, inputs: Mapping[str, Any], target: Tensor) -> None:
+        digest = hashlib.sha256(self.hexdigest.encode())
+        for name, value in sorted({**inputs, "labels": target}.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self.hexdigest, self.batches = digest.hexdigest()[:32], self.batches + 1
+
+
+def turn(model: nn.Module) -> tuple[int, int]:
+    """Of the processes that share the text out among them, which this one is, and how many there are: all that see the
+    same, as where a model's experts are shared out, are one."""
+    return (0, 1) if is_shared_out(model) else (process(), processes())
+
+
+def everywhere(batches: list[Batch], model: nn.Module) -> list[Batch]:
+    """The batches of all processes, in the order of their ranks, on this one's device; all must call.
+
+    Raises:
+        ValueError: they are to be the same on all, and are not.
+    """
+    device = device_of(model)
+    if is_shared_out(model):
+        TextDigest.of(batches).check_alike()
+        return batches
     if processes() == 1:
         return batches
     here = [_moved(batch, torch.device("cpu")) for batch in batches]
@@ -150,7 +206,7 @@ def read_everywhere(model: nn.Module, batches: Iterable[Any], max_tokens: int | 
     """
     with together("reading the text"):
         here = list(read_batches(model, batches, max_tokens))
-    return everywhere(here, next(model.parameters()).device)
+    return everywhere(here, model)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import ExpertsSite, Tree
 from peft_pcgrow.architectures.gathered import Gather
+from peft_pcgrow.architectures.sharded import local
 from peft_pcgrow.architectures.stack_view import ViewedExperts
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.maps.batches import IGNORED
@@ -156,8 +157,9 @@ class ErrorProbe(Probe):
         for (name, _, chosen), gradient in zip(self._stacks, errors[1:], strict=True):
             if gradient is None or self.sketch is None:
                 continue
-            image = self.sketch(gradient, self.layouts[name].neurons)
+            image = self.sketch(local(gradient), self.layouts[name].neurons)
             nodes = list(chosen) if chosen is not None else slice(self.sites[index].experts)
+            image = image if chosen is None else image[: len(chosen)]
             self._images.setdefault((index, name), []).append((nodes, image))
 
     @contextmanager
@@ -234,7 +236,7 @@ def _stacks_in_use(site: ExpertsSite) -> Iterator[tuple[str, Tensor, Sequence[in
     """The tensors whose gradients are the nodes' (name, tensor, nodes of its slices; None for all experts)."""
     if not isinstance(site.module, experts.GrownExperts):
         for name, stack in experts.expert_stacks(site.base).items():
-            yield name, stack, None
+            yield name, stack, experts.nodes_here(site.base)
     else:
         for name, held in site.module.weights_in_use().items():
             for stack, chosen in held:

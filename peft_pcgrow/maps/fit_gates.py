@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pcgrow_kernels.window_mean import totals, window_means
 from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.engines import is_shared_out
 from peft_pcgrow.architectures.find import Tree
 from peft_pcgrow.gates.directions import MomentSketch
 from peft_pcgrow.gates.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, unknown_gate
@@ -19,6 +20,7 @@ from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
 from peft_pcgrow.gates.text_position import entering, modules_inside
 from peft_pcgrow.maps.batches import Batch, moved
+from peft_pcgrow.maps.distributed import summed
 from peft_pcgrow.maps.newborns import nodes_of
 
 # of so many texts that follow each other one is held out to set thresholds on
@@ -87,6 +89,9 @@ def compare(
     tables |= {f"{name}_rows": held.routed for name, held in scored.items()}
     experts_at = [site.experts for site in tree.sites]
     newborn = {n: torch.cat([t[e:] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()}
+    moment, trace = ({}, {}) if inputs is None else (inputs.moment, inputs.trace)
+    if is_shared_out(model):
+        moment, trace = (summed(held, next(model.parameters()).device) for held in (moment, trace))
     every = range(len(tree.sites))
     unknown, never = unknown_gate(len(directions["gate", 0]), window)
     entry = [gates.get(("entry", row), unknown) for row in every]
@@ -101,8 +106,8 @@ def compare(
         },
         **{n: torch.stack([t[:e] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()},
         newborns=newborn if len(newborn["domain_rows"]) else {},
-        moment={} if inputs is None else inputs.moment,
-        trace={} if inputs is None else inputs.trace,
+        moment=moment,
+        trace=trace,
         facts={
             "window": window,
             "sketch": sketch_dim,
@@ -239,11 +244,12 @@ class _InputMoments:
         tokens, chosen = x[rows.real], index[rows.real]
         for n, (_, donor) in enumerate(site.newborns):
             chosen = chosen.masked_fill(chosen == site.experts + n, donor)
-        for expert in range(site.experts):
+        base, here = experts.part(site.base), experts.nodes_here(site.base) or range(site.experts)
+        for place, expert in enumerate(here):
             mine = tokens[(chosen == expert).any(dim=1)]
             if not len(mine):
                 continue
-            for name, rows_in in experts.stack_inputs(site.base, mine, expert).items():
+            for name, rows_in in experts.stack_inputs(base, mine, place).items():
                 if name not in self.moment:
                     width = rows_in.shape[1]
                     shape = len(self.tree.sites), site.experts

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_pcgrow.architectures import experts, fingerprint
-from peft_pcgrow.architectures.engines import inside
-from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_experts
+from peft_pcgrow.architectures.engines import inside, is_shared_out
+from peft_pcgrow.architectures.find import Tree, adopt, check_in_memory, check_unhooked, find_to_grow
 from peft_pcgrow.architectures.gathered import device_of, gathered_by_layer, to_gather
 from peft_pcgrow.architectures.sharded import whole
 from peft_pcgrow.gates.separation import Separation
@@ -31,12 +31,22 @@ from peft_pcgrow.maps.batches import (
     settled_losses,
 )
 from peft_pcgrow.maps.corpus import whole_number
-from peft_pcgrow.maps.distributed import any_ready, check_same, everywhere, over_processes, process, processes, together
+from peft_pcgrow.maps.distributed import (
+    TextDigest,
+    any_ready,
+    check_same,
+    everywhere,
+    over_processes,
+    process,
+    processes,
+    together,
+    turn,
+)
 from peft_pcgrow.maps.error_map import FOLDS, ErrorMap
 from peft_pcgrow.maps.error_probe import ErrorProbe
 from peft_pcgrow.maps.fit_gates import compare
 from peft_pcgrow.maps.gradient_sketch import GradientSketch
-from peft_pcgrow.maps.resume import Checkpoint, TextDigest, weights_in_use
+from peft_pcgrow.maps.resume import Checkpoint, weights_in_use
 from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.settings import refuse_gone
 from peft_pcgrow.settling.descent import Way
@@ -141,12 +151,12 @@ def measure_errors(
     refuse_gone("measure_errors", gone, GONE)
     model = inside(model)
     with together("measure_errors"):
-        check_causal(model)
+        check_causal(model, shared_out=True)
         check_gradients(model)
-        engines = to_gather(model, "measure_errors")
+        alike, engines = is_shared_out(model), to_gather(model, "measure_errors")
         if engines and (settle == "relax" or retain == "self"):
             raise ValueError(IN_STEP)
-        tree = find_experts(model, nodes, bool(engines))
+        tree = find_to_grow(model, nodes, "measure_errors", bool(engines))
         check_unhooked(tree)
         way = Way(settle, settle_depth, settle_tol)
         given = whole_numbers(max_tokens=max_tokens, sketch_dim=sketch_dim, window=window, batch_size=batch_size)
@@ -172,10 +182,10 @@ def measure_errors(
     check_same("measure_errors", {**run, **asked, "base": base})
     device = device_of(model)
     read = partial(read_batches, model, batch_size=given["batch_size"], tokenizer=tokenizer)
-    limit = None if limit is None else -(-limit // processes())
+    limit = None if limit is None else -(-limit // turn(model)[1])
     saving = Checkpoint(_own_folder(checkpoint), given["checkpoint_every"], run)
     sketch = GradientSketch(sketch_dim) if gradients else None
-    how = _How(model, adopt(tree), way, sketch, base, limit, progress, engines)
+    how = _How(model, adopt(tree), way, sketch, base, limit, progress, engines, alike)
     seen: list[Batch] | None = None if retain is None else []
     with together("measure_errors"):
         resumed = saving.load()
@@ -185,7 +195,7 @@ def measure_errors(
             held = _sweep(how, read(heldout), before, saving, lambda emap: replace(mine, heldout=emap))
             mine.heldout = before = held
         saving.save(replace(mine, heldout=before))
-    emap = over_processes(mine, device)
+    emap = over_processes(mine, device, alike)
     for what, found in (("corpus", emap), ("held-out text", emap.heldout)):
         if found is not None and not found.labels:
             raise ValueError(
@@ -200,7 +210,7 @@ def measure_errors(
 
 @dataclass(frozen=True)
 class _How:
-    """How a corpus is measured: arguments of `measure_errors`, read."""
+    """How a corpus is measured: arguments of `measure_errors`, read; whether all processes measure the same text."""
 
     model: nn.Module
     tree: Tree
@@ -210,6 +220,7 @@ class _How:
     max_tokens: int | None
     progress: bool
     engines: list[Any]
+    alike: bool
 
     def with_others(self, ready: bool) -> bool:
         """Whether there is a step to take: of this process, or where that gathers weights, of any."""
@@ -257,8 +268,10 @@ def _sweep(
                 if seen is not None:
                     seen.append(piece)
                 done += piece.tokens
-                if saving.folder is not None:
+                if saving.folder is not None or how.alike:
                     text.add(piece.inputs, piece.target)
+                if how.alike:
+                    text.check_alike()
                 if resumed is not None and text.batches == known and text.hexdigest != resumed.run.get("read"):
                     raise saving.stale(OTHER_TEXT)
                 if text.batches > known or saving.folder is None:
@@ -313,16 +326,16 @@ def _separate(
     window: int,
     sketch_dim: int,
 ) -> Separation:
-    device = next(how.model.parameters()).device
     with together("measure_errors"):
         if isinstance(retain, str):
             if retain != "self":
                 raise ValueError(f"retain must be batches of text, or 'self'; got {retain!r}")
             shapes = [spread(batch.real, texts_apart(batch.rows)).shape for batch in domain]
             texts, longest = sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
-            # other processes write other texts
-            retain = sample_text(how.model, texts, longest, seed=process(), progress=how.progress) if texts else []
+            # other processes write other texts, if they may
+            options = {"seed": turn(how.model)[0], "progress": how.progress}
+            retain = sample_text(how.model, texts, longest, **options) if texts else []
         batches = list(read(retain, max_tokens=how.max_tokens))
     # a gate is fitted to all of the text, so every process fits the same ones
-    domain, batches = everywhere(domain, device), everywhere(batches, device)
+    domain, batches = everywhere(domain, how.model), everywhere(batches, how.model)
     return compare(how.model, how.tree, domain, batches, window, sketch_dim, how.progress)

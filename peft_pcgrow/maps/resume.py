@@ -1,7 +1,7 @@
 """What an unfinished measurement may go on by: the weights in use, the way of measuring, and the text read so far."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.sharded import whole
+from peft_pcgrow.architectures.engines import is_shared_out
+from peft_pcgrow.architectures.sharded import local, whole
 from peft_pcgrow.maps import map_file
+from peft_pcgrow.maps.distributed import gathered
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.settling.conditions import adapters_in_use
 
@@ -30,7 +32,8 @@ def weights_in_use(model: nn.Module) -> str:
     digest = hashlib.sha256()
     held = [*model.named_parameters(), *model.named_buffers()]
     # a device is asked once it has summed everything, not for each piece
-    sums = [None if tensor.is_meta else torch.stack([*_sums(whole(tensor.detach()))]) for _, tensor in held]
+    read = local if is_shared_out(model) else whole
+    sums = [None if tensor.is_meta else torch.stack([*_sums(read(tensor.detach()))]) for _, tensor in held]
     for (name, tensor), pieces in zip(held, sums, strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         for piece in () if pieces is None else pieces.tolist():
@@ -40,7 +43,9 @@ def weights_in_use(model: nn.Module) -> str:
         digest.update(f"{name} {sorted(numbers.items())}".encode())
         if used := adapters_in_use(module):
             digest.update(f"{name} {used}".encode())
-    return digest.hexdigest()[:32]
+    found = digest.hexdigest()[:32]
+    # of other experts in other processes
+    return hashlib.sha256("".join(gathered(found)).encode()).hexdigest()[:32] if is_shared_out(model) else found
 
 
 def _sums(tensor: Tensor) -> Iterator[Tensor]:
@@ -50,22 +55,6 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
         wide = chunk.long()
         place = torch.arange(1, len(wide) + 1, device=wide.device)
         yield torch.stack([wide.sum(), (wide * place).sum()])
-
-
-@dataclass
-class TextDigest:
-    """Digest of batches, in their order."""
-
-    hexdigest: str = ""
-    batches: int = 0
-
-    def add(self, inputs: Mapping[str, Any], target: Tensor) -> None:
-        digest = hashlib.sha256(self.hexdigest.encode())
-        for name, value in sorted({**inputs, "labels": target}.items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        self.hexdigest, self.batches = digest.hexdigest()[:32], self.batches + 1
 
 
 @dataclass

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.architectures.engines import inside
+from peft_pcgrow.architectures.engines import inside, is_shared_out
 from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.maps.batches import IGNORED, check_causal, held_still, known_words, predict, read_batch, token_losses
 from peft_pcgrow.maps.corpus import pad, read_text, whole_number
-from peft_pcgrow.maps.distributed import check_same, process, processes, summed, together
+from peft_pcgrow.maps.distributed import check_same, processes, summed, together, turn
 from peft_pcgrow.maps.resume import weights_in_use
 from peft_pcgrow.settings import refuse_gone
 
@@ -101,8 +101,9 @@ def order_by_surprisal(
                 else "a list of it"
             )
             raise TypeError(f"examples are ordered by index, and a {type(dataset).__name__} has none: give {hint}")
-        check_causal(model)
-        check_whole(model, "order_by_surprisal")
+        check_causal(model, shared_out=True)
+        if not is_shared_out(model):
+            check_whole(model, "order_by_surprisal")
         batch_size = whole_number("batch_size", batch_size, "examples")
         window = None if window is None else whole_number("window", window, "examples")
         count = len(dataset)
@@ -113,8 +114,9 @@ def order_by_surprisal(
     bar = tqdm(total=count, unit="example", desc="measuring surprisal", disable=not progress)
     with together("order_by_surprisal"), bar:
         surprisal = meter.measure(bar)
-    # each process measured some batches
-    surprisal = summed({"surprisal": surprisal}, next(model.parameters()).device)["surprisal"]
+    if turn(model)[1] > 1:
+        # each process measured some batches
+        surprisal = summed({"surprisal": surprisal}, next(model.parameters()).device)["surprisal"]
     keys, size = (-surprisal if descending else surprisal).tolist(), window or max(count, 1)
     order: list[int] = []
     for start in range(0, count, size):
@@ -159,11 +161,12 @@ class _Meter:
         turn is its, the others' are 0. The model is left as it was."""
         relative = self.relative and _has_branch(self.model)
         found = torch.zeros(len(self.dataset), dtype=torch.float64, device="cpu")
+        number, count = turn(self.model)
         with held_still(self.model):
             for batch, start in enumerate(range(0, len(found), self.batch_size)):
                 indices = range(start, min(start + self.batch_size, len(found)))
                 bar.update(len(indices))
-                if batch % processes() != process():
+                if batch % count != number:
                     continue
                 inputs, target = self._read(indices)
                 values = _mean_losses(self.model, inputs, target, indices)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.architectures.engines import TAKEN, inside, stepped_by
-from peft_pcgrow.architectures.sharded import check_whole
+from peft_pcgrow.architectures.engines import TAKEN, inside, is_shared_out, stepped_by
+from peft_pcgrow.architectures.sharded import check_whole, local
 from peft_pcgrow.maps.batches import (
     IGNORED,
     Batch,
@@ -24,7 +24,7 @@ from peft_pcgrow.maps.batches import (
     read_batches,
     settled_losses,
 )
-from peft_pcgrow.maps.distributed import everywhere, gathered, process, processes, summed, together
+from peft_pcgrow.maps.distributed import everywhere, gathered, summed, together, turn
 from peft_pcgrow.training.host import WAITING
 from peft_pcgrow.training.muon import banks_of, update_of
 
@@ -78,9 +78,10 @@ def find_lr(
     """
     model = inside(model)
     with together("find_lr"):
-        check_causal(model)
+        check_causal(model, shared_out=True)
         check_gradients(model)
-        check_whole(model, "find_lr")
+        if not is_shared_out(model):
+            check_whole(model, "find_lr")
         if (engine := stepped_by(model)) is not None:
             raise ValueError(TAKEN.format(engine, "find_lr"))
         banks = banks_of(model)
@@ -89,7 +90,7 @@ def find_lr(
     with _put_back(model, banks) as starts:
         with together("find_lr"):
             mine = list(read_batches(model, batches, batch_size=batch_size, tokenizer=tokenizer))
-        read = everywhere(mine, next(model.parameters()).device)
+        read = everywhere(mine, model)
         if len(read) < 2:
             raise ValueError(
                 f"find_lr takes a step on some batches and looks at others, so it needs 2 at least, got {len(read)}"
@@ -97,12 +98,13 @@ def find_lr(
         halves = read[: len(read) // 2], read[len(read) // 2 :]
         if not all(any(bool((target != IGNORED).any()) for _, target, _ in half) for half in halves):
             raise ValueError("one half of the batches has no token to predict (all labels are -100): give others")
-        shares = [half[process() :: processes()] for half in halves]
+        number, count = turn(model)
+        shares = [half[number::count] for half in halves]
         updates = _updates(model, banks, shares[0])
 
         def loss(step: float) -> float:
             with together("find_lr"), torch.no_grad():
-                for bank, start, update in zip(banks, starts, updates, strict=True):
+                for bank, start, update in zip(map(local, banks), starts, updates, strict=True):
                     bank.copy_(start).add_(update, alpha=-step)
                 found = loss_sum(model, shares[1])
             total, count = map(sum, zip(*gathered(found), strict=True))
@@ -149,15 +151,15 @@ def _updates(model: nn.Module, banks: list[nn.Parameter], batches: list[Batch]) 
         with settled_losses(model) as settle_batch:
             for inputs, target, _ in batches:
                 settle_batch(inputs, target)
-    here = {str(place): bank.grad for place, bank in enumerate(banks) if bank.grad is not None}
-    gradients = summed(here, banks[0].device)
+    here = {str(place): local(bank.grad) for place, bank in enumerate(banks) if bank.grad is not None}
+    gradients = here if is_shared_out(model) else summed(here, banks[0].device)
     updates = [
         update_of(gradients[str(place)].to(bank.device, copy=True))
         if str(place) in gradients
-        else torch.zeros_like(bank)
+        else torch.zeros_like(local(bank))
         for place, bank in enumerate(banks)
     ]
-    if not any(bool(update.any()) for update in updates):
+    if not any(gathered(any(bool(update.any()) for update in updates))):
         raise ValueError(
             "no token of the first half of the batches reaches what trains: give text of the domain, more of it, or "
             "check what the adapter grows"
@@ -170,7 +172,7 @@ def _put_back(model: nn.Module, banks: list[nn.Parameter]) -> Iterator[list[Tens
     """Inside, gradients are empty, and copies of the banks are at hand; afterwards all is as it was."""
     modes = {module: module.training for module in model.modules()}
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    starts = [bank.detach().clone() for bank in banks]
+    starts = [local(bank.detach()).clone() for bank in banks]
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type not in ("cpu", "meta")})
     try:
         for p, _ in gradients:
@@ -179,7 +181,7 @@ def _put_back(model: nn.Module, banks: list[nn.Parameter]) -> Iterator[list[Tens
             yield starts
     finally:
         with torch.no_grad():
-            for bank, start in zip(banks, starts, strict=True):
+            for bank, start in zip(map(local, banks), starts, strict=True):
                 bank.copy_(start)
         for p, gradient in gradients:
             p.grad = gradient

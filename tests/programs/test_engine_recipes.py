@@ -33,12 +33,13 @@ def given(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_zero2(given):
-    """It trains, and what it saves is an adapter of its model with other weights than at birth."""
-    folders = ("--model", given / "model", "--data", given / "texts", "--out", given / "out")
-    done = fresh.two(RECIPES / "deepspeed" / "train.py", *folders, "--steps", "2", forked=False, DS_ACCELERATOR="cpu")
-    assert all(process.returncode == 0 for process in done), done[0].stderr[-3000:]
+needs_sizes = pytest.mark.skipif(
+    "ep_size" not in distributed.DistributedConfig.__dataclass_fields__, reason="this transformers has no ep_size"
+)
+
+
+def assert_trained(given: Path) -> None:
+    """What was saved is an adapter of its model with other weights than at birth."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(given / "model"), str(given / "out"))
     layers = model.base_model.tuner_layers()
     assert layers
@@ -47,10 +48,25 @@ def test_zero2(given):
         assert not all(torch.equal(bank, born[name]) for name, bank in layer.bank("default").items())
 
 
-@pytest.mark.skipif(
-    "ep_size" not in distributed.DistributedConfig.__dataclass_fields__, reason="this transformers has no ep_size"
-)
-def test_expert_parallel(given):
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero2(given):
+    folders = ("--model", given / "model", "--data", given / "texts", "--out", given / "out")
+    done = fresh.two(RECIPES / "deepspeed" / "train.py", *folders, "--steps", "2", forked=False, DS_ACCELERATOR="cpu")
+    assert all(process.returncode == 0 for process in done), done[0].stderr[-3000:]
+    assert_trained(given)
+
+
+@needs_sizes
+def test_expert_parallel_training(given):
+    folders = ("--model", given / "model", "--data", given / "texts", "--out", given / "out")
+    done = fresh.two(RECIPES / "expert_parallel" / "train.py", *folders, "--steps", "4", "--budget", "0.3")
+    assert all(process.returncode == 0 for process in done), done[0].stderr[-3000:]
+    assert "step 4: loss" in done[0].stdout
+    assert_trained(given)
+
+
+@needs_sizes
+def test_expert_parallel_serving(given):
     """What two processes write together is what one writes with the adapter."""
     folders = ("--model", given / "model", "--adapter", given / "adapter", "--out", given / "merged")
     done = fresh.two(RECIPES / "expert_parallel" / "serve.py", *folders, "--tokens", "8")

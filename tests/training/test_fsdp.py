@@ -180,7 +180,7 @@ REFUSED = {
     "order": r"order_by_surprisal needs its weights whole.*before the model is sharded",
     "find_lr": r"find_lr needs its weights whole.*before the model is sharded",
     "merge": r"merging needs its weights whole",
-    "another adapter": r"gate_up_proj is a DTensor \(sharded by fully_shard",
+    "another adapter": r"growing needs its weights whole.*before the model is sharded",
     "plan": r"gate_up_proj is a DTensor \(sharded by fully_shard",
     "Muon on split matrices": r"shape \(4, 4\) are split between processes",
     "FSDP1": r"FullyShardedDataParallel \(FSDP1\).*Shard by fully_shard \(FSDP2",

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 examples/recipes/expert_parallel/serve.py --model MODEL --adapter FOLDER --out MERGED
 
-Nothing grows on such a model: the adapter is trained under DDP, FSDP2 or ZeRO-2, merged here by the first process,
-and the plain checkpoint that this makes is loaded by all with their share of the experts.
+The adapter, trained on any number of processes, is merged here by the first one, and the plain checkpoint that this
+makes is loaded by all with their share of the experts.
 """
 
 import argparse
