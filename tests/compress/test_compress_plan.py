@@ -320,19 +320,6 @@ def test_a_damage_that_is_no_number_is_named():
         compress.survey(model, methods=("quantize",), retain=[text], progress=False)
 
 
-def test_skips_come_within_reach():
-    """With nothing else to do, as many layers go as must."""
-    model = build()
-    found = compress.survey(model, methods=("skip",), retain=[tokens()], progress=False)
-    for target, left in ((0.7, 2), (0.34, 1)):
-        plan = found.plan(target)
-        assert len(plan.skipped) == 3 - left
-        assert plan.bytes == plan.total * left // 3
-        assert plan.predicted == pytest.approx(sum(float(found.skips[layer]) for layer in plan.skipped))
-    with pytest.raises(ValueError, match=r"target=0.3 is out of reach of skip by 'fisher': .* 0.3334 "):
-        found.plan(0.3)
-
-
 @pytest.mark.parametrize("methods", METHODS[:3] + METHODS[4:], ids="-".join)
 def test_the_nearest_target_is_named(methods):
     found = compress.survey(build("mixtral"), methods=methods, retain=[tokens()], progress=False)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_pcgrow import find_experts
+from peft_pcgrow import compress, find_experts
 from peft_pcgrow.compress.skip import can_skip, drop_layers, layers_in_use
 from tiny import ARCHITECTURES, assert_same, build, logits, snapshot, tokens
 
@@ -90,3 +90,16 @@ def test_what_configs_cannot_say():
     assert model.config.to_dict() == config
     assert find_experts(model).layers == order
     assert [layer.self_attn.layer_idx for layer in order] == [0, 1, 2]
+
+
+def test_skips_come_within_reach():
+    """With nothing else to do, as many layers go as must."""
+    model = build()
+    found = compress.survey(model, methods=("skip",), retain=[tokens()], progress=False)
+    for target, left in ((0.7, 2), (0.34, 1)):
+        plan = found.plan(target)
+        assert len(plan.skipped) == 3 - left
+        assert plan.bytes == plan.total * left // 3
+        assert plan.predicted == pytest.approx(sum(float(found.skips[layer]) for layer in plan.skipped))
+    with pytest.raises(ValueError, match=r"target=0.3 is out of reach of skip by 'fisher': .* 0.3334 "):
+        found.plan(0.3)
