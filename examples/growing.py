@@ -73,7 +73,7 @@ def main() -> None:
     add("--max-forgetting", type=float, default=0.03, help="nats per token (default: %(default)s)")
     add("--map-windows", type=int, default=192, help="that maps are measured on (default: %(default)s)")
     add("--protect", type=float, help="share of the retain text's energy that is spared (default: grow's)")
-    add("--gate-fpr", type=float, default=0.02, help="of the training (default: %(default)s)")
+    add("--gate-fpr", type=float, default=0.1, help="of the training (default: %(default)s)")
     add("--lr", type=float, help="of Muon (default: found)")
     add("--threads", type=int, help="of torch (default: its own)")
     add("--json", action="store_true", help="print one JSON object a line")

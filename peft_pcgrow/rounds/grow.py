@@ -57,7 +57,7 @@ def grow(
     epochs: float = 4.0,
     max_steps: int | None = None,
     lr: float | None = None,
-    gate_fpr: float = 0.02,
+    gate_fpr: float = 0.1,
     map_windows: int = 192,
     map_after: bool = False,
     curriculum: bool = False,
