@@ -84,10 +84,9 @@ class Gated:
             raise ValueError(f"adapters {idle} are not active, and gates are fitted to what runs: activate them first")
         with together("refit_gates"), held_still(self.model):
             engines = to_gather(self.model, "refit_gates")
-            domain, spared = (
-                everywhere(list(read_batches(self.model, text, None, batch_size, tokenizer)), self.model)
-                for text in (batches, retain)
-            )
+            here = [list(read_batches(self.model, text, None, batch_size, tokenizer)) for text in (batches, retain)]
+        domain, spared = (everywhere(text, self.model) for text in here)
+        with together("refit_gates"), held_still(self.model):
             fitted = []
             for name in names:
                 # adapters may grow nodes of other kinds

@@ -194,7 +194,6 @@ def survey(
         reach = emap.square / (2 * hidden * max(emap.labels, 1))
         by_map = torch.stack([each.spread for each in found]) * reach.unsqueeze(-1)
     layers = tuple(site.layer for site in tree.sites)
-    _check_finite(damage, calibration, layers, forms)
     skips = None
     if "skip" in methods and not can_skip(model):
         warnings.warn(
@@ -206,6 +205,7 @@ def survey(
     sizes = torch.stack([each.bytes for each in found])
     # on accelerators sums are rounded in an order of their own
     damage, by_map, skips = from_first((damage, by_map, skips))
+    _check_finite(damage, calibration, layers, forms)
     base = fingerprint.describe_base(model, tree)
     return Survey(layers, forms, sizes, damage, by_map, skips, calibration, tuple(methods), base)
 

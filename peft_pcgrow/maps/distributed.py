@@ -16,6 +16,8 @@ from peft_pcgrow.gates.gate import Rows
 from peft_pcgrow.maps.batches import Batch, moved, read_batches
 from peft_pcgrow.maps.error_map import COUNTERS, OPTIONAL, SUMS, ErrorMap
 
+UNEQUAL = "give each process as many batches as any other"
+
 
 def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -56,7 +58,7 @@ def any_ready(what: str, ready: bool) -> bool:
 def together(what: str) -> Iterator[None]:
     """What processes do side by side: if it fails on one, it is raised on all, and nobody waits for one that is gone.
 
-    All must enter; nothing inside may wait for another process, but by `any_ready`.
+    All must enter; nothing inside may wait for another process, but by `any_ready` and `check_same`.
     """
     failed: Exception | None = None
     try:
@@ -69,14 +71,24 @@ def together(what: str) -> Iterator[None]:
     if failed is not None:
         raise failed
     for rank, text in enumerate(told):
-        if text is not None:
+        if isinstance(text, str):
             raise RuntimeError(f"{what} failed on process {rank} of {len(told)}: {text}")
+        if text is not None:
+            raise RuntimeError(f"{what} had more to do on process {rank} of {len(told)}: {UNEQUAL}")
 
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError on all processes if one of them has other facts; all must call."""
+    """Raise ValueError on all processes if one of them has other facts; all must call.
+
+    Raises:
+        FailedElsewhere: one has left `together` by now: it failed, or it was done.
+    """
+    told = gathered(dict(facts))
+    for rank, each in enumerate(told):
+        if each is None or isinstance(each, str):
+            raise FailedElsewhere(f"{what} ended on process {rank} of {len(told)}: {each or UNEQUAL}")
     # one that does something else by now has other facts
-    every = [each if isinstance(each, dict) else {} for each in gathered(dict(facts))]
+    every = [each if isinstance(each, dict) else {} for each in told]
     unlike = [name for name in facts if any(each.get(name) != every[0].get(name) for each in every)]
     if unlike:
         name = unlike[0]

@@ -190,6 +190,9 @@ def measure_errors(
     with together("measure_errors"):
         resumed = saving.load()
         before = resumed.heldout if resumed is not None else None
+        if alike:
+            known = [None if emap is None else emap.batches for emap in (resumed, before)]
+            check_same("measure_errors", {"what its checkpoint holds (remove it to begin anew)": known})
         mine = _sweep(how, read(batches), resumed, saving, lambda emap: replace(emap, heldout=before), seen)
         if heldout is not None:
             held = _sweep(how, read(heldout), before, saving, lambda emap: replace(mine, heldout=emap))

@@ -119,7 +119,7 @@ def grow(
         >>> options = {"heldout": batches[1], "retain": retain, "rounds": 1, "max_steps": 4, "lr": 0.1}
         >>> result = grow(model, batches[0], output_dir=folder / "run", length=24, progress=False, **options)
         >>> result.rounds[0].growth, result.rounds[0].nodes
-        ('spawn', 5)
+        ('spawn', 3)
     """
     given = {
         "budget": budget, "rounds": rounds, "length": length, "batch_size": batch_size, "epochs": epochs,

@@ -1,6 +1,7 @@
 """Checkpoints of transformers' Trainer: which of them all processes have written to the end."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -8,16 +9,18 @@ from transformers import TrainerState
 
 from peft_pcgrow.maps.distributed import from_first, process, together
 
-STATE, CHECKPOINT = "trainer_state.json", "checkpoint-"
-# what a checkpoint needs to be gone on from, whatever engine wrote it; its state comes last, from the first process
-PARTS = (STATE, "optimizer*", "scheduler.pt", "rng_state*.pth")
+STATE = "trainer_state.json"
+# what a checkpoint needs to be gone on from, beside that and random states: of the Trainer, and of DeepSpeed
+PARTS = (("optimizer*", "scheduler.pt"), ("global_step*", "latest"))
+CUT_SHORT = "cut-short-"
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The newest checkpoint in a Trainer's folder that was written to its end, to be gone on from; None: there is none.
 
     The Trainer's own `resume_from_checkpoint=True` takes the newest, and fails at one that a process was killed in the
-    midst of. These are deleted: what is written into one of them, and cut short again, could be taken for whole. Under
+    midst of. One without a state that can be read, which the Trainer writes last, is renamed (`CUT_SHORT` before its
+    name): what is written into it, and cut short again, could be taken for whole. All others stay as they are. Under
     torch.distributed, which making `TrainingArguments` begins, all processes must call, and get the same.
     """
     with together("looking for a checkpoint"):
@@ -27,18 +30,26 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 
 def _newest(folder: Path) -> str | None:
     found = []
-    for entry in filter(Path.is_dir, folder.glob(f"{CHECKPOINT}*")):
+    for entry in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", entry.name) is None or not entry.is_dir():
+            continue
         try:
-            if not all(any(entry.glob(part)) for part in PARTS) or not _all_processes(entry):
-                raise FileNotFoundError(entry)
-            found.append((TrainerState.load_from_json(str(entry / STATE)).global_step, str(entry)))
+            step = TrainerState.load_from_json(str(entry / STATE)).global_step
         except (FileNotFoundError, ValueError, TypeError):
-            shutil.rmtree(entry)
+            if not entry.is_symlink():
+                aside = entry.with_name(CUT_SHORT + entry.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                entry.rename(aside)
+            continue
+        if any(all(any(entry.glob(part)) for part in parts) for parts in PARTS) and _all_processes(entry):
+            found.append((step, str(entry)))
     return max(found, default=(0, None))[1]
 
 
 def _all_processes(entry: Path) -> bool:
-    """Whether each has left its state of random numbers; that of the last alone is not missed where there are more than
-    two, and costs no more than other random numbers."""
-    ranks = {path.stem.removeprefix("rng_state") for path in entry.glob("rng_state*.pth")}
-    return ranks == {""} or (len(ranks) > 1 and ranks == {f"_{rank}" for rank in range(len(ranks))})
+    """Whether each has left its state of random numbers; those of the last ones are not missed where there are more
+    than two, and cost no more than other random numbers."""
+    names = {path.stem.removeprefix("rng_state") for path in entry.glob("rng_state*.pth")}
+    ranks = sorted(int(name[1:]) for name in names if re.fullmatch(r"_\d+", name))
+    # of nodes with disks of their own, a part
+    return ranks == [*range(ranks[0], ranks[0] + len(ranks))] and len(ranks) > 1 if ranks else "" in names

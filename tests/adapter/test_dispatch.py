@@ -228,7 +228,7 @@ def one_way(model: nn.Module, ids: Tensor, way: Any, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         real, together = dispatch.run, way is run
 
-        def chosen(base: Any, *args: Any, exact: bool) -> Tensor:
+        def chosen(base: Any, *args: Any, exact: bool = True) -> Tensor:
             assert one_sort.kept_from(base, exact) == ""
             return real(base, *args, exact=exact, together=together)
 

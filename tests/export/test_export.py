@@ -59,7 +59,7 @@ def text_map(name: str = "qwen3_moe") -> ErrorMap:
 
 def config(name: str = "qwen3_moe", **changes) -> PCGrowConfig:
     where = {"router": "flat", "budget": 0.25} if name in FLAT else {"locus": LOCUS}
-    return PCGrowConfig(**{"error_map": text_map(name), "grow": "spawn", "gate_fpr": 0.05, **where, **changes})
+    return PCGrowConfig(**{"error_map": text_map(name), "grow": "spawn", "gate_fpr": 0.4, **where, **changes})
 
 
 def trained(name: str = "qwen3_moe", dtype: torch.dtype = torch.float32, base: dict | None = None, **changes):

@@ -8,8 +8,7 @@ import torch
 from close import assert_close
 from peft_pcgrow import measure_errors
 from peft_pcgrow.compress.calibrate import calibrate
-from peft_pcgrow.maps.batches import read_batch
-from peft_pcgrow.maps.measure import _cut
+from peft_pcgrow.maps.batches import _cut, read_batch
 from tiny import build, domain, retain
 
 TOLERANCE = "fp64 across batches"

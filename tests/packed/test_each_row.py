@@ -56,7 +56,7 @@ def test_nor_with_a_bank(as_on_a_gpu):
     want = find_experts(base).sites[1].base(*given)
     model = get_peft_model(base, PCGrowConfig(locus=LOCUS))
     layer = model.eval().base_model.tuner_layers()[0]
-    branches = [branch for _, branch in layer._branches(["default"], given[0])]
+    branches = [branch for _, branch in layer._branches(["default"], given[0], None)]
     run = dispatch.run(layer.base_layer, branches, *given, asking=False)
     assert torch.equal(run, want)
     with nothing_asked():

@@ -112,7 +112,7 @@ def test_settings_of_the_training_are_gone_afterwards(tmp_path, kept):
     model = base()
     known = facts(model)
     seed()
-    changes = {"max_steps": 4} if kept else {"max_steps": 1, "lr": 1e-6}
+    changes = {"max_steps": 4} if kept else {"max_steps": 1, "lr": 1e-5}
     result = run(tmp_path, model, trainer={"gradient_checkpointing": True}, **changes)
     after = draws()
     seed()

@@ -71,7 +71,9 @@ def test_falls_back_to_a_checkpoint_that_is_whole(tmp_path, processes, part):
     assert last_checkpoint(tmp_path) == str(newest)
     (newest / part).rmdir() if part == "optimizer_0" else (newest / part).unlink()
     assert last_checkpoint(tmp_path) == str(kept)
-    assert not newest.exists()
+    # without a state it was cut short; others may be what somebody wanted
+    assert newest.exists() == (part != "trainer_state.json")
+    assert (tmp_path / "cut-short-checkpoint-12").is_dir() == (part == "trainer_state.json")
     assert (tmp_path / "checkpoint-14").is_file()
 
 
@@ -79,3 +81,22 @@ def test_state_that_was_cut_short(tmp_path):
     kept, newest = (checkpoint(tmp_path, step, "one") for step in (8, 12))
     (newest / "trainer_state.json").write_text('{"global_step": 1')
     assert last_checkpoint(tmp_path) == str(kept)
+
+
+def test_checkpoints_of_others_stay(tmp_path):
+    kept = checkpoint(tmp_path, 8, "one")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-9").symlink_to(tmp_path / "checkpoint-best", target_is_directory=True)
+    weights = tmp_path / "checkpoint-10"  # save_only_model=True
+    weights.mkdir()
+    (weights / "trainer_state.json").write_text('{"global_step": 10}')
+    before = sorted(tmp_path.rglob("*"))
+    assert last_checkpoint(tmp_path) == str(kept)
+    deepspeed = checkpoint(tmp_path, 12, "two")
+    for part in ("optimizer.pt", "scheduler.pt"):
+        (deepspeed / part).unlink()
+    (deepspeed / "global_step12").mkdir()
+    (deepspeed / "latest").write_text("global_step12")
+    (deepspeed / "rng_state.pth").write_text("")  # of one process, before
+    assert last_checkpoint(tmp_path) == str(deepspeed)
+    assert set(before) < set(tmp_path.rglob("*"))
