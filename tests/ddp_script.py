@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_pcgrow import ErrorMap, ErrorMapCallback, PCGrowConfig, compress, measure_errors, order_by_surprisal
 from peft_pcgrow.maps.map_tensors import COUNTERS, to_tensors
 from peft_pcgrow.maps.newborns import SUMS
-from tiny import build, contrast, domain, mixed, retain, spawned, tokens
+from tiny import build, domain, mixed, retain, spawned, spawning, tokens
 
 LOCUS = {0: list(range(8)), 2: [1, 6]}
 STEPS, ROWS, COEFFICIENT = 4, 4, 0.001
@@ -213,7 +213,7 @@ def planned(rank: int = 0, world: int = 1) -> dict:
 
 
 def main(folder: Path) -> None:
-    contrast()  # of one process's text, and kept: of both it would be of each text twice
+    spawning()  # its map is of one process's text, and kept: of both it would be of each text twice
     accelerator = Accelerator(cpu=True)
     found = {
         "loop": loop(accelerator),
