@@ -73,7 +73,7 @@ def main() -> None:
     )
     separation = emap.separation
     assert separation is not None
-    texts: dict[str, Sequence[Tensor]] = dict(task.held_out)
+    texts: dict[str, Sequence[Tensor]] = {**task.held_out}
     if args.facts:
         facts = abilities.read_facts()
         chosen = facts[:: max(1, len(facts) // args.facts)]
