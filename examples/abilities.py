@@ -96,7 +96,7 @@ def _by_length(sequences: Sequence[list[int]], batch: int) -> Iterator[list[int]
     yield from (order[i : i + batch] for i in range(0, len(order), batch))
 
 
-def _padded(rows: list[list[int]], left: bool, device: torch.device) -> dict[str, Tensor]:
+def padded(rows: list[list[int]], left: bool, device: torch.device) -> dict[str, Tensor]:
     """Token ids `[N, S]` and attention mask `[N, S]`; what is padded with does not matter."""
     length = max(map(len, rows))
     ids, mask = (torch.zeros(len(rows), length, dtype=torch.long, device=device) for _ in range(2))
@@ -116,7 +116,7 @@ def cloze(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[tuple[str, str
     with evaluating(model) as device:
         # the last token is only predicted, never read
         for chosen in _by_length([ids[:-1] for ids, _ in encoded], batch):
-            inputs = _padded([encoded[i][0][:-1] for i in chosen], left=False, device=device)
+            inputs = padded([encoded[i][0][:-1] for i in chosen], left=False, device=device)
             likely = model(**inputs, use_cache=False).logits.argmax(-1).tolist()
             for i, row in zip(chosen, likely, strict=True):
                 ids, known = encoded[i]
@@ -133,7 +133,7 @@ def _greedy(
     answers = [""] * len(prompts)
     with evaluating(model) as device:
         for chosen in _by_length(prompts, batch):
-            inputs = _padded([prompts[i] for i in chosen], left=True, device=device)
+            inputs = padded([prompts[i] for i in chosen], left=True, device=device)
             made = model.generate(**inputs, **options, max_new_tokens=max_new_tokens)
             texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):

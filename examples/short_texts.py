@@ -26,10 +26,8 @@ Evidence = list[Tensor]  # of each layer, `[N, S]`
 @torch.no_grad()
 def evidence(model: nn.Module, separation: Separation, texts: Sequence[Tensor]) -> tuple[Evidence, Tensor]:
     """What every gate says of each token, and which are no padding, `[N, S]`."""
-    longest = max(map(len, texts))
-    ids, real = torch.zeros(len(texts), longest, dtype=torch.long), torch.zeros(len(texts), longest, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], real[row, : len(text)] = text, True
+    inputs = abilities.padded([text.tolist() for text in texts], left=False, device=torch.device("cpu"))
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
     tree = adopt(find_experts(model))
     found: list[list[Tensor]] = [[] for _ in tree.sites]
     rows: Rows

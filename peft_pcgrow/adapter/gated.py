@@ -87,15 +87,15 @@ class Gated:
             here = [list(read_batches(self.model, text, None, batch_size, tokenizer)) for text in (batches, retain)]
         domain, spared = (everywhere(text, self.model) for text in here)
         with together("refit_gates"), held_still(self.model):
-            fitted = []
-            for name in names:
-                # adapters may grow nodes of other kinds
-                config = self.peft_config[name]
-                tree = find_to_grow(self.model, config.nodes, "refit_gates", bool(engines))
+            # adapters may grow nodes of other kinds, or look at other windows
+            wanted = {name: (self.peft_config[name].nodes, self.peft_config[name].gate_window) for name in names}
+            fitted = {}
+            for nodes, window in dict.fromkeys(wanted.values()):
+                tree = find_to_grow(self.model, nodes, "refit_gates", bool(engines))
                 with gathered_by_layer(engines, tree.layers):
-                    compared = compare(self.model, tree, domain, spared, config.gate_window, None, progress)
-                fitted.append((tree, compared))
-        for name, (tree, separation) in zip(names, fitted, strict=True):
+                    fitted[nodes, window] = tree, compare(self.model, tree, domain, spared, window, None, progress)
+        for name in names:
+            tree, separation = fitted[wanted[name]]
             for row, site in enumerate(tree.sites):
                 if isinstance(site.module, PCGrowExperts) and site.module.spawned(name):
                     site.module.take_gates(name, separation, row)

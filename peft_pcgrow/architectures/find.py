@@ -115,9 +115,9 @@ def find_to_grow(model: nn.Module, nodes: str | None, what: str, sharded: bool =
         ValueError: other weights than those are not whole in this process, or not those of `nodes`; `what` needs them.
     """
     check_engine(model, shared_out=True)
-    if not (shared_out := is_shared_out(model)) and not sharded:
-        check_whole(model, what)
-    tree = _find(model, nodes, sharded)
+    if not sharded:
+        check_whole(model, what, shared_out=True)
+    tree, shared_out = _find(model, nodes, sharded), is_shared_out(model)
     lone = next((site.name for site in tree.sites if shared_out and Share.of(site.base) is None), None)
     if lone is not None:
         raise ValueError(

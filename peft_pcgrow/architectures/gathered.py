@@ -24,11 +24,9 @@ Gather = Callable[[int], AbstractContextManager[None]]
 def to_gather(model: nn.Module, what: str) -> list[Any]:
     """The modules that `fully_shard` has made gather the weights of a model, whose numbers `what` needs; none: it is
     whole, or its experts are shared out (see `expert_parallel`). ValueError if another engine has sharded it."""
-    if is_shared_out(model):
-        return []
-    engines = fsdp2_engines(model)
+    engines = [] if is_shared_out(model) else fsdp2_engines(model)
     if not engines:
-        check_whole(model, what)
+        check_whole(model, what, shared_out=True)
     return engines
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peft_pcgrow.architectures.engines import is_shared_out
 from peft_pcgrow.architectures.host import DTENSOR, FLAT, FSDP1, FSDP2, PARTITIONED, loaded
 
 FIRST = "do it before the model is sharded (by fully_shard, Accelerator.prepare or Trainer.train)"
@@ -32,9 +33,15 @@ def how_sharded(tensor: Any) -> str | None:
     return None
 
 
-def check_whole(model: nn.Module, what: str) -> None:
+def check_whole(model: nn.Module, what: str, shared_out: bool = False) -> None:
     """Raise ValueError if parameters of a model are sharded, by themselves or by a wrapper around it; `what` needs all
-    of their numbers here."""
+    of their numbers here.
+
+    Args:
+        shared_out: whether whole experts may be in other processes (see `engines.is_shared_out`).
+    """
+    if shared_out and is_shared_out(model):
+        return
     named = ((name, how_sharded(parameter)) for name, parameter in model.named_parameters())
     found = next((f"{name} is {how}" for name, how in named if how is not None), None)
     if found is None and (engines := _engines(model)):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from peft_pcgrow.adapter.host import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_pcgrow.adapter.layer import PCGrowExperts
-from peft_pcgrow.architectures.engines import inside, is_shared_out
+from peft_pcgrow.architectures.engines import inside
 from peft_pcgrow.architectures.sharded import check_whole
 from peft_pcgrow.maps.batches import IGNORED, check_causal, held_still, known_words, predict, read_batch, token_losses
 from peft_pcgrow.maps.corpus import pad, read_text, whole_number
@@ -102,8 +102,7 @@ def order_by_surprisal(
             )
             raise TypeError(f"examples are ordered by index, and a {type(dataset).__name__} has none: give {hint}")
         check_causal(model, shared_out=True)
-        if not is_shared_out(model):
-            check_whole(model, "order_by_surprisal")
+        check_whole(model, "order_by_surprisal", shared_out=True)
         batch_size = whole_number("batch_size", batch_size, "examples")
         window = None if window is None else whole_number("window", window, "examples")
         count = len(dataset)

@@ -80,8 +80,7 @@ def find_lr(
     with together("find_lr"):
         check_causal(model, shared_out=True)
         check_gradients(model)
-        if not is_shared_out(model):
-            check_whole(model, "find_lr")
+        check_whole(model, "find_lr", shared_out=True)
         if (engine := stepped_by(model)) is not None:
             raise ValueError(TAKEN.format(engine, "find_lr"))
         banks = banks_of(model)
