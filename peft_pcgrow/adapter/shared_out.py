@@ -38,12 +38,12 @@ class SharedOut(nn.Module):
     def run(self, branches: Sequence[dispatch.Branch], routed: tuple[Tensor, Tensor, Tensor], exact: bool) -> Tensor:
         """As `dispatch.run`, of the experts and branches here; all processes must call."""
         if self.share is None:
-            return dispatch.run(self.base_layer, branches, *routed, exact)
+            return dispatch.run(self.base_layer, branches, *routed, exact=exact)
         hidden, index, weight = self.share.enter(*routed)
         if torch.is_grad_enabled():
             output = self._rows_here(branches, hidden, index, weight, exact)
         else:
-            output = dispatch.run(self.part, branches, hidden, index, weight, exact)
+            output = dispatch.run(self.part, branches, hidden, index, weight, exact=exact)
         return self.share.leave(output, hidden, weight)
 
     def _rows_here(
@@ -58,7 +58,7 @@ class SharedOut(nn.Module):
         token, choice = here.nonzero(as_tuple=True)
         gated = [replace(b, passes=None if b.passes is None else b.passes[token]) for b in branches]
         chosen = index[token, choice].clamp(max=part.num_experts - 1).unsqueeze(1)
-        rows = dispatch.run(part, gated, hidden[token], chosen, weight[token, choice].unsqueeze(1), exact)
+        rows = dispatch.run(part, gated, hidden[token], chosen, weight[token, choice].unsqueeze(1), exact=exact)
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         return total.index_add(0, token, rows.to(wide)).to(hidden.dtype)
