@@ -169,16 +169,16 @@ def test_quantized_base(tmp_path):
     build().save_pretrained(tmp_path / "base")
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
 
-    def loss(model: nn.Module) -> float:
+    def loss(model: nn.Module) -> torch.Tensor:
         # in training mode: bitsandbytes' own inference on a CPU does not take layers this narrow
-        return float(model.train()(input_ids=tokens(), labels=tokens()).loss.detach())
+        return model.train()(input_ids=tokens(), labels=tokens()).loss.detach()
 
     base, again = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit) for _ in range(2)
     )
     before = loss(base)
     model = get_peft_model(base, config())
-    assert loss(model) == before
+    assert_close("loss", loss(model), before, "fp32")  # in training mode rows of the bank are computed apart
     train(model)
     model.save_pretrained(tmp_path / "adapter")
     for merge in (model.merge_adapter, model.merge_and_unload):

@@ -173,7 +173,9 @@ def test_deepened_at_birth(name, dtype):
 @architectures
 def test_spawned_at_birth(name, dtype):
     """Newborns take rows, and the logits keep their bits; trained, they change those of the domain."""
-    model, ids = spawned(name, dtype), mixed()
+    # four times, so that experts compute multiples of four rows: some CPUs round products of fewer rows differently,
+    # and tokens that newborns changed are routed elsewhere further up
+    model, ids = spawned(name, dtype), mixed().repeat(4, 1)
     rows = torch.stack(list(taken(model, ids).values()))
     assert rows.any()
     assert not rows.all()
