@@ -1,7 +1,7 @@
 """Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out of the fit."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -82,7 +82,7 @@ def compare(
     shares: dict[str, list[Tensor]] = {"domain": [], "retain": []}
     for key, gate in gates.items():
         passed = {"retain": scored["retain"].evidence(key, gate)}
-        limits[key] = _limits(passed["retain"], scored["retain"].places(key))
+        limits[key] = _limits(passed["retain"], scored["retain"].places(key), scored["retain"].taken(key))
         if key[0] == "gate":
             passed["domain"] = scored["domain"].evidence(key, gate)
             for name, held in scored.items():
@@ -119,25 +119,35 @@ def compare(
     )
 
 
-def _limits(evidence: Tensor, place: Tensor) -> Tensor:
-    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, and of each
-    stage of a text that half of the texts reach.
+def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
+    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, of each stage
+    of a text that half of the texts reach, and of those that newborns compute already, if enough to tell the rate.
 
     By all of them alone, a domain that is easily told would have limits far below zero, where the first tokens of any
-    text still are: short texts would pass whole.
+    text still are: short texts would pass whole. And what earlier newborns learned stands out from other text much as
+    the new domain does: newborns of newborns would take far more than the rate of it.
 
     Args:
-        evidence: `[N]`. place: of each token in its text, from 1, `[N]`.
+        evidence: `[N]`. place: of each token in its text, from 1, `[N]`. taken: whether a newborn computes it, `[N]`.
     """
-    limits = []
+    groups = [evidence]
     texts = int((place == 1).sum())
-    for first in (0, *(2**i for i in range(int(place.max()).bit_length()))):
-        if first and 2 * int((place == first).sum()) < texts:
+    for first in (2**i for i in range(int(place.max()).bit_length())):
+        if 2 * int((place == first).sum()) < texts:
             break
-        ordered = (evidence[(place >= first) & (place < 2 * first)] if first else evidence).sort().values
-        limits.append(ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in RATES]])
+        groups.append(evidence[(place >= first) & (place < 2 * first)])
+    limits = [_above(group, RATES) for group in groups]
+    told = [rate for rate in RATES if rate * int(taken.sum()) >= 1]
+    if told:
+        limits.append(torch.cat([_above(evidence[taken], told), limits[0][len(told) :]]))
     # some token lies on a limit, and its like elsewhere, first tokens above all, must not be told by rounding
     return torch.stack(limits).amax(dim=0) + MARGIN * evidence.abs().max()
+
+
+def _above(evidence: Tensor, rates: Sequence[float]) -> Tensor:
+    """What at most each of these shares of it lies above, `[len(rates)]`."""
+    ordered = evidence.sort().values
+    return ordered[[len(ordered) - 1 - int(rate * len(ordered)) for rate in rates]]
 
 
 def _passing(evidence: Tensor, index: Tensor, limits: Tensor, experts_here: int) -> Tensor:
@@ -269,6 +279,7 @@ class _Scores:
         self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
         self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
         self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
+        self.experts = [site.experts for site in tree.sites]
         counts = [site.experts + len(site.newborns) for site in tree.sites]
         self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0
@@ -296,6 +307,14 @@ class _Scores:
     def places(self, key: Key) -> Tensor:
         """Of each held-out token in its text, from 1, `[N]`."""
         return torch.cat([rows.real.cumsum(1)[rows.real] for _, rows, _ in self.held[key]])
+
+    def taken(self, key: Key) -> Tensor:
+        """Whether a newborn of its layer computes each of these, `[N]`."""
+        nodes, everywhere = self.nodes(("gate", key[1])), len(self.routed[key[1]])
+        taken = ((nodes >= self.experts[key[1]]) & (nodes < everywhere)).any(dim=1)
+        tokens = sum(int(rows.real.sum()) for _, rows, _ in self.held[key])
+        # an entry gate may not have seen all batches
+        return taken if len(taken) == tokens else taken.new_zeros(tokens)
 
     def nodes(self, key: Key) -> Tensor:
         """The experts that each of these was routed to, `[N, K]`."""

@@ -13,7 +13,8 @@ from peft_pcgrow.gates.directions import MomentSketch
 from peft_pcgrow.gates.gate import ENOUGH, GATE_RIDGE, RATES
 from peft_pcgrow.maps.error_map import SUMS
 from peft_pcgrow.maps.fit_gates import is_held_out
-from tiny import PAD, build, domain, retain
+from peft_pcgrow.maps.newborns import nodes_of
+from tiny import DOMAIN_WORDS, EXPERTS, PAD, build, domain, retain, spawned, train, words
 
 TABLES = ("threshold", "recall", "false_positive")
 
@@ -58,17 +59,17 @@ CASES = [
 def case(name, window, kind):
     """A model, 18 + 10 texts of each corpus in two batches, and their separation."""
     model = build(name)
-    ours, theirs = ([KINDS[kind](words(n, seed=seed)) for seed, n in ((1, 18), (2, 10))] for words in (domain, retain))
+    ours, theirs = ([KINDS[kind](texts(n, seed=seed)) for seed, n in ((1, 18), (2, 10))] for texts in (domain, retain))
     return model, ours, theirs, measured(model, ours, theirs, window=window).separation
 
 
 @torch.no_grad()
-def visits(model, batches):
+def visits(model, batches, look=lambda module, args: (args[0], args[1])):
     """For each layer with experts, of each text: (its number, inputs `[S, H]`, experts `[S, K]`), no padding."""
     sites = find_experts(model).sites
     calls, found = [], [[] for _ in sites]
     handles = [
-        site.module.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[1]))) for site in sites
+        site.module.register_forward_pre_hook(lambda module, args: calls.append(look(module, args))) for site in sites
     ]
     for batch in batches:
         batch = batch if isinstance(batch, dict) else KINDS["whole"](batch)
@@ -177,6 +178,27 @@ def test_a_rate_bounds_what_passes_a_layer(setting):
                 assert (rows_above(stage, limits, slack) <= rates * len(stage)).all()
                 tight |= rows_above(stage, limits, -slack) + 1 > rates * len(stage)
         assert tight.all()
+
+
+@pytest.mark.slow
+def test_a_rate_bounds_what_passes_of_what_newborns_compute():
+    """A domain much like an earlier one, which is among the retain text: newborns of newborns take no more of it."""
+    model = spawned(dtype=torch.float64, autocast=False, gate_fpr=0.2)
+    train(model, texts=domain)
+    first, last = DOMAIN_WORDS
+    alike = KINDS["whole"](words(last - (last - first) // 3, last + (last - first) // 2, 64, 24, 9))
+    theirs = torch.cat([retain(96, seed=1), domain(32, seed=1)])[torch.randperm(128)]
+    separation = measured(model, [alike], [theirs], window=8).separation
+    seen = visits(model, [theirs], lambda module, args: (args[0], nodes_of(module, args)))
+    told = 0
+    for row, texts in enumerate(seen):
+        ratios, nodes = held_out(separation, row, texts)
+        taken = ratios[(nodes >= EXPERTS).any(dim=1)]
+        rates = torch.tensor([rate for rate in RATES if rate * len(taken) >= 1], dtype=torch.float64)
+        limits, slack = separation.threshold[row, : len(rates)].double(), TOLERANCE["fp32"] * ratios.abs().max()
+        assert (rows_above(taken, limits, slack) <= rates * len(taken)).all()
+        told += len(rates)
+    assert told > 0
 
 
 @pytest.mark.slow
@@ -294,8 +316,8 @@ def test_any_batch_split_gives_the_same_separation(window):
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_the_same_separation(side):
-    model = build(dtype=torch.float64)
-    ours, theirs = ([words(7, 12, seed=1), words(9, 20, seed=2)] for words in (domain, retain))
+    ours, theirs = ([texts(7, 12, seed=1), texts(9, 20, seed=2)] for texts in (domain, retain))
+    ours, theirs = ([texts(7, 12, seed=1), words(9, 20, seed=2)] for texts in (domain, retain))
     apart = measured(model, ours, theirs).separation
 
     def together(batches):
