@@ -165,7 +165,7 @@ def carry_some(model: nn.Module, share: float) -> None:
 
 
 def autocast(args: argparse.Namespace) -> Any:
-    return torch.autocast("cuda", torch.bfloat16) if args.autocast else nullcontext()
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.autocast else nullcontext()
 
 
 def turned(task: corpora.Task) -> dict[str, Tensor]:
@@ -331,7 +331,7 @@ def main() -> None:
     add("--bit-windows", type=int, default=16, help="windows of each retain text compared bit by bit")
     add("--abilities", action="store_true", help="measure facts, instructions, accuracy and bits a byte too")
     add("--samples", type=int, default=0, help="texts to write, to read (default: %(default)s)")
-    add("--autocast", action="store_true", help="compute in bf16 where CUDA does (weights stay in fp32)")
+    add("--autocast", action="store_true", help="compute in bf16 where torch.autocast does (weights stay in fp32)")
     add("--save", type=Path, metavar="DIR", help="keep the adapter that has trained, before it is measured")
     add("--measure", type=Path, metavar="DIR", help="measure what --save kept instead of training; --arm is its own")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")

@@ -149,7 +149,7 @@ def main() -> None:
     add("--settle", default="sweep", help="as in PCGrowConfig (default: %(default)s)")
     add("--beside", type=int, default=0, help="rank of LoRA on the attention beside newborns, behind gates; 0: none")
     add("--beside-lr", type=float, default=3e-3, help="its rate (default: %(default)s)")
-    add("--autocast", action="store_true", help="compute in bf16 where CUDA does (weights stay in fp32)")
+    add("--autocast", action="store_true", help="compute in bf16 where torch.autocast does (weights stay in fp32)")
     add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
     add("--refit", type=int, default=0, help="step of a stage after which its gates are fitted anew (default: none)")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")

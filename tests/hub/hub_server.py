@@ -45,6 +45,7 @@ class Hub(ThreadingHTTPServer):
     """Attributes:
     stored: large files by their sha256. uploads: these hashes, in the order that they came in whole.
     cut: a name: uploads of what is to be called so are cut in the middle. asked: methods and paths.
+    part: larger files come in parts of so many bytes. parts: these, until a file is completed.
     """
 
     daemon_threads = True
@@ -56,6 +57,8 @@ class Hub(ThreadingHTTPServer):
         self.uploads: list[str] = []
         self.asked: list[str] = []
         self.cut: str | None = None
+        self.part = 1 << 30
+        self.parts: dict[tuple[str, int], bytes] = {}
         # sizes of announced files, by name: what tells which of them an upload is
         self.announced: dict[str, int] = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -93,7 +96,7 @@ class Answers(BaseHTTPRequestHandler):
         self._answer(WRITE)
 
     def do_PUT(self) -> None:
-        self._answer({r"/lfs/(?P<oid>\w+)": Answers.upload})
+        self._answer({r"/lfs/(?P<oid>\w+)(?:/(?P<number>\d+))?": Answers.upload})
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -238,18 +241,34 @@ class Answers(BaseHTTPRequestHandler):
         found = []
         for each in asked["objects"]:
             missing = each["oid"] not in self.server.stored
-            upload = {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}
-            found.append({**each, **({"actions": upload} if missing else {})})
+            upload: dict[str, Any] = {"href": f"{self.server.url}/lfs/{each['oid']}"}
+            if each["size"] > self.server.part:
+                parts = range(1, 1 + -(-each["size"] // self.server.part))
+                upload["header"] = {"chunk_size": str(self.server.part)}
+                upload["header"] |= {f"{part:05}": f"{upload['href']}/{part}" for part in parts}
+            found.append({**each, **({"actions": {"upload": upload}} if missing else {})})
         self._json({"transfer": "basic", "objects": found})
 
-    def upload(self, oid: str) -> None:
+    def upload(self, oid: str, number: str = "") -> None:
         size = int(self.headers["Content-Length"])
+        if number:
+            self.server.parts[oid, int(number)] = part = self.rfile.read(size)
+            self._send(b"", headers={"ETag": hashlib.sha256(part).hexdigest()})
+            return
         if self.server.cut is not None and size == self.server.announced[self.server.cut]:
             self.rfile.read(size // 2)
             self.connection.close()
             self.close_connection = True
             return
-        data = self.rfile.read(size)
+        self._keep(oid, self.rfile.read(size))
+
+    def complete(self, oid: str) -> None:
+        named = json.loads(self._body())
+        parts = [self.server.parts.pop((oid, number)) for number in range(1, 1 + len(named["parts"]))]
+        assert [part["etag"] for part in named["parts"]] == [hashlib.sha256(part).hexdigest() for part in parts]
+        self._keep(oid, b"".join(parts))
+
+    def _keep(self, oid: str, data: bytes) -> None:
         assert hashlib.sha256(data).hexdigest() == oid
         self.server.stored[oid] = data
         self.server.uploads.append(oid)
@@ -302,4 +321,5 @@ WRITE = {
     rf"/api/models/{NAME}/preupload/{AT}": Answers.preupload,
     rf"/api/models/{NAME}/commit/{AT}": Answers.commit,
     rf"/{NAME}\.git/info/lfs/objects/batch": Answers.batch,
+    r"/lfs/(?P<oid>\w+)": Answers.complete,
 }

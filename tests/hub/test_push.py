@@ -1,6 +1,7 @@
 """What was grown, pushed to a server on this machine and loaded from it: by all that users call, bit for bit."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,16 @@ def test_a_broken_upload_is_gone_on_with(hub, ran):
     asked = len(hub.asked)
     assert push(folder / "run/adapter", "me/run", dtype="float32").commit == done.commit
     assert not any(line.startswith("PUT") for line in hub.asked[asked:])
+
+
+def test_large_files_go_in_parts(hub, tmp_path):
+    """As the Hub asks of files beyond 5 GB."""
+    hub.part = 4096
+    grown(tmp_path / "adapter", build())
+    done = push(tmp_path / "adapter", "me/parts", dtype="float32")
+    size = (tmp_path / "adapter" / FILE).stat().st_size
+    parts = [line for line in hub.asked if re.fullmatch(r"PUT /lfs/\w+/\d+", line)]
+    assert size > hub.part
+    assert len(parts) == -(-size // hub.part)
+    assert not hub.parts
+    assert len(hub.repos["me/parts"].commits[done.commit][FILE]) == size
