@@ -2,7 +2,7 @@
 
 Gates are fitted as for newborns, which need no training to be asked. Beside them, the same gates with one threshold for
 all tokens of long windows at the same rate, taken from the retain texts' held-out windows. Rows: held-out windows of
-all texts, and the facts of `facts.tsv`, sentences of a dozen tokens.
+all texts, the facts of `facts.tsv`, sentences of a dozen tokens, and chat prompts of some thirty.
 
     python examples/short_texts.py --model PATH --domain DIR/NAME --retain DIR/NAME --facts 150
 """
@@ -19,6 +19,7 @@ from peft_pcgrow import find_experts, measure_errors
 from peft_pcgrow.architectures.find import adopt
 from peft_pcgrow.gates.gate import Rows, at_rate
 from peft_pcgrow.gates.separation import Separation
+from peft_pcgrow.maps.sample import sample_text
 
 Evidence = list[Tensor]  # of each layer, `[N, S]`
 
@@ -59,12 +60,22 @@ def main() -> None:
     add("--map-windows", type=int, default=192, help="windows of each side (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=[0.1, 0.02])
     add("--facts", type=int, default=0, help="sentences of facts.tsv beside the texts (default: %(default)s)")
+    add("--instructions", action="store_true", help="the chat prompts of abilities.py beside the texts")
+    add(
+        "--itself",
+        type=int,
+        default=0,
+        metavar="TEXTS",
+        help="fit on texts that the model writes, not on the retain texts",
+    )
     args = parser.parse_args()
     task = corpora.load_task(args)
     model = corpora.new_model(task)
     each = args.map_windows // len(task.retain)
     retain = torch.cat([next(corpora.batches(train, each, 1, 0)) for train, _ in task.retain.values()])
     retain = retain[torch.randperm(len(retain), generator=torch.Generator().manual_seed(0))]
+    if args.itself:
+        retain = torch.cat(sample_text(model, args.itself, args.length))
     domain = next(corpora.batches(task.domain_train, args.map_windows, 1, 0))
     emap = measure_errors(
         model, domain.split(args.batch), retain=retain.split(args.batch), settle="direct", gradients=False
@@ -76,6 +87,11 @@ def main() -> None:
         facts = abilities.read_facts()
         chosen = facts[:: max(1, len(facts) // args.facts)]
         texts["facts"] = [torch.tensor(task.tokenizer(" ".join(fact))["input_ids"]) for fact in chosen]
+    if args.instructions:
+        asked = [abilities.chat_text(task.tokenizer, each.prompt) for each in abilities.INSTRUCTIONS]
+        texts["instructions"] = [
+            task.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for text in asked
+        ]
     heard = {name: evidence(model, separation, windows) for name, windows in texts.items()}
     layers = range(len(separation.threshold))
     for rate in args.rates:

@@ -68,7 +68,7 @@ class PCGrowConfig(PeftConfig):
             `"deepen"`: located experts are refined for all of their rows. `"spawn"`: each gets a newborn, a clone that
             takes only the domain's rows, so that other text keeps its expert; needs a map measured with `retain=`.
             `"auto"`: decides for each node, and says what and why (`decisions` holds all of it).
-        gate_fpr (`float`, defaults to `0.01`):
+        gate_fpr (`float`, defaults to `0.1`):
             Share of retain tokens that a newborn may take, in (0, 1), at every stage of a text: the threshold of the
             branch gates, set on text that they were not fitted on.
         protect (`float`, defaults to `0.0`):
@@ -150,7 +150,7 @@ class PCGrowConfig(PeftConfig):
         metadata={"help": f"What nodes are ranked by: {', '.join(SELECTIONS)}. None: the best that the map can tell."},
     )
     grow: str = field(default="deepen", metadata={"help": f"What growing does: {', '.join(GROWTHS)}."})
-    gate_fpr: float = field(default=0.01, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
+    gate_fpr: float = field(default=0.1, metadata={"help": "Share of retain tokens a newborn may take, in (0, 1)."})
     protect: float = field(default=0.0, metadata={"help": "Share of the retain inputs' energy to protect, in [0, 1)."})
     router: str = field(default="branch", metadata={"help": f"How newborns are reached: {', '.join(ROUTERS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of select='random'."})

@@ -93,7 +93,8 @@ class Gated:
             for nodes, window in dict.fromkeys(wanted.values()):
                 tree = find_to_grow(self.model, nodes, "refit_gates", bool(engines))
                 with gathered_by_layer(engines, tree.layers):
-                    fitted[nodes, window] = tree, compare(self.model, tree, domain, spared, window, None, progress)
+                    separation = compare(self.model, tree, domain, spared, window, None, progress, names)
+                    fitted[nodes, window] = tree, separation
         for name in names:
             tree, separation = fitted[wanted[name]]
             for row, site in enumerate(tree.sites):

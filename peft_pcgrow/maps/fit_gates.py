@@ -1,7 +1,7 @@
 """Contrast a domain's text with the retain text: fit the branch gates, and measure them on text held out of the fit."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,9 @@ from peft_pcgrow.maps.newborns import nodes_of
 HELD_OUT = 4
 # thresholds lie above the evidence that sets them by this share of the largest
 MARGIN = 5e-6
+# of the retain tokens, the share that other newborns compute from which on it is what these learned, which is to be
+# kept as it is: by mistake they take less
+LEARNED = 0.05
 # a gate: its kind, of `given.GATES` ("gate" reads what enters the experts, "entry" what enters the attention), and the
 # row of its layer
 Key = tuple[str, int]
@@ -43,11 +46,12 @@ def compare(
     window: int,
     sketch_dim: int | None,
     progress: bool,
+    fitted: Collection[str] = (),
 ) -> Separation:
     """Two forward passes over both corpora: one for the directions, one for thresholds and rates.
 
     Args:
-        domain, retain: text.
+        domain, retain: text. fitted: adapters that the gates are for, if they are there already.
         window: tokens of context that a gate looks at; 0: all there are.
         sketch_dim: longest side of a second moment that is kept whole; None: there are none, for gates alone.
 
@@ -72,7 +76,7 @@ def compare(
         spared = moments["retain"].held
         directions = {key: discriminant(ours, spared[key]) for key, ours in moments["domain"].held.items()}
         for name, batches in (("domain", domain), ("retain", retain)):
-            scored[name] = _Scores(tree, directions, window)
+            scored[name] = _Scores(tree, directions, window, fitted)
             _run(model, tree, batches, scored[name], bar)
     gates = {
         key: Gate(direction, fit_law(scored["domain"].fitted[key], scored["retain"].fitted[key], window), window)
@@ -121,14 +125,15 @@ def compare(
 
 def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
     """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, of each stage
-    of a text that half of the texts reach, and of those that newborns compute already, if enough to tell the rate.
+    of a text that half of the texts reach, and of those that other newborns compute, if these learned them.
 
     By all of them alone, a domain that is easily told would have limits far below zero, where the first tokens of any
     text still are: short texts would pass whole. And what earlier newborns learned stands out from other text much as
     the new domain does: newborns of newborns would take far more than the rate of it.
 
     Args:
-        evidence: `[N]`. place: of each token in its text, from 1, `[N]`. taken: whether a newborn computes it, `[N]`.
+        evidence: `[N]`. place: of each token in its text, from 1, `[N]`. taken: whether another newborn computes it,
+            `[N]`.
     """
     groups = [evidence]
     texts = int((place == 1).sum())
@@ -137,9 +142,12 @@ def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
             break
         groups.append(evidence[(place >= first) & (place < 2 * first)])
     limits = [_above(group, RATES) for group in groups]
+    # rates that so few tokens tell
     told = [rate for rate in RATES if rate * int(taken.sum()) >= 1]
-    if told:
-        limits.append(torch.cat([_above(evidence[taken], told), limits[0][len(told) :]]))
+    if told and taken.float().mean() > LEARNED:
+        # at least as strict where they tell no more
+        spared = _above(evidence[taken], told)
+        limits.append(torch.cat([spared, spared[-1:].expand(len(RATES) - len(told))]))
     # some token lies on a limit, and its like elsewhere, first tokens above all, must not be told by rounding
     return torch.stack(limits).amax(dim=0) + MARGIN * evidence.abs().max()
 
@@ -275,11 +283,14 @@ class _InputMoments:
 class _Scores:
     """Scores of all texts under fitted directions, apart for those that the gates were fitted on and the others."""
 
-    def __init__(self, tree: Tree, directions: dict[Key, Tensor], window: int):
+    def __init__(self, tree: Tree, directions: dict[Key, Tensor], window: int, fitted: Collection[str]):
         self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
         self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
         self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
-        self.experts = [site.experts for site in tree.sites]
+        # nodes that learned something else
+        self.others = [
+            [site.experts + n for n, (name, _) in enumerate(site.newborns) if name not in fitted] for site in tree.sites
+        ]
         counts = [site.experts + len(site.newborns) for site in tree.sites]
         self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0
@@ -309,9 +320,9 @@ class _Scores:
         return torch.cat([rows.real.cumsum(1)[rows.real] for _, rows, _ in self.held[key]])
 
     def taken(self, key: Key) -> Tensor:
-        """Whether a newborn of its layer computes each of these, `[N]`."""
-        nodes, everywhere = self.nodes(("gate", key[1])), len(self.routed[key[1]])
-        taken = ((nodes >= self.experts[key[1]]) & (nodes < everywhere)).any(dim=1)
+        """Whether a newborn of its layer that learned something else computes each of these, `[N]`."""
+        nodes = self.nodes(("gate", key[1]))
+        taken = torch.isin(nodes, torch.tensor(self.others[key[1]], dtype=nodes.dtype, device="cpu")).any(dim=1)
         tokens = sum(int(rows.real.sum()) for _, rows, _ in self.held[key])
         # an entry gate may not have seen all batches
         return taken if len(taken) == tokens else taken.new_zeros(tokens)

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_pcgrow import PCGrowConfig, RefitGatesCallback, find_experts, measure_errors
 from peft_pcgrow.adapter.given import GATE_TENSORS
+from peft_pcgrow.maps import fit_gates
 from tiny import assert_same, build, domain, grown, logits, mixed, retain, snapshot, spawned, spawning, train
 
 # as many batches as a map has folds: fewer are cut
@@ -26,8 +27,10 @@ def gates(model, kind: str = "gate") -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.named_buffers() if f".pcgrow_{kind}_" in name}
 
 
-def test_gates_of_a_map_of_the_model_as_it_is(trained):
+def test_gates_of_a_map_of_the_model_as_it_is(trained, monkeypatch):
     """The same as a map of the trained model holds; all else keeps its bits, and training goes on."""
+    # for a map its newborns are another's, who learned what they take much of
+    monkeypatch.setattr(fit_gates, "LEARNED", 1.0)
     before = snapshot(trained)
     emap = measure_errors(trained, TEXTS["batches"], retain=TEXTS["retain"], window=8, gradients=False, progress=False)
     trained.refit_gates(**TEXTS)
@@ -41,6 +44,19 @@ def test_gates_of_a_map_of_the_model_as_it_is(trained):
         assert not torch.equal(before.pop(name), after.pop(name))
     assert_same(before, after)
     assert any(p.requires_grad for p in trained.parameters())
+
+
+def test_what_newborns_take_themselves_is_not_spared(trained):
+    """As what earlier ones learned is in a map: else each time that gates are fitted would make them stricter."""
+    emap = measure_errors(trained, TEXTS["batches"], retain=TEXTS["retain"], window=8, gradients=False, progress=False)
+    trained.refit_gates(**TEXTS)
+    stricter = torch.tensor(False)
+    for row, site in enumerate(find_experts(trained).sites):
+        if "default" in getattr(site.module, "births", ()):
+            held, mapped = site.module.pcgrow_gate_threshold["default"], emap.separation.threshold[row]
+            assert (held <= mapped).all()
+            stricter |= (held < mapped).any()
+    assert stricter
 
 
 def test_forwards_ask_them(trained):
