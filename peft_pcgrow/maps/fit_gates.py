@@ -124,8 +124,9 @@ def compare(
 
 
 def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
-    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, of each stage
-    of a text that half of the texts reach, and of those that other newborns compute, if these learned them.
+    """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, and of each
+    stage of a text that half of the texts reach; and the same of those that other newborns compute, if these learned
+    them.
 
     By all of them alone, a domain that is easily told would have limits far below zero, where the first tokens of any
     text still are: short texts would pass whole. And what earlier newborns learned stands out from other text much as
@@ -135,19 +136,19 @@ def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
         evidence: `[N]`. place: of each token in its text, from 1, `[N]`. taken: whether another newborn computes it,
             `[N]`.
     """
-    groups = [evidence]
+    stages = [place > 0]
     texts = int((place == 1).sum())
     for first in (2**i for i in range(int(place.max()).bit_length())):
         if 2 * int((place == first).sum()) < texts:
             break
-        groups.append(evidence[(place >= first) & (place < 2 * first)])
-    limits = [_above(group, RATES) for group in groups]
-    # rates that so few tokens tell
-    told = [rate for rate in RATES if rate * int(taken.sum()) >= 1]
-    if told and taken.float().mean() > LEARNED:
-        # at least as strict where they tell no more
-        spared = _above(evidence[taken], told)
-        limits.append(torch.cat([spared, spared[-1:].expand(len(RATES) - len(told))]))
+        stages.append((place >= first) & (place < 2 * first))
+    limits = [_above(evidence[stage], RATES) for stage in stages]
+    if taken.float().mean() > LEARNED:
+        for learned in (evidence[stage & taken] for stage in stages):
+            # rates that so few tokens tell, and stricter ones no less strict
+            if told := [rate for rate in RATES if rate * len(learned) >= 1]:
+                spared = _above(learned, told)
+                limits.append(torch.cat([spared, spared[-1:].expand(len(RATES) - len(told))]))
     # some token lies on a limit, and its like elsewhere, first tokens above all, must not be told by rounding
     return torch.stack(limits).amax(dim=0) + MARGIN * evidence.abs().max()
 
