@@ -193,12 +193,16 @@ def test_a_rate_bounds_what_passes_of_what_newborns_compute():
     told = 0
     for row, texts in enumerate(seen):
         ratios, nodes = held_out(separation, row, texts)
-        taken = ratios[(nodes >= EXPERTS).any(dim=1)]
-        rates = torch.tensor([rate for rate in RATES if rate * len(taken) >= 1], dtype=torch.float64)
-        limits, slack = separation.threshold[row, : len(rates)].double(), TOLERANCE["fp32"] * ratios.abs().max()
-        assert (rows_above(taken, limits, slack) <= rates * len(taken)).all()
-        told += len(rates)
-    assert told > 0
+        taken = (nodes >= EXPERTS).any(dim=1)
+        limits, slack = separation.threshold[row].double(), TOLERANCE["fp32"] * ratios.abs().max()
+        assert (limits[1:] >= limits[:-1]).all()
+        places = torch.cat([torch.arange(1, len(x) + 1) for number, x, _ in texts if is_held_out(number)])
+        for first, end in ((1, 25), (1, 2), (2, 4), (4, 8), (8, 16), (16, 25)):
+            learned = ratios[taken & (places >= first) & (places < end)]
+            rates = torch.tensor([rate for rate in RATES if rate * len(learned) >= 1], dtype=torch.float64)
+            assert (rows_above(learned, limits[: len(rates)], slack) <= rates * len(learned)).all()
+            told += len(rates)
+    assert told > 100
 
 
 @pytest.mark.slow
