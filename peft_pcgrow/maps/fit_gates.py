@@ -27,8 +27,8 @@ from peft_pcgrow.maps.newborns import nodes_of
 HELD_OUT = 4
 # thresholds lie above the evidence that sets them by this share of the largest
 MARGIN = 5e-6
-# of the retain tokens, the share that other newborns compute from which on it is what these learned, which is to be
-# kept as it is: by mistake they take less
+# of the retain tokens, the share that another adapter's newborns compute from which on it is what these learned, which
+# is to be kept as it is: by mistake they take less
 LEARNED = 0.05
 # a gate: its kind, of `given.GATES` ("gate" reads what enters the experts, "entry" what enters the attention), and the
 # row of its layer
@@ -123,18 +123,18 @@ def compare(
     )
 
 
-def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
+def _limits(evidence: Tensor, place: Tensor, taken: Sequence[Tensor]) -> Tensor:
     """The evidence that at most each of `RATES` of the retain tokens lies above, `[F]`: of all of them, and of each
-    stage of a text that half of the texts reach; and the same of those that other newborns compute, if these learned
-    them.
+    stage of a text that half of the texts reach; and the same of those that each other adapter's newborns compute, if
+    these learned them.
 
     By all of them alone, a domain that is easily told would have limits far below zero, where the first tokens of any
     text still are: short texts would pass whole. And what earlier newborns learned stands out from other text much as
     the new domain does: newborns of newborns would take far more than the rate of it.
 
     Args:
-        evidence: `[N]`. place: of each token in its text, from 1, `[N]`. taken: whether another newborn computes it,
-            `[N]`.
+        evidence: `[N]`. place: of each token in its text, from 1, `[N]`. taken: whether an adapter's newborns compute
+            it, of each other adapter, `[N]`.
     """
     stages = [place > 0]
     texts = int((place == 1).sum())
@@ -143,8 +143,8 @@ def _limits(evidence: Tensor, place: Tensor, taken: Tensor) -> Tensor:
             break
         stages.append((place >= first) & (place < 2 * first))
     limits = [_above(evidence[stage], RATES) for stage in stages]
-    if taken.float().mean() > LEARNED:
-        for learned in (evidence[stage & taken] for stage in stages):
+    for mine in (each for each in taken if each.float().mean() > LEARNED):
+        for learned in (evidence[stage & mine] for stage in stages):
             # rates that so few tokens tell, and stricter ones no less strict
             if told := [rate for rate in RATES if rate * len(learned) >= 1]:
                 spared = _above(learned, told)
@@ -288,10 +288,12 @@ class _Scores:
         self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
         self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
         self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
-        # nodes that learned something else
-        self.others = [
-            [site.experts + n for n, (name, _) in enumerate(site.newborns) if name not in fitted] for site in tree.sites
-        ]
+        # of each other adapter, its nodes
+        self.others: list[dict[str, list[int]]] = [{} for _ in tree.sites]
+        for site, others in zip(tree.sites, self.others, strict=True):
+            for n, (name, _) in enumerate(site.newborns):
+                if name not in fitted:
+                    others.setdefault(name, []).append(site.experts + n)
         counts = [site.experts + len(site.newborns) for site in tree.sites]
         self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0
@@ -320,13 +322,13 @@ class _Scores:
         """Of each held-out token in its text, from 1, `[N]`."""
         return torch.cat([rows.real.cumsum(1)[rows.real] for _, rows, _ in self.held[key]])
 
-    def taken(self, key: Key) -> Tensor:
-        """Whether a newborn of its layer that learned something else computes each of these, `[N]`."""
-        nodes = self.nodes(("gate", key[1]))
-        taken = torch.isin(nodes, torch.tensor(self.others[key[1]], dtype=nodes.dtype, device="cpu")).any(dim=1)
-        tokens = sum(int(rows.real.sum()) for _, rows, _ in self.held[key])
-        # an entry gate may not have seen all batches
-        return taken if len(taken) == tokens else taken.new_zeros(tokens)
+    def taken(self, key: Key) -> list[Tensor]:
+        """Whether newborns of each other adapter compute each of these in their layer, `[N]`."""
+        nodes, tokens = self.nodes(("gate", key[1])), sum(int(rows.real.sum()) for _, rows, _ in self.held[key])
+        if len(nodes) != tokens:  # an entry gate may not have seen all batches
+            return []
+        held = (torch.tensor(mine, dtype=nodes.dtype, device="cpu") for mine in self.others[key[1]].values())
+        return [torch.isin(nodes, mine).any(dim=1) for mine in held]
 
     def nodes(self, key: Key) -> Tensor:
         """The experts that each of these was routed to, `[N, K]`."""
