@@ -5,13 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
+from test_retain import held_out, rows_above, visits
 from torch.nn.functional import cross_entropy
 
-from close import assert_close
+from close import TOLERANCE, assert_close
 from peft_pcgrow import ErrorMap, Locus, find_experts, measure_errors
 from peft_pcgrow.architectures.experts import expert_stacks
+from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.maps.error_map import SUMS
-from tiny import LOCUS, build, domain, gate_passes, mixed, retain, spawned, train
+from peft_pcgrow.maps.fit_gates import is_held_out
+from peft_pcgrow.maps.newborns import nodes_of
+from tiny import DOMAIN_WORDS, EXPERTS, LOCUS, build, domain, gate_passes, mixed, retain, spawned, train, words
 
 NODES = tuple((layer, donor, "default") for layer, donors in LOCUS.items() for donor in donors)
 
@@ -179,3 +183,26 @@ def test_gates_are_measured_on_the_rows_of_each_node():
     total = emap.separation.domain_rows.sum() + emap.separation.newborns["domain_rows"].sum()
     assert total == 3 * 3 * texts.numel()
     assert torch.equal(emap.newborns.count, emap.separation.newborns["domain_rows"])
+
+
+@pytest.mark.slow
+def test_a_rate_bounds_what_passes_of_what_newborns_compute():
+    """A domain much like an earlier one, which is among the retain text: newborns of newborns take no more of it."""
+    model, (first, last) = trained(), DOMAIN_WORDS
+    alike = words(last - (last - first) // 3, last + (last - first) // 2, 64, 24, 9)
+    theirs = torch.cat([retain(96, seed=1), domain(32, seed=1)])[torch.randperm(128)]
+    separation = measure_errors(model, [alike], retain=[theirs], window=8, gradients=False, progress=False).separation
+    seen = visits(model, [theirs], lambda module, args: (args[0], nodes_of(module, args)))
+    told = 0
+    for row, texts in enumerate(seen):
+        ratios, nodes = held_out(separation, row, texts)
+        taken = (nodes >= EXPERTS).any(dim=1)
+        limits, slack = separation.threshold[row].double(), TOLERANCE["fp32"] * ratios.abs().max()
+        assert (limits[1:] >= limits[:-1]).all()
+        places = torch.cat([torch.arange(1, len(x) + 1) for number, x, _ in texts if is_held_out(number)])
+        for first, end in ((1, 25), (1, 2), (2, 4), (4, 8), (8, 16), (16, 25)):
+            learned = ratios[taken & (places >= first) & (places < end)]
+            rates = torch.tensor([rate for rate in RATES if rate * len(learned) >= 1], dtype=torch.float64)
+            assert (rows_above(learned, limits[: len(rates)], slack) <= rates * len(learned)).all()
+            told += len(rates)
+    assert told > 100

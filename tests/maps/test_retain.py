@@ -13,8 +13,7 @@ from peft_pcgrow.gates.directions import MomentSketch
 from peft_pcgrow.gates.gate import ENOUGH, GATE_RIDGE, RATES
 from peft_pcgrow.maps.error_map import SUMS
 from peft_pcgrow.maps.fit_gates import is_held_out
-from peft_pcgrow.maps.newborns import nodes_of
-from tiny import DOMAIN_WORDS, EXPERTS, PAD, build, domain, retain, spawned, train, words
+from tiny import PAD, build, domain, retain
 
 TABLES = ("threshold", "recall", "false_positive")
 
@@ -178,31 +177,6 @@ def test_a_rate_bounds_what_passes_a_layer(setting):
                 assert (rows_above(stage, limits, slack) <= rates * len(stage)).all()
                 tight |= rows_above(stage, limits, -slack) + 1 > rates * len(stage)
         assert tight.all()
-
-
-@pytest.mark.slow
-def test_a_rate_bounds_what_passes_of_what_newborns_compute():
-    """A domain much like an earlier one, which is among the retain text: newborns of newborns take no more of it."""
-    model = spawned(dtype=torch.float64, autocast=False, gate_fpr=0.2)
-    train(model, texts=domain)
-    first, last = DOMAIN_WORDS
-    alike = KINDS["whole"](words(last - (last - first) // 3, last + (last - first) // 2, 64, 24, 9))
-    theirs = torch.cat([retain(96, seed=1), domain(32, seed=1)])[torch.randperm(128)]
-    separation = measured(model, [alike], [theirs], window=8).separation
-    seen = visits(model, [theirs], lambda module, args: (args[0], nodes_of(module, args)))
-    told = 0
-    for row, texts in enumerate(seen):
-        ratios, nodes = held_out(separation, row, texts)
-        taken = (nodes >= EXPERTS).any(dim=1)
-        limits, slack = separation.threshold[row].double(), TOLERANCE["fp32"] * ratios.abs().max()
-        assert (limits[1:] >= limits[:-1]).all()
-        places = torch.cat([torch.arange(1, len(x) + 1) for number, x, _ in texts if is_held_out(number)])
-        for first, end in ((1, 25), (1, 2), (2, 4), (4, 8), (8, 16), (16, 25)):
-            learned = ratios[taken & (places >= first) & (places < end)]
-            rates = torch.tensor([rate for rate in RATES if rate * len(learned) >= 1], dtype=torch.float64)
-            assert (rows_above(learned, limits[: len(rates)], slack) <= rates * len(learned)).all()
-            told += len(rates)
-    assert told > 100
 
 
 @pytest.mark.slow
