@@ -258,6 +258,12 @@ def chat_text(tokenizer: Tokenizer, prompt: str) -> str:
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
+def chat_prompts(tokenizer: Tokenizer, asked: Sequence[Instruction] = INSTRUCTIONS) -> list[list[int]]:
+    """Token ids of each instruction as `chat_text`; ValueError without a chat template."""
+    texts = [chat_text(tokenizer, instruction.prompt) for instruction in asked]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
 def instructions(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -266,9 +272,7 @@ def instructions(
     asked: Sequence[Instruction] = INSTRUCTIONS,
 ) -> list[bool]:
     """Whether the greedy answer to each instruction is as asked; ValueError without a chat template."""
-    texts = [chat_text(tokenizer, instruction.prompt) for instruction in asked]
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    answers = _greedy(model, tokenizer, encoded, batch, max_new_tokens)
+    answers = _greedy(model, tokenizer, chat_prompts(tokenizer, asked), batch, max_new_tokens)
     return [CHECKS[one.check](answer.strip(), one.argument) for one, answer in zip(asked, answers, strict=True)]
 
 

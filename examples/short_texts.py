@@ -71,11 +71,12 @@ def main() -> None:
     args = parser.parse_args()
     task = corpora.load_task(args)
     model = corpora.new_model(task)
-    each = args.map_windows // len(task.retain)
-    retain = torch.cat([next(corpora.batches(train, each, 1, 0)) for train, _ in task.retain.values()])
-    retain = retain[torch.randperm(len(retain), generator=torch.Generator().manual_seed(0))]
     if args.itself:
         retain = torch.cat(sample_text(model, args.itself, args.length))
+    else:
+        each = args.map_windows // len(task.retain)
+        retain = torch.cat([next(corpora.batches(train, each, 1, 0)) for train, _ in task.retain.values()])
+        retain = retain[torch.randperm(len(retain), generator=torch.Generator().manual_seed(0))]
     domain = next(corpora.batches(task.domain_train, args.map_windows, 1, 0))
     emap = measure_errors(
         model, domain.split(args.batch), retain=retain.split(args.batch), settle="direct", gradients=False
@@ -88,10 +89,7 @@ def main() -> None:
         chosen = facts[:: max(1, len(facts) // args.facts)]
         texts["facts"] = [torch.tensor(task.tokenizer(" ".join(fact))["input_ids"]) for fact in chosen]
     if args.instructions:
-        asked = [abilities.chat_text(task.tokenizer, each.prompt) for each in abilities.INSTRUCTIONS]
-        texts["instructions"] = [
-            task.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for text in asked
-        ]
+        texts["instructions"] = [torch.tensor(ids) for ids in abilities.chat_prompts(task.tokenizer)]
     heard = {name: evidence(model, separation, windows) for name, windows in texts.items()}
     layers = range(len(separation.threshold))
     for rate in args.rates:

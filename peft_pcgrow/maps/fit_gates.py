@@ -324,10 +324,13 @@ class _Scores:
 
     def taken(self, key: Key) -> list[Tensor]:
         """Whether newborns of each other adapter compute each of these in their layer, `[N]`."""
+        others = self.others[key[1]]
+        if not others:
+            return []
         nodes, tokens = self.nodes(("gate", key[1])), sum(int(rows.real.sum()) for _, rows, _ in self.held[key])
         if len(nodes) != tokens:  # an entry gate may not have seen all batches
             return []
-        held = (torch.tensor(mine, dtype=nodes.dtype, device="cpu") for mine in self.others[key[1]].values())
+        held = (torch.tensor(mine, dtype=nodes.dtype, device="cpu") for mine in others.values())
         return [torch.isin(nodes, mine).any(dim=1) for mine in held]
 
     def nodes(self, key: Key) -> Tensor:

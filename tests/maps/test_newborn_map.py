@@ -14,7 +14,6 @@ from peft_pcgrow.architectures.experts import expert_stacks
 from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.maps.error_map import SUMS
 from peft_pcgrow.maps.fit_gates import is_held_out
-from peft_pcgrow.maps.newborns import nodes_of
 from tiny import DOMAIN_WORDS, EXPERTS, LOCUS, build, domain, gate_passes, mixed, retain, spawned, train, words
 
 NODES = tuple((layer, donor, "default") for layer, donors in LOCUS.items() for donor in donors)
@@ -192,7 +191,7 @@ def test_a_rate_bounds_what_passes_of_what_newborns_compute():
     alike = words(last - (last - first) // 3, last + (last - first) // 2, 64, 24, 9)
     theirs = torch.cat([retain(96, seed=1), domain(32, seed=1)])[torch.randperm(128)]
     separation = measure_errors(model, [alike], retain=[theirs], window=8, gradients=False, progress=False).separation
-    seen = visits(model, [theirs], lambda module, args: (args[0], nodes_of(module, args)))
+    seen = visits(model, [theirs])
     told = 0
     for row, texts in enumerate(seen):
         ratios, nodes = held_out(separation, row, texts)

@@ -13,6 +13,7 @@ from peft_pcgrow.gates.directions import MomentSketch
 from peft_pcgrow.gates.gate import ENOUGH, GATE_RIDGE, RATES
 from peft_pcgrow.maps.error_map import SUMS
 from peft_pcgrow.maps.fit_gates import is_held_out
+from peft_pcgrow.maps.newborns import nodes_of
 from tiny import PAD, build, domain, retain
 
 TABLES = ("threshold", "recall", "false_positive")
@@ -58,17 +59,18 @@ CASES = [
 def case(name, window, kind):
     """A model, 18 + 10 texts of each corpus in two batches, and their separation."""
     model = build(name)
-    ours, theirs = ([KINDS[kind](texts(n, seed=seed)) for seed, n in ((1, 18), (2, 10))] for texts in (domain, retain))
+    ours, theirs = ([KINDS[kind](words(n, seed=seed)) for seed, n in ((1, 18), (2, 10))] for words in (domain, retain))
     return model, ours, theirs, measured(model, ours, theirs, window=window).separation
 
 
 @torch.no_grad()
-def visits(model, batches, look=lambda module, args: (args[0], args[1])):
-    """For each layer with experts, of each text: (its number, inputs `[S, H]`, experts `[S, K]`), no padding."""
+def visits(model, batches):
+    """For each layer with experts, of each text: (its number, inputs `[S, H]`, nodes `[S, K]`), no padding."""
     sites = find_experts(model).sites
     calls, found = [], [[] for _ in sites]
     handles = [
-        site.module.register_forward_pre_hook(lambda module, args: calls.append(look(module, args))) for site in sites
+        site.module.register_forward_pre_hook(lambda module, args: calls.append((args[0], nodes_of(module, args))))
+        for site in sites
     ]
     for batch in batches:
         batch = batch if isinstance(batch, dict) else KINDS["whole"](batch)
@@ -295,7 +297,7 @@ def test_any_batch_split_gives_the_same_separation(window):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_the_same_separation(side):
     model = build(dtype=torch.float64)
-    ours, theirs = ([texts(7, 12, seed=1), texts(9, 20, seed=2)] for texts in (domain, retain))
+    ours, theirs = ([words(7, 12, seed=1), words(9, 20, seed=2)] for words in (domain, retain))
     apart = measured(model, ours, theirs).separation
 
     def together(batches):
