@@ -2,9 +2,9 @@
 
 Of every text, `DIR/NAME.train.jsonl` gives windows to grow with; the first windows of a domain's `DIR/NAME.eval.jsonl`
 are its held-out text, and all others are what is measured in the end. A later domain goes on from what was grown
-before, with the earlier domains among its retain text. Gain: fall of a domain's loss; forgetting: mean rise of the
-retain texts'; backward transfer: mean, over all domains but the last, of a domain's loss after its own run minus that
-at the end (negative: forgotten); nats per token.
+before, with the earlier domains among its retain texts, each of which is spared by itself. Gain: fall of a domain's
+loss; forgetting: mean rise of the retain texts'; backward transfer: mean, over all domains but the last, of a domain's
+loss after its own run minus that at the end (negative: forgotten); nats per token.
 
     python examples/growing.py --model PATH --domain DIR/A --retain DIR/NAME --retain DIR/OTHER --out FOLDER
     python examples/growing.py --model PATH --domain DIR/A --domain DIR/B --retain DIR/NAME --out FOLDER
@@ -86,13 +86,12 @@ def main() -> None:
     domains = [Path(spec).name for spec in args.domain]
     kept = [Path(spec).name for spec in args.retain]
     for place, name in enumerate(domains):
-        spared = [texts[other]["train"] for other in kept]
-        spared += [texts[earlier]["train"][: args.retain_windows] for earlier in domains[:place]]
+        spared = {other: texts[other]["train"][: args.retain_windows] for other in (*kept, *domains[:place])}
         result = grow(
             model,
             texts[name]["train"],
             heldout=texts[name]["heldout"],
-            retain=torch.cat(spared),
+            retain=spared,
             output_dir=args.out / name,
             progress=False,
             config=None if args.protect is None else {"protect": args.protect},

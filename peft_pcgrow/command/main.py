@@ -58,6 +58,22 @@ def read_files(**paths: Path | str | None) -> dict[str, Any]:
     return {name: path if path == "self" else read_corpus_file(Path(path)) for name, path in given.items()}
 
 
+def read_retain(paths: list[str]) -> dict[str, Any]:
+    """Retain text as `grow` takes it, if there is any; of several files, each by its name."""
+    names = [path if path == "self" else Path(path).stem for path in paths]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise Unusable(f"--retain names two texts {again}, by which they are told apart: rename one of the files")
+    texts = read_files(**dict(zip(names, paths, strict=True)))
+    return {"retain": texts if len(texts) > 1 else next(iter(texts.values()))} if texts else {}
+
+
+def count_texts(read: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} ({count_texts(text)})" if isinstance(text, dict)
+        else f"{name} {text if text == 'self' else f'{len(text):,} texts'}" for name, text in read.items()
+    )  # fmt: skip
+
+
 def batched(read: dict[str, Any], tokenizer: Any, length: int, size: int) -> dict[str, Any]:
     return {
         name: text if text == "self" else in_batches(windows(text, name, tokenizer, length, size), size)
@@ -120,7 +136,9 @@ def grow(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the run: new, or a run's to go on with.")],
     heldout: Annotated[Path | None, typer.Option(help="Text of the domain that is not trained on.")] = None,
-    retain: Annotated[str | None, typer.Option(help="Text whose loss must not rise, or self.")] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option(help="Text whose loss must not rise, or self; of several, each one's.")
+    ] = None,
     max_forgetting: Annotated[float | None, typer.Option(help="Nats per token that its loss may rise by.")] = None,
     budget: Annotated[float, typer.Option(help="Share of the expert parameters that a round grows.")] = 0.2,
     rounds: Annotated[int, typer.Option(min=1, help="At most.")] = 3,
@@ -147,16 +165,15 @@ def grow(
         if revision is not None:
             given["config"] = {**(given.get("config") or {}), "revision": revision}
         check_arguments(given)
-        if given["max_forgetting"] is not None and retain is None:
+        if given["max_forgetting"] is not None and not retain:
             raise Unusable(f"max_forgetting={given['max_forgetting']} is about retain text: give --retain")
         check_folder(out)
-        read = read_files(train_on=data, heldout=heldout, retain=retain)
+        read = read_files(train_on=data, heldout=heldout) | read_retain(retain or [])
         if dry_run:
             usable_device(device)
             step = {"batch": given["batch_size"], "length": given["length"]}
             found = check_up(load_config(model, revision), given["budget"], **step)
-            many = {name: "self" if text == "self" else f"{len(text):,} texts" for name, text in read.items()}
-            row = {**found.row(), "texts": ", ".join(f"{name} {text}" for name, text in many.items())}
+            row = {**found.row(), "texts": count_texts(read)}
             show(f"{found}\n{row['texts']}\n{given}", row | {"arguments": given}, as_json, stdout)
             return
         loaded, tokenizer = load_model(model, revision, dtype, device)

@@ -20,17 +20,17 @@ from peft_pcgrow.maps.sample import sample_text
 from peft_pcgrow.rounds.arguments import check_arguments, plain_form
 from peft_pcgrow.rounds.as_it_was import adapters_of, as_it_was, at_rest
 from peft_pcgrow.rounds.energy import LOOKING, WRITING, Meter, Spent
-from peft_pcgrow.rounds.journal import ADAPTER, RETAIN, Journal, alone, check_folder, open_journal
+from peft_pcgrow.rounds.journal import ADAPTER, WRITTEN, Journal, alone, check_folder, open_journal
 from peft_pcgrow.rounds.load import check_grown, load_grown
 from peft_pcgrow.rounds.one_round import Settings, losses_of, measure_last, run_round
 from peft_pcgrow.rounds.result import GrowthResult
 from peft_pcgrow.rounds.run_card import measured_by
-from peft_pcgrow.rounds.texts import drawn, read_texts
+from peft_pcgrow.rounds.texts import RETAIN, by_name, drawn, read_texts
 
 # nats per token that the retain text's loss may rise by, unless said otherwise
 FORGETTING = 0.02
 # texts that the model writes itself for retain="self"
-WRITTEN = 128
+COUNT = 128
 # arguments that rounds are given as they are
 SETTINGS = (
     "budget", "batch_size", "epochs", "max_steps", "lr", "gate_fpr", "map_windows", "curriculum", "progress",
@@ -85,9 +85,11 @@ def grow(
         output_dir: folder of the run; new, or a run's to go on with.
         heldout: text of the domain that is not trained on; None: one window in ten is kept apart.
         retain: text whose loss must not rise: gates are fitted on half of it, forgetting is measured on the other half.
-            "self": the model writes it. None: nothing is spared; located experts are deepened.
+            "self": the model writes it. Several texts by their names: gates see as many windows of each, and forgetting
+            is measured of each by itself. None: nothing is spared; located experts are deepened.
         tokenizer: makes token ids of strings.
-        max_forgetting: nats per token that the loss of retain text may rise by; 0.02 if None and there is such text.
+        max_forgetting: nats per token that the loss of retain text, of each that has a name, may rise by; 0.02 if None
+            and there is such text.
         budget: share of the expert parameters that each round grows, in (0, 1].
         rounds: at most.
         length: tokens of a window.
@@ -135,20 +137,25 @@ def grow(
     earlier = adapters_of(model)
     if max_forgetting is not None and retain is None:
         raise ValueError(f"max_forgetting={max_forgetting} is about retain text: give retain=, or 'self'")
-    itself = isinstance(retain, str)
-    if itself and retain != "self":
-        raise ValueError(f"retain={retain!r} is a string: give text whose loss must not rise, or 'self'")
+    spared = by_name(retain)
+    itself = [name for name, text in spared.items() if isinstance(text, str)]
+    if wrong := [name for name in itself if spared[name] != "self"]:
+        where = "" if wrong[0] == RETAIN else f"[{wrong[0]!r}]"
+        raise ValueError(
+            f"retain{where}={spared[wrong[0]]!r} is a string: give text whose loss must not rise, or 'self'"
+        )
     limit = FORGETTING if max_forgetting is None and retain is not None else read["max_forgetting"]
     folder, config, trainer = Path(output_dir), dict(config or {}), dict(trainer or {})
     check_folder(folder)
     corpora = (tokenizer, length, batch_size)
-    texts = None if itself else read_texts(train_on, heldout, retain, *corpora)
+    texts = None if itself else read_texts(train_on, heldout, spared or None, *corpora)
     with alone(folder), as_it_was(model):
         shapes, before = Shapes.of(model, find_experts(model)), Spent()
         if texts is None:
             with Meter(shapes, before).phase(WRITING, model):
                 written = _written(model, folder, length, seed, progress)
-            texts = read_texts(train_on, heldout, written, *corpora)
+            spared |= dict.fromkeys(itself, written)
+            texts = read_texts(train_on, heldout, spared, *corpora)
         shaping = {name: value for name, value in read.items() if name not in BESIDE} | {
             "max_forgetting": limit, "texts": texts.digest(), "weights": weights_in_use(model),
             # one form of what can be said in several
@@ -191,8 +198,8 @@ def _tell_card(model: nn.Module, journal: Journal) -> None:
 
 def _written(model: nn.Module, folder: Path, length: int, seed: int, progress: bool) -> torch.Tensor:
     """Retain text by the model itself, written once for a run, `[N, length]`."""
-    path = folder / RETAIN
+    path = folder / WRITTEN
     if not path.exists():
-        texts = torch.cat(sample_text(model, WRITTEN, length, seed=seed, progress=progress))
+        texts = torch.cat(sample_text(model, COUNT, length, seed=seed, progress=progress))
         write_whole(path, save({"input_ids": texts}))
     return load_file(path)["input_ids"]

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from peft_pcgrow.files import write_whole
+from peft_pcgrow.rounds.texts import RETAIN
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-JOURNAL, RETAIN, ADAPTER, LOCK = "journal.json", "retain.safetensors", "adapter", ".lock"
+JOURNAL, WRITTEN, ADAPTER, LOCK = "journal.json", "retain.safetensors", "adapter", ".lock"
+# of losses, that of the domain's held-out text; those of retain text are under RETAIN
+HELDOUT = "heldout"
 FORMAT = 1
 # of what is read from a file
 KINDS = {"asked": dict, "before": dict, "ended": str, "spent": dict}
@@ -41,7 +44,8 @@ class Round:
         gate_fpr: that its gates were set to; None: it has none.
         heldout, retain: losses afterwards, of what was tried if it was not kept; nats per token. retain: None without
             retain text.
-        parameters: that trained. seconds: by phase.
+        parameters: that trained. seconds: by phase. retained: losses of each retain text where there are several, by
+            `key_of` their names.
     """
 
     number: int
@@ -60,6 +64,19 @@ class Round:
     retain: float | None
     parameters: int
     seconds: dict[str, float]
+    retained: dict[str, float] = field(default_factory=dict)
+
+
+def key_of(name: str) -> str:
+    """What the loss of one of several retain texts is called among losses."""
+    return f"{RETAIN}[{name}]"
+
+
+def risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """By how much the loss of each retain text rose, by its name."""
+    several = {key: key.removeprefix(f"{RETAIN}[")[:-1] for key in after if key.startswith(f"{RETAIN}[")}
+    named = several or {key: key for key in after if key == RETAIN}
+    return {name: after[key] - before[key] for key, name in named.items()}
 
 
 @dataclass
@@ -103,7 +120,7 @@ def check_folder(folder: Path) -> None:
     """Raise FileExistsError if what is there is no run's."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir={str(folder)!r} is a file: give a folder")
-    ours = {"rounds", JOURNAL, RETAIN}
+    ours = {"rounds", JOURNAL, WRITTEN}
     if folder.is_dir() and not (folder / JOURNAL).exists():
         found = sorted(
             entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.name not in ours
@@ -185,6 +202,7 @@ def _check(done: Round) -> None:
         done.protect,
         done.heldout,
         *done.seconds.values(),
+        *done.retained.values(),
         *(each for look in done.looks for each in look),
     )
     wholes = (done.number, done.nodes, done.steps, done.parameters)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,8 +26,8 @@ from peft_pcgrow.rounds.arguments import check_positive
 from peft_pcgrow.rounds.as_it_was import adapters_of, take_back
 from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision
 from peft_pcgrow.rounds.energy import LOOKING, MEASURING, RATE, TRAINING, Meter, measured, trained
-from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round
-from peft_pcgrow.rounds.texts import Texts, drawn, in_batches
+from peft_pcgrow.rounds.journal import ADAPTER, HELDOUT, Journal, Round, key_of, risen
+from peft_pcgrow.rounds.texts import RETAIN, Texts, called, drawn, drawn_alike, in_batches
 from peft_pcgrow.rounds.train import best_of, steps_of, train
 from peft_pcgrow.say import say
 from peft_pcgrow.settings import number
@@ -70,13 +71,26 @@ class Settings:
     rounds_before: int
 
 
-def losses_of(model: nn.Module, texts: Texts, batch_size: int, *names: str) -> dict[str, float]:
-    """Loss of the held-out text and of the retain text that no gate was fitted on, or of the one that is named, nats
-    per token."""
-    named = {"heldout": texts.heldout, "retain": texts.watch}
-    wanted = {name: held for name, held in named.items() if held and (not names or name in names)}
-    read = {name: list(read_batches(model, in_batches(held, batch_size))) for name, held in wanted.items()}
-    return dict(zip(read, losses(model, list(read.values())), strict=True))
+def losses_of(
+    model: nn.Module, texts: Texts, batch_size: int, names: tuple[str, ...] = (HELDOUT, RETAIN)
+) -> dict[str, float]:
+    """Losses of the held-out text and of the retain text that no gate was fitted on, or of the one that is named, nats
+    per token. Where there are several retain texts, of each (see `key_of`), and of `RETAIN` the mean of these."""
+    spared = texts.watch if RETAIN in names else {}
+    held = {HELDOUT: texts.heldout} if HELDOUT in names else {}
+    read = [list(read_batches(model, in_batches(text, batch_size))) for text in (*held.values(), *spared.values())]
+    found = losses(model, read)
+    after = dict(zip(held, found, strict=False))
+    if spared:
+        each = found[len(held) :]
+        after[RETAIN] = statistics.fmean(each)
+        after |= dict(zip(map(key_of, spared), each, strict=True)) if len(spared) > 1 else {}
+    return after
+
+
+def _rise(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, str]:
+    """By how much the loss of the retain text rose, of several texts that of the one it rose most of, and its name."""
+    return max(((rise, name) for name, rise in risen(before, after).items()), default=(0.0, RETAIN))
 
 
 def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journal) -> nn.Module:
@@ -93,7 +107,7 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
         return _ended(journal, decision.why, model)
     earlier = list(model.active_adapters) if isinstance(model, PeftModel) else []
     name = f"round-{settings.rounds_before + turn}" if earlier else "default"
-    before = journal.kept[-1].heldout if journal.kept else journal.before["heldout"]
+    before = journal.kept[-1].heldout if journal.kept else journal.before[HELDOUT]
     config = _config(emap, decision, settings)
     grown = model
     # what LoRA beside the experts starts from
@@ -111,14 +125,14 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
         looks = _trained(grown, name, texts, decision, lr, settings, folder, meter)
     with meter.phase(LOOKING, grown):
         rate, after = _as_strict_as_needed(grown, name, config, texts, settings, journal.before)
-    rose = 0.0 if settings.most_forgetting is None else after["retain"] - journal.before["retain"]
+    rose, most = _rise(journal.before, after)
     forgot = settings.most_forgetting is not None and rose > settings.most_forgetting
-    gain = before - after["heldout"]
+    gain = before - after[HELDOUT]
     outcome = f"held-out loss fell by {gain:.3f}"
     if forgot:
         outcome = (
-            f"forgot too much: the retain text's loss rose by {rose:.3f}, more than {settings.most_forgetting:g}, at "
-            "the strictest gate: give more retain text, or config= a higher protect"
+            f"forgot too much: the loss of {called(most)} rose by {rose:.3f}, more than {settings.most_forgetting:g}, "
+            "at the strictest gate: give more of it, or config= a higher protect"
         )
     elif gain < LEAST_GAIN * before:
         outcome += f", less than {LEAST_GAIN:.1%} of it"
@@ -126,9 +140,9 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
         grown.save_pretrained(str(journal.folder / ADAPTER), selected_adapters=[name])
     done = Round(
         turn, name, decision.growth, decision.why, sum(map(len, (config.locus or {}).values())), kept, outcome,
-        lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after["heldout"],
-        after.get("retain"), grown.get_nb_trainable_parameters()[0],
-        dict(meter.spent["seconds"]),
+        lr, looks[best_of(looks)][0], [list(look) for look in looks], rate, decision.protect, after[HELDOUT],
+        after.get(RETAIN), grown.get_nb_trainable_parameters()[0],
+        dict(meter.spent["seconds"]), {name: loss for name, loss in after.items() if name not in (HELDOUT, RETAIN)},
     )  # fmt: skip
     result = grown if kept else _taken_back(grown, name, earlier)
     journal.rounds.append(done)
@@ -182,6 +196,11 @@ def _for_maps(held: list[Text], settings: Settings) -> list[dict[str, torch.Tens
     return in_batches(drawn(held, settings.map_windows), settings.batch_size)
 
 
+def _to_fit(texts: Texts, settings: Settings) -> list[dict[str, torch.Tensor]]:
+    """The same of the retain texts that gates are fitted on."""
+    return in_batches(drawn_alike(texts.fit, settings.map_windows), settings.batch_size)
+
+
 def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) -> ErrorMap:
     if map_file.exists(folder / "map"):
         return ErrorMap.load(folder / "map")
@@ -189,7 +208,7 @@ def _measured(model: nn.Module, texts: Texts, settings: Settings, folder: Path) 
         model,
         _for_maps(texts.train, settings),
         heldout=_for_maps(texts.heldout, settings),
-        retain=_for_maps(texts.fit, settings) if texts.fit else None,
+        retain=_to_fit(texts, settings) if texts.fit else None,
         checkpoint=folder / "measuring",
         progress=settings.progress,
     )
@@ -274,7 +293,7 @@ def _trained(
     note_decision(decision, folder)
     callbacks = settings.callbacks
     if decision.refit and any(layer.spawned(name) for layer in model.base_model.tuner_layers()):  # type: ignore[operator]
-        read = (_for_maps(held, settings) for held in (texts.train, texts.fit))
+        read = _for_maps(texts.train, settings), _to_fit(texts, settings)
         callbacks = (_Refit(meter, *read, steps=decision.refit, adapter_name=name), *callbacks)
     return train(
         model, decision, lr, (ordered, texts.heldout), folder / "training", settings.batch_size, options,
@@ -290,20 +309,20 @@ def _as_strict_as_needed(
     if not config.spawned or settings.most_forgetting is None:
         return None, after
     rates = [rate for rate in RATES if rate < config.gate_fpr]
-    if after["retain"] - before["retain"] <= settings.most_forgetting or not rates:
+    if _rise(before, after)[0] <= settings.most_forgetting or not rates:
         return config.gate_fpr, after
     # the stricter, the less is forgotten: halve the rates that are left
-    tried: dict[float, float] = {}
+    tried: dict[float, dict[str, float]] = {}
     first, spares = 0, len(rates)
     while first < spares:
         middle = (first + spares) // 2
         model.set_gate_fpr(rates[middle], name)  # type: ignore[operator]
-        tried[rates[middle]] = losses_of(model, texts, settings.batch_size, "retain")["retain"]
-        good = tried[rates[middle]] - before["retain"] <= settings.most_forgetting
+        tried[rates[middle]] = losses_of(model, texts, settings.batch_size, (RETAIN,))
+        good = _rise(before, tried[rates[middle]])[0] <= settings.most_forgetting
         first, spares = (first, middle) if good else (middle + 1, spares)
     rate = rates[min(spares, len(rates) - 1)]
     model.set_gate_fpr(rate, name)  # type: ignore[operator]
-    return rate, {**losses_of(model, texts, settings.batch_size, "heldout"), "retain": tried[rate]}
+    return rate, losses_of(model, texts, settings.batch_size, (HELDOUT,)) | tried[rate]
 
 
 def _taken_back(model: nn.Module, name: str, earlier: list[str]) -> nn.Module:

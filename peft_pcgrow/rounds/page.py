@@ -53,7 +53,7 @@ STYLE = """
 ASKED = {
     "rounds": "rounds at most",
     "budget": "of the expert parameters may grow in a round",
-    "max_forgetting": "nats per token that other text's loss may rise by",
+    "max_forgetting": "nats per token that other text's loss may rise by, of several texts each one's",
     "length": "tokens of a window of text",
     "batch_size": "windows of a training step",
     "epochs": "passes over the text in a round, at most",
@@ -112,7 +112,9 @@ def _short(result: Any) -> str:
     loss = (
         f"Loss on the domain's unseen text: {before:.3f} before, {after:.3f} after (nats per token; lower is better)."
     )
-    return f'<div class="tiles">{drawn}</div><p>{loss} The run ended: {escape(result.ended or "not yet")}.</p>'
+    if len(each := result.forgetting_by_text) > 1:
+        loss += f" Forgetting by text: {', '.join(f'{name} {rise:+.3f}' for name, rise in each.items())}."
+    return f'<div class="tiles">{drawn}</div><p>{escape(loss)} The run ended: {escape(result.ended or "not yet")}.</p>'
 
 
 def _asked(result: Any) -> str:

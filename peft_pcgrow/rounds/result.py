@@ -12,7 +12,8 @@ from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps import draw
 from peft_pcgrow.rounds import page, pictures
 from peft_pcgrow.rounds.energy import Energy, energy_of, seconds_of
-from peft_pcgrow.rounds.journal import ADAPTER, Journal, Round, read_journal
+from peft_pcgrow.rounds.journal import ADAPTER, HELDOUT, Journal, Round, read_journal, risen
+from peft_pcgrow.rounds.texts import RETAIN
 
 PICTURES = draw.SUFFIXES[1:]
 
@@ -28,7 +29,7 @@ class GrowthResult:
         model: with the adapters that were kept, active; the base itself if none was; None of a result that was read.
         rounds: all of them, those that were taken back too.
         ended: why the run did.
-        before: losses by text ("heldout", "retain"), nats per token.
+        before: losses by text ("heldout", "retain", and "retain[NAME]" of several retain texts), nats per token.
         after: the same with what was kept.
         adapter: folder of the grown adapters; None: nothing was kept.
         size: bytes of these.
@@ -69,7 +70,9 @@ class GrowthResult:
         after = journal.kept[-1] if journal.kept else None
         losses = dict(journal.before)
         if after is not None:
-            losses = {"heldout": after.heldout} | ({} if after.retain is None else {"retain": after.retain})
+            losses = (
+                {HELDOUT: after.heldout} | after.retained | ({} if after.retain is None else {RETAIN: after.retain})
+            )
         adapter = journal.folder / ADAPTER if journal.kept else None
         size = sum(file.stat().st_size for file in adapter.rglob("*.safetensors")) if adapter is not None else 0
         # journals of old have seconds by round alone
@@ -90,12 +93,17 @@ class GrowthResult:
     @property
     def gain(self) -> float:
         """Fall of the held-out loss, nats per token."""
-        return self.before["heldout"] - self.after["heldout"]
+        return self.before[HELDOUT] - self.after[HELDOUT]
 
     @property
     def forgetting(self) -> float | None:
-        """Rise of the retain text's loss, nats per token; None without retain text."""
-        return self.after["retain"] - self.before["retain"] if "retain" in self.before else None
+        """Rise of the retain text's loss, nats per token, of several texts the mean; None without retain text."""
+        return self.after[RETAIN] - self.before[RETAIN] if RETAIN in self.before else None
+
+    @property
+    def forgetting_by_text(self) -> dict[str, float]:
+        """The same of each retain text, by its name; of text that was given without one, under "retain"."""
+        return risen(self.before, self.after)
 
     @property
     def energy(self) -> Energy | None:
@@ -152,8 +160,10 @@ class GrowthResult:
                 f": held-out {done.heldout:.3f}{retain}; {kept}: {done.outcome}"
             )
         forgetting = "" if self.forgetting is None else f", forgetting {self.forgetting:+.3f}"
+        if len(each := self.forgetting_by_text) > 1:
+            forgetting += f" ({', '.join(f'{name} {rise:+.3f}' for name, rise in each.items())})"
         lines.append(
-            f"held-out loss {self.before['heldout']:.3f} -> {self.after['heldout']:.3f} nats/token: "
+            f"held-out loss {self.before[HELDOUT]:.3f} -> {self.after[HELDOUT]:.3f} nats/token: "
             f"gain {self.gain:.3f}{forgetting}; {self.size:,} bytes; {sum(self.seconds.values()):.0f} s ("
             + ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.seconds.items())
             + ")"
@@ -168,6 +178,7 @@ class GrowthResult:
             "ended": self.ended,
             "gain": self.gain,
             "forgetting": self.forgetting,
+            "forgetting_by_text": self.forgetting_by_text,
             "before": self.before,
             "after": self.after,
             "rounds": [vars(done) for done in self.rounds],

@@ -5,7 +5,8 @@ from pathlib import Path
 from peft_pcgrow.adapter.model_card import Measured, folder_of, sealed_as
 from peft_pcgrow.maps import map_file
 from peft_pcgrow.maps.error_map import ErrorMap
-from peft_pcgrow.rounds.journal import ADAPTER, Journal
+from peft_pcgrow.rounds.journal import ADAPTER, Journal, risen
+from peft_pcgrow.rounds.texts import RETAIN
 
 
 def measured_by(journal: Journal) -> Measured:
@@ -45,9 +46,13 @@ def _text(journal: Journal) -> str:
     ]
     if last.retain is not None:
         lines.append(
-            f"| retain text | {before['retain']:.4f} | {last.retain:.4f} | "
-            f"forgetting {last.retain - before['retain']:+.4f} |"
+            f"| retain text{', mean' * bool(last.retained)} | {before[RETAIN]:.4f} | {last.retain:.4f} | "
+            f"forgetting {last.retain - before[RETAIN]:+.4f} |"
         )
+        lines += [
+            f"| {_cell(name)} | {before[key]:.4f} | {last.retained[key]:.4f} | {rise:+.4f} |"
+            for (name, rise), key in zip(risen(before, last.retained).items(), last.retained, strict=True)
+        ]
     else:
         lines += ["", "There was no retain text: what was forgotten is not known."]
     lines += [
@@ -60,7 +65,7 @@ def _text(journal: Journal) -> str:
     ]
     for done in journal.rounds:
         rate, retain = ("-" if each is None else f"{each:.4g}" for each in (done.gate_fpr, done.retain))
-        why, outcome = (each.replace("|", "\\|") for each in (done.why, done.outcome))
+        why, outcome = map(_cell, (done.why, done.outcome))
         lines.append(
             f"| {done.number} | {done.growth} | {done.nodes} | {why} | {done.steps} | {done.lr:.3g} | {rate} | "
             f"{done.heldout:.4f} | {retain} | {'kept' if done.kept else 'taken back'}: {outcome} |"
@@ -79,3 +84,8 @@ def _text(journal: Journal) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text as a Markdown table holds it."""
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,7 +1,7 @@
 """The texts of a run, read once: what is trained on, what is held out, and both halves of the retain text."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ LEAST = 8
 APART = 10
 # share of the retain windows that may also be the domain's; more is the same text under two names
 SHARED = 0.5
+# what retain text is called that was given without a name
+RETAIN = "retain"
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,36 @@ class Texts:
     """Windows of token ids, each a mapping of `input_ids [S]` and, where they were given, `labels [S]`.
 
     Attributes:
-        train, heldout: of the domain. fit, watch: of the retain text; gates are fitted on the one, forgetting is
-            measured on the other. Both empty without retain text.
+        train, heldout: of the domain. fit, watch: of each retain text, by its name, in an order drawn; gates are fitted
+            on the one, forgetting is measured on the other. Both empty without retain text.
     """
 
     train: list[Text]
     heldout: list[Text]
-    fit: list[Text]
-    watch: list[Text]
+    fit: dict[str, list[Text]]
+    watch: dict[str, list[Text]]
 
     def digest(self) -> dict[str, str]:
         """By name, what tells each of them from other text."""
-        return {name: _digest(getattr(self, name)) for name in ("train", "heldout", "fit", "watch")}
+        found = {"train": _digest(self.train), "heldout": _digest(self.heldout)}
+        for half in ("fit", "watch"):
+            for name, text in getattr(self, half).items():
+                found[half if name == RETAIN else f"{half} of {name}"] = _digest(text)
+        return found
+
+
+def by_name(retain: Any) -> dict[str, Any]:
+    """Retain text by its name: a mapping of names to texts as it is, other text under the name `RETAIN`, None as none.
+
+    Raises:
+        ValueError: a mapping of nothing, or with a name that is none.
+    """
+    # a batch is a corpus; of a DatasetDict one split is, which reading it says
+    if not isinstance(retain, Mapping) or "input_ids" in retain or type(retain).__module__.startswith("datasets"):
+        return {} if retain is None else {RETAIN: retain}
+    if not retain or not all(isinstance(name, str) and name for name in retain):
+        raise ValueError(f"retain is a mapping of {[*retain]}: give each text a name, or None where nothing is spared")
+    return dict(retain)
 
 
 def read_texts(
@@ -42,8 +62,8 @@ def read_texts(
     """Read every corpus (see `corpus.read_corpus`) and check them against each other.
 
     Args:
-        heldout: None: one window in `APART` of `train` is kept apart. retain: None: there is none; its windows
-            count once each.
+        heldout: None: one window in `APART` of `train` is kept apart. retain: None, text, or texts by name (see
+            `by_name`); windows count once, for the first text that has them.
         length: tokens of a window; longer texts are cut.
 
     Raises:
@@ -58,32 +78,40 @@ def read_texts(
         mine = [window for window in mine if _key(window) not in {_key(other) for other in held}]
     else:
         held = windows(heldout, "the held-out text", tokenizer, length, batch_size)
-    kept = [] if retain is None else windows(retain, "the retain text", tokenizer, length, batch_size)
-    # the same window in both halves would make forgetting look smaller than it is
-    kept = list({_key(window): window for window in kept}.values())
     check_enough(mine, "the corpus", LEAST)
     check_enough(held, "the held-out text", LEAST)
-    if retain is not None:
-        check_enough(kept, "the retain text", 2 * LEAST, "give more text (repeated windows count once)")
     trained = {_key(window) for window in mine}
     if again := sum(_key(window) in trained for window in held):
         raise ValueError(
             f"{again} of the {len(held)} held-out windows are also trained on, so they would tell nothing: take them "
             "out of one of the two"
         )
-    spared = {_key(window) for window in kept}
+    kept: dict[str, list[Text]] = {}
+    spared: set[tuple[int, ...]] = set()
+    for name, text in by_name(retain).items():
+        what = called(name)
+        # the same window in both halves would make forgetting look smaller than it is
+        found = {_key(window): window for window in windows(text, what, tokenizer, length, batch_size)}
+        kept[name] = drawn([window for key, window in found.items() if key not in spared])
+        check_enough(kept[name], what, 2 * LEAST, "give more text (repeated windows count once)")
+        if (again := len(found.keys() & trained)) > SHARED * len(found):
+            raise ValueError(
+                f"{again} of the {len(found)} windows of {what} are the domain's own: give retain= text whose "
+                "behaviour must not change, or 'self'"
+            )
+        spared |= found.keys()
     if again := sum(_key(window) in spared for window in held):
         raise ValueError(
             f"{again} of the {len(held)} held-out windows are also among the retain windows, so what is gained there "
             "would count as forgotten: take them out of one of the two"
         )
-    if (again := sum(_key(window) in trained for window in kept)) > SHARED * len(kept):
-        raise ValueError(
-            f"{again} of the {len(kept)} retain windows are the domain's own: give retain= text whose behaviour must "
-            "not change, or 'self'"
-        )
-    kept = drawn(kept)
-    return Texts(mine, held, kept[::2], kept[1::2])
+    halves = ({name: text[half::2] for name, text in kept.items()} for half in (0, 1))
+    return Texts(mine, held, *halves)
+
+
+def called(name: str) -> str:
+    """A retain text in words."""
+    return "the retain text" if name == RETAIN else f"the retain text {name!r}"
 
 
 def windows(
@@ -131,6 +159,12 @@ def drawn(texts: Sequence[Text], count: int | None = None) -> list[Text]:
     """
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0), device="cpu")
     return [texts[place] for place in order[:count].tolist()]
+
+
+def drawn_alike(texts: Mapping[str, Sequence[Text]], count: int) -> list[Text]:
+    """At most `count` windows of texts whose order is drawn, as many of each (of one that has fewer, all)."""
+    share = -(-count // len(texts))
+    return drawn([window for text in texts.values() for window in text[:share]], count)
 
 
 def _key(text: Text) -> tuple[int, ...]:

@@ -54,6 +54,18 @@ def test_numbers_in_settings(tmp_path):
     }
 
 
+def test_several_retain_texts_are_told_apart_by_their_names(words, tmp_path):
+    for name in ("code", "news"):
+        (tmp_path / f"{name}.txt").write_text("one\n\ntwo")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/news.txt").write_text("three")
+    several = [word for name in ("code.txt", "news.txt") for word in ("--retain", tmp_path / name)]
+    done = call(*words, *several, "--retain", "self", "--max-forgetting", 0.01, "--dry-run")
+    assert (done.exit_code, "retain (code 2 texts, news 2 texts, self self)" in done.stdout) == (0, True), done.stderr
+    done = call(*words, *several, "--retain", tmp_path / "other/news.txt", "--dry-run")
+    assert (done.exit_code, "--retain names two texts news" in done.stderr) == (2, True)
+
+
 def test_dry_run_says_what_retain_text_is(words):
     done = call(*words, "--retain", "self", "--max-forgetting", 0.01, "--dry-run")
     assert (done.exit_code, "train_on 3 texts, retain self" in done.stdout) == (0, True), done.stderr

@@ -19,7 +19,7 @@ from peft_pcgrow.gates.gate import RATES
 from peft_pcgrow.rounds.decision import RoundDecision
 from peft_pcgrow.rounds.one_round import losses_of
 from peft_pcgrow.rounds.texts import read_texts
-from tiny import DOMAIN_WORDS, assert_same, build, snapshot
+from tiny import DOMAIN_WORDS, RETAIN_WORDS, assert_same, build, snapshot
 
 
 class Untrained(TrainerCallback):
@@ -146,7 +146,7 @@ def test_gates_are_as_open_as_the_limit_allows(tmp_path):
 
     def forgets(rate: float) -> float:
         model.set_gate_fpr(rate)
-        return losses_of(model, texts, 8, "retain")["retain"] - before["retain"]
+        return losses_of(model, texts, 8, ("retain",))["retain"] - before["retain"]
 
     before = losses_of(build(), texts, 8)
     limit = (forgets(0.1) + forgets(RATES[-1])) / 2
@@ -217,8 +217,25 @@ REFUSED = {
     "strings": ({"train_on": ["some text"] * 9}, ValueError, "give tokenizer="),
     "little held out": ({"heldout": text(DOMAIN_WORDS, 2, 2)}, ValueError, "the held-out text has 2 windows"),
     "held out is trained on": ({"heldout": corpora()["train_on"]}, ValueError, "64 of the 64 held-out windows"),
-    "retain is the domain": ({"retain": corpora()["train_on"]}, ValueError, "retain windows are the domain's own"),
+    "retain is the domain": (
+        {"retain": corpora()["train_on"]},
+        ValueError,
+        "windows of the retain text are the domain's own",
+    ),
     "retain word": ({"retain": "wiki"}, ValueError, "retain='wiki' is a string"),
+    "retain words": ({"retain": {"encyclopedia": "wiki"}}, ValueError, r"retain\['encyclopedia'\]='wiki' is a string"),
+    "retain of nothing": ({"retain": {}}, ValueError, r"retain is a mapping of \[\]: give each text a name"),
+    "retain without a name": ({"retain": {0: corpora()["retain"]}}, ValueError, r"a mapping of \[0\]: give each text"),
+    "little of one retain text": (
+        {"retain": {"much": corpora()["retain"], "little": text(RETAIN_WORDS, 9, 9)}},
+        ValueError,
+        "the retain text 'little' has 9 windows of text, and 16",
+    ),
+    "one retain text is the domain's": (
+        {"retain": {"others": corpora()["retain"], "mine": corpora()["train_on"]}},
+        ValueError,
+        "windows of the retain text 'mine' are the domain's own",
+    ),
     "forgetting of nothing": ({"retain": None, "max_forgetting": 0.1}, ValueError, "max_forgetting=0.1 is about"),
     "budget": ({"budget": 0}, ValueError, "budget must be a share"),
     "rate": ({"gate_fpr": 0.9}, ValueError, "gate_fpr"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_pcgrow.maps.fit_gates import is_held_out
-from peft_pcgrow.rounds.texts import drawn, read_texts
+from peft_pcgrow.rounds.texts import drawn, drawn_alike, read_texts
 
 
 @pytest.mark.parametrize("sources", [2, 3, 4, 5])
@@ -18,11 +18,12 @@ def test_sources_that_come_in_turn_are_in_every_part(sources):
     def of(some) -> set[int]:
         return {int(text["input_ids"][0] - 1000) % sources for text in some}
 
-    fitted = drawn(texts.fit, 40 * sources)
+    (fit,), (watch,) = texts.fit.values(), texts.watch.values()
+    fitted = drawn_alike(texts.fit, 40 * sources)
     thresholds = [text for place, text in enumerate(fitted) if is_held_out(place)]
     directions = [text for place, text in enumerate(fitted) if not is_held_out(place)]
-    assert all(len(of(some)) == sources for some in (texts.fit, texts.watch, directions, thresholds))
-    both = [int(text["input_ids"][0]) for text in (*texts.fit, *texts.watch)]
+    assert all(len(of(some)) == sources for some in (fit, watch, directions, thresholds))
+    both = [int(text["input_ids"][0]) for text in (*fit, *watch)]
     assert sorted(both) == windows[:, 0].tolist()
 
 
