@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from peft_pcgrow.architectures import experts
+from peft_pcgrow.architectures.adopted_experts import kind_of
 from peft_pcgrow.locate import parts
 
 
@@ -30,12 +31,15 @@ def check_mergeable(layer: Any, safe_merge: bool, adapter_names: Sequence[str]) 
     """Raise ValueError if merging these adapters into a `PCGrowExperts` would fail; writes nothing."""
     names = [name for name in adapter_names if name in layer.births and name not in layer.merged_adapters]
     for name in names:
-        if layer.births[name].spawned:
-            without = "grow without lora= and " if layer.births[name].lora else ""
+        birth = layer.births[name]
+        if birth.spawned:
+            # a router row of their own is what newborns have there
+            exports = kind_of(layer.base_layer) == "routed" and not birth.parents
+            without = "grow without lora= and " if birth.lora else ""
+            plain = f", or {without}write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
             raise ValueError(
-                f"adapter {name!r} has newborns (layer {layer.layer_index}: {list(layer.births[name].spawned)}): "
-                "they take only part of their donors' rows, so no expert of the base can hold them. Keep the adapter, "
-                f"or {without}write a plain checkpoint with peft_pcgrow.export_flat(model, folder, batches)"
+                f"adapter {name!r} has newborns (layer {layer.layer_index}: {list(birth.spawned)}): they take only "
+                f"part of their donors' rows, so no expert of the base can hold them. Keep the adapter{plain * exports}"
             )
     if names and experts.is_packed(layer.base_layer):
         raise ValueError(

@@ -203,8 +203,9 @@ def _serving(configs: Mapping[str, Any]) -> str:
             "nor this package (not over a base whose experts are packed in few bits)."
         )
     else:
-        found.append(
-            "Newborns hold for some tokens only, so they do not merge: a runtime must import peft_pcgrow. "
+        found.append("Newborns hold for some tokens only, so they do not merge: a runtime must import peft_pcgrow. ")
+    if born and all(config.get("nodes") in (None, "routed") for config in configs.values()):
+        found[-1] += (
             "`peft_pcgrow.export_flat(model, folder, batches)` writes a plain checkpoint in which each newborn is one "
             "more expert with a router row of its own (not newborns of newborns, nor LoRA beside them). That is an "
             "approximation: it measures and reports by how much predictions depart, and [some of the gain is lost]"

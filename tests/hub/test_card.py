@@ -9,12 +9,12 @@ from peft import PeftModel, get_peft_model
 from short_runs import run
 from transformers import AutoModelForCausalLM
 
-from peft_pcgrow import PCGrowConfig
+from peft_pcgrow import PCGrowConfig, measure_errors
 from peft_pcgrow.adapter.model_card import BEGIN, END, adapters_in, make_card
 from peft_pcgrow.hub.contents import find_grown
 from peft_pcgrow.rounds.journal import read_journal
 from peft_pcgrow.rounds.run_card import measured_by
-from tiny import LOCUS, build, spawning, train
+from tiny import LOCUS, build, dense, domain, retain, spawning, train
 
 
 @pytest.fixture
@@ -56,6 +56,18 @@ def test_newborns_are_not_merged(base, tmp_path):
     assert "export_flat" in card
     assert "merge_and_unload" not in card
     assert "| 2 | - | 0, 3, 7 |" in card
+
+
+def test_newborns_beside_mlps_have_no_plain_checkpoint(tmp_path):
+    """No router chooses an MLP, so none has a row for its newborn: neither the card nor an error says otherwise."""
+    emap = measure_errors(dense(), [domain(64)], retain=[retain(64)], window=8, progress=False)
+    model = get_peft_model(dense(), spawning(error_map=emap, locus={1: [0]}))
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert "they do not merge: a runtime must import peft_pcgrow." in card
+    assert "export_flat" not in card
+    with pytest.raises(ValueError, match=r"has newborns \(layer 1: \[0\]\).*Keep the adapter$"):
+        model.merge_adapter()
 
 
 def test_the_lines_of_a_card_load_what_they_say(base, tmp_path):
