@@ -134,7 +134,7 @@ def check_deletable(name: str, births: Mapping[str, Birth], layer: int) -> None:
     """Raise ValueError if newborns of another adapter take their rows from those of this one."""
     identity = births[name].identity if name in births else ""
     for other, birth in births.items():
-        if identity and identity in birth.parents.values():
+        if other != name and identity and identity in birth.parents.values():
             raise ValueError(
                 f"adapter {other!r} has newborns of newborns of {name!r} (layer {layer}) and cannot be without them: "
                 f"delete {other!r} first"

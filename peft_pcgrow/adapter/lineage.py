@@ -1,5 +1,7 @@
 """Which adapters' newborns a new adapter's grow from, and beside (see `spawn` for the rule)."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,14 @@ Node = tuple[int, int, str]
 def follows_newborns(config: PCGrowConfig) -> bool:
     """Whether newborns of newborns can be grown: whole ones, that no plain checkpoint is to hold."""
     return config.grow != "deepen" and config.resolution == "expert" and config.router == "branch"
+
+
+def identity(digest: str, lineage: Mapping[str, Any] | None) -> str:
+    """What tells an adapter from others: a digest of its gates and directions and, if it grows on others, these. In the
+    lowest layer nothing else may set apart a newborn and one that is grown from it: both read the same."""
+    if not lineage or not lineage["elders"]:
+        return digest
+    return hashlib.sha256(f"{digest} {json.dumps(lineage, sort_keys=True)}".encode()).hexdigest()
 
 
 def check(lineage: Mapping[str, Any] | None, spawned: Mapping[str, Sequence[int]]) -> None:

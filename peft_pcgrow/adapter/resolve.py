@@ -135,7 +135,8 @@ def resolve(config: PCGrowConfig, sites: list[ExpertsSite], emap: ErrorMap | Non
                 ranks[str(site.layer)] = {stack: directions.shape[2] for stack, directions in found.items()}
                 given |= {f"{site.layer}.{stack}": directions for stack, directions in found.items()}
         now = replace(now, protected=ranks)
-    return replace(now, fingerprint=digest_all(given)) if given else now
+    grown_on = now.lineage if config.grow != "deepen" else None
+    return replace(now, fingerprint=lineage.identity(digest_all(given), grown_on)) if given else now
 
 
 def check_resolved(config: PCGrowConfig, resolved: Resolved, sites: Sequence[ExpertsSite]) -> None:

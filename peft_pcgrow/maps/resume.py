@@ -1,12 +1,13 @@
 """What an unfinished measurement may go on by: the weights in use, the way of measuring, and the text read so far."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures.engines import is_shared_out
@@ -27,18 +28,23 @@ def weights_in_use(model: nn.Module) -> str:
     use; reads every weight once.
 
     Of weights that are offloaded only the names and shapes are known; sharded ones are gathered, one at a time, and all
-    processes must call.
+    processes must call. Layers of adapters that were deleted, which PEFT leaves around modules, are passed over.
     """
     digest = hashlib.sha256()
+    wrappers, gone = _left_behind(model)
     held = [*model.named_parameters(), *model.named_buffers()]
     # a device is asked once it has summed everything, not for each piece
     read = local if is_shared_out(model) else whole
     sums = [None if tensor.is_meta else torch.stack([*_sums(read(tensor.detach()))]) for _, tensor in held]
     for (name, tensor), pieces in zip(held, sums, strict=True):
+        name = _without(name, wrappers)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         for piece in () if pieces is None else pieces.tolist():
             digest.update(repr(piece).encode())
     for name, module in model.named_modules():
+        if name in gone:
+            continue
+        name = _without(name, wrappers)
         numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float) and key[0] != "_"}
         digest.update(f"{name} {sorted(numbers.items())}".encode())
         if used := adapters_in_use(module):
@@ -46,6 +52,25 @@ def weights_in_use(model: nn.Module) -> str:
     found = digest.hexdigest()[:32]
     # of other experts in other processes
     return hashlib.sha256("".join(gathered(found)).encode()).hexdigest()[:32] if is_shared_out(model) else found
+
+
+def _left_behind(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Names of layers that no adapter is left in, and of these and the empty places in layers of adapters."""
+    wrappers, places = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            if not module._get_available_adapters():
+                wrappers.add(name)
+            inside = module.named_children()  # type: ignore[attr-defined]
+            places |= {f"{name}.{key}" for key, held in inside if isinstance(held, Sized) and not len(held)}
+    return wrappers, wrappers | places
+
+
+def _without(name: str, wrappers: set[str]) -> str:
+    """The name of a module or tensor if these were not around it."""
+    parts = name.split(".")
+    inside = [place for place, part in enumerate(parts) if part == "base_layer" and ".".join(parts[:place]) in wrappers]
+    return ".".join(part for place, part in enumerate(parts) if place not in inside)
 
 
 def _sums(tensor: Tensor) -> Iterator[Tensor]:

@@ -18,7 +18,8 @@ from peft_pcgrow.maps.corpus import whole_number
 # fields of PCGrowConfig that the loop decides, and the argument of grow that they follow from
 DECIDED = {
     "error_map": "", "budget": "budget", "locus": "", "parts": "", "grow": "", "gate_fpr": "gate_fpr", "spawned": "",
-    "resolution": "", "router": "", "select": "", "inference_mode": "", "init_weights": "",
+    "resolution": "", "router": "", "select": "", "inference_mode": "", "init_weights": "", "target_modules": "",
+    "exclude_modules": "", "layers_pattern": "",
 }  # fmt: skip
 # TrainingArguments that the loop sets, or that would be ignored, or that an interrupted run could not go on with
 OURS = {

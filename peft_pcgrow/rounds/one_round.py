@@ -168,7 +168,7 @@ def _decided(
     path = folder / "decision.json"
     if not path.exists():
         decision = decide_round(
-            emap,
+            _where_it_may_grow(emap, settings),
             settings.budget,
             _deepened(model),
             settings.gate_fpr,
@@ -180,6 +180,13 @@ def _decided(
         replace(decision, lr=settings.lr, max_steps=total, every=every, refit=refit).save(path)
     # as whoever goes on reads it
     return RoundDecision.load(path), emap
+
+
+def _where_it_may_grow(emap: ErrorMap, settings: Settings) -> ErrorMap:
+    """The map of `config={"layers_to_transform": ...}`, or the whole; that no such layer is there the adapter says."""
+    given = settings.config.get("layers_to_transform")
+    wanted = [given] if isinstance(given, int) else given or ()
+    return emap.restrict(chosen) if (chosen := tuple(layer for layer in emap.layers if layer in wanted)) else emap
 
 
 def _deepened(model: nn.Module) -> dict[str, list[int]]:

@@ -89,6 +89,35 @@ def test_nothing_changes_at_birth(second_round, order):
                 assert torch.equal(mine, layer.bank("default")[name][layer.grown["default"].index(donor)])
 
 
+def test_generations_in_the_lowest_layer_are_told_apart(tmp_path):
+    """There, gates of the same donors on the same text are the same in every generation: nothing below has changed."""
+    model, want = build(), None
+    for name in ("default", "second", "third"):
+        config = PCGrowConfig(error_map=measured(model), grow="spawn", gate_fpr=0.1, locus={0: [1, 2, 3]})
+        if want is None:
+            model = get_peft_model(model, config)
+        else:
+            model.add_adapter(name, config)
+            model.base_model.set_adapter([name, *want])
+            model.set_requires_grad([*want], False)
+            assert torch.equal(logits(model, mixed()), want[[*want][-1]])
+        train(model, 3, lr=0.1, texts=domain)
+        want = {**(want or {}), name: logits(model, mixed())}
+    assert len({config.fingerprint for config in model.peft_config.values()}) == 3
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    for name in ("second", "third"):
+        loaded.load_adapter(tmp_path / name, adapter_name=name)
+    loaded.base_model.set_adapter(["default", "third", "second"])
+    assert torch.equal(logits(loaded, mixed()), want["third"])
+    with pytest.raises(ValueError, match="'third' has newborns of newborns of 'second'"):
+        model.delete_adapter("second")
+    for name in ("third", "second"):
+        model.delete_adapter(name)
+        model.base_model.set_adapter([each for each in want if each in model.peft_config])
+        assert torch.equal(logits(model, mixed()), want["second" if name == "third" else "default"])
+
+
 @pytest.mark.slow
 def test_order_does_not_matter_once_trained(second_round, tmp_path):
     """Also after loading, under other names."""

@@ -32,6 +32,7 @@ REFUSED = {
     "trainer kind": ({"trainer": "wandb"}, TypeError, "trainer must be a mapping"),
     "config unknown": ({"config": {"loar": 1}}, TypeError, "config has no field loar: did you mean lora"),
     "config ours": ({"config": {"locus": {0: [1]}}}, TypeError, "config sets locus, which grow decides itself: leave"),
+    "config targets": ({"config": {"target_modules": ["q_proj"]}}, TypeError, "config sets target_modules"),
     "config of grow": ({"config": {"budget": 0.1}}, TypeError, "config sets budget, .*: give budget= to grow"),
     "config inference": ({"config": {"inference_mode": True}}, TypeError, "config sets inference_mode"),
     "config lora": ({"config": {"lora": {"rr": 4}}}, (TypeError, ValueError), "rr"),

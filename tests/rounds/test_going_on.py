@@ -6,9 +6,10 @@ from peft import LoraConfig, get_peft_model
 from short_runs import Interrupt, banks, run, text
 
 from peft_pcgrow import load_grown
+from peft_pcgrow.maps.resume import weights_in_use
 from peft_pcgrow.rounds.one_round import losses_of
 from peft_pcgrow.rounds.texts import read_texts
-from tiny import DOMAIN_WORDS, RETAIN_WORDS, assert_same, build, snapshot
+from tiny import DOMAIN_WORDS, RETAIN_WORDS, assert_same, build, logits, mixed, snapshot
 
 
 def second() -> dict[str, torch.Tensor]:
@@ -56,6 +57,25 @@ def test_taken_back_where_there_were_adapters(tmp_path):
     assert (list(result.model.peft_config), list(result.model.active_adapters)) == (["default"], ["default"])
     assert_same(before, snapshot(result.model))
     assert result.adapter is None
+
+
+@pytest.mark.slow
+def test_goes_on_where_a_run_was_taken_back_before(tmp_path):
+    """Also where that had grown in layers, and LoRA beside, that no earlier adapter is in: the model is as it was."""
+    first = run(tmp_path / "a", budget=0.5, config={"protect": 0.0, "layers_to_transform": [1]})
+    assert [*first.model.peft_config["default"].locus] == ["1"]
+    base = first.model
+    beside = {"protect": 0.0, "lora": LoraConfig(r=2, target_modules=["q_proj"])}
+    before, weights = logits(base, mixed()), weights_in_use(base)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", base, callbacks=[Interrupt(2)], config=beside, max_forgetting=-10.0, **second())
+    assert weights_in_use(base) == weights
+    result = run(tmp_path / "b", base, config=beside, max_forgetting=-10.0, **second())
+    assert not result.rounds[0].kept
+    assert weights_in_use(result.model) == weights
+    assert torch.equal(logits(result.model, mixed()), before)
+    again = run(tmp_path / "b", result.model, config=beside, max_forgetting=-10.0, **second())
+    assert again.after == result.after
 
 
 def test_refuses_adapters_of_others(tmp_path):
