@@ -71,7 +71,8 @@ class Gated:
             progress: show a progress bar.
 
         Raises:
-            ValueError: no newborns, an adapter that is not active, several of which none trains, or too few texts.
+            ValueError: no newborns, an adapter that is not active or switched off, several of which none trains, or too
+                few texts.
         """
         names, layers = self._with_newborns(adapter_name)
         if adapter_name is None:
@@ -82,6 +83,8 @@ class Gated:
                 raise ValueError(f"adapters {born} have newborns and none trains: name the one of this text's domain")
         if idle := [name for name in names if name not in self.active_adapters]:
             raise ValueError(f"adapters {idle} are not active, and gates are fitted to what runs: activate them first")
+        if any(layer.disable_adapters for layer in layers):
+            raise ValueError("adapters are switched off, and gates are fitted to what runs: enable them first")
         with together("refit_gates"), held_still(self.model):
             engines = to_gather(self.model, "refit_gates")
             here = [list(read_batches(self.model, text, None, batch_size, tokenizer)) for text in (batches, retain)]

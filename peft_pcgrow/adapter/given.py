@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pcgrow.adapter.birth import Birth
+from peft_pcgrow.adapter.birth import Birth, parents_of
 from peft_pcgrow.adapter.working_copies import WorkingCopies
 from peft_pcgrow.gates.gate import Gate, at_rate
 from peft_pcgrow.gates.separation import Separation
@@ -108,6 +108,10 @@ class Given(nn.Module):
             return gate, at_rate(table.float(), birth.gate_fpr).to(device, copy=True)
 
         return self._working.read((adapter_name, kind), tensors, make, device, birth.gate_fpr, birth.window)
+
+    def parent_of(self, adapter_name: str, donor: int) -> str | None:
+        births = {adapter_name: self.births[adapter_name], **{name: self.births[name] for name in self.active_banks()}}
+        return parents_of(adapter_name, births).get(donor)
 
     def given_by(self, adapter_name: str, birth: Birth) -> Birth:
         """`birth`, of nodes like those of an adapter here, with that one's gates and directions."""

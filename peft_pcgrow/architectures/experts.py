@@ -65,6 +65,10 @@ class GrownExperts:
         """(adapter, donor) of each newborn in use."""
 
     @abstractmethod
+    def parent_of(self, adapter_name: str, donor: int) -> str | None:
+        """The adapter whose newborn one of these takes its rows from; None: it takes the donor's."""
+
+    @abstractmethod
     def nodes_of(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Which node computes each row of `index [T, K]`: its expert, or E + n for newborn n of `newborns`, `[T, K]`;
         E + N for rows that no expert is assigned to.

@@ -27,7 +27,7 @@ from peft_pcgrow.maps.measure import measure_errors
 from peft_pcgrow.rounds.arguments import check_arguments
 from peft_pcgrow.rounds.grow import grow as grow_model
 from peft_pcgrow.rounds.journal import check_folder
-from peft_pcgrow.rounds.texts import in_batches, windows
+from peft_pcgrow.rounds.texts import by_name, in_batches, windows
 
 app = typer.Typer(
     name="pcgrow",
@@ -64,6 +64,8 @@ def read_retain(paths: list[str]) -> dict[str, Any]:
     if again := next((name for name in names if names.count(name) > 1), None):
         raise Unusable(f"--retain names two texts {again}, by which they are told apart: rename one of the files")
     texts = read_files(**dict(zip(names, paths, strict=True)))
+    if len(texts) > 1:
+        by_name(texts)  # refuses before anything is loaded
     return {"retain": texts if len(texts) > 1 else next(iter(texts.values()))} if texts else {}
 
 

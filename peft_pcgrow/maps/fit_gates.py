@@ -65,6 +65,10 @@ def compare(
                 f"the {name} batches hold {texts} texts, and a branch gate needs at least {HELD_OUT}: to be fitted on "
                 "some and measured on others; give more text, or cut it into shorter rows"
             )
+        if not any(bool(batch.real.any()) for batch in batches):
+            raise ValueError(
+                f"the {name} batches are padding alone: their attention_mask leaves no token to fit gates on"
+            )
     moments = {name: _FeatureMoments(window) for name in ("domain", "retain")}
     inputs = None if sketch_dim is None else _InputMoments(tree, MomentSketch(sketch_dim))
     scored: dict[str, _Scores] = {}
@@ -288,12 +292,15 @@ class _Scores:
         self.gates = {key: Gate(v, torch.zeros(4, device="cpu"), window) for key, v in directions.items()}
         self.fitted: dict[Key, list[tuple[Tensor, Tensor]]] = {key: [] for key in directions}
         self.held: dict[Key, list[tuple[Tensor, Rows, Tensor | None]]] = {key: [] for key in directions}
-        # of each other adapter, its nodes
+        # of each other adapter, its nodes, and those that take rows from these and are fitted
         self.others: list[dict[str, list[int]]] = [{} for _ in tree.sites]
         for site, others in zip(tree.sites, self.others, strict=True):
-            for n, (name, _) in enumerate(site.newborns):
-                if name not in fitted:
-                    others.setdefault(name, []).append(site.experts + n)
+            for n, (name, donor) in enumerate(site.newborns):
+                whose: str | None = name
+                while whose in fitted:
+                    whose = site.module.parent_of(whose, donor)  # type: ignore[operator,union-attr]
+                if whose is not None:
+                    others.setdefault(whose, []).append(site.experts + n)
         counts = [site.experts + len(site.newborns) for site in tree.sites]
         self.routed = [torch.zeros(nodes, dtype=torch.float64, device="cpu") for nodes in counts]
         self.tokens = 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures.engines import is_shared_out
@@ -58,10 +57,10 @@ def _left_behind(model: nn.Module) -> tuple[set[str], set[str]]:
     """Names of layers that no adapter is left in, and of these and the empty places in layers of adapters."""
     wrappers, places = set(), set()
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            if not module._get_available_adapters():
+        if "base_layer" in module._modules and hasattr(module, "_get_available_adapters"):
+            if not module._get_available_adapters():  # type: ignore[operator]
                 wrappers.add(name)
-            inside = module.named_children()  # type: ignore[attr-defined]
+            inside = module.named_children()
             places |= {f"{name}.{key}" for key, held in inside if isinstance(held, Sized) and not len(held)}
     return wrappers, wrappers | places
 

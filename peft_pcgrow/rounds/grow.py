@@ -144,6 +144,10 @@ def grow(
         raise ValueError(
             f"retain{where}={spared[wrong[0]]!r} is a string: give text whose loss must not rise, or 'self'"
         )
+    if len(itself) > 1:
+        raise ValueError(
+            f"retain says 'self' of {' and '.join(map(repr, itself))}, which would be one text: say it once"
+        )
     limit = FORGETTING if max_forgetting is None and retain is not None else read["max_forgetting"]
     folder, config, trainer = Path(output_dir), dict(config or {}), dict(trainer or {})
     check_folder(folder)

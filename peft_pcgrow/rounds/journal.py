@@ -44,8 +44,8 @@ class Round:
         gate_fpr: that its gates were set to; None: it has none.
         heldout, retain: losses afterwards, of what was tried if it was not kept; nats per token. retain: None without
             retain text.
-        parameters: that trained. seconds: by phase. retained: losses of each retain text where there are several, by
-            `key_of` their names.
+        parameters: that trained. seconds: by phase. retained: losses of each retain text that has a name, by
+            `key_of` that.
     """
 
     number: int
@@ -68,14 +68,14 @@ class Round:
 
 
 def key_of(name: str) -> str:
-    """What the loss of one of several retain texts is called among losses."""
+    """What the loss of a retain text that has a name is called among losses."""
     return f"{RETAIN}[{name}]"
 
 
 def risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """By how much the loss of each retain text rose, by its name."""
-    several = {key: key.removeprefix(f"{RETAIN}[")[:-1] for key in after if key.startswith(f"{RETAIN}[")}
-    named = several or {key: key for key in after if key == RETAIN}
+    named = {key: key.removeprefix(f"{RETAIN}[")[:-1] for key in after if key.startswith(f"{RETAIN}[")}
+    named = named or {key: key for key in after if key == RETAIN}
     return {name: after[key] - before[key] for key, name in named.items()}
 
 
@@ -179,6 +179,9 @@ def read_journal(folder: Path, otherwise: str = "give the file as it was") -> Jo
                 raise TypeError("spent holds what is no number")
         for done in found.rounds:
             _check(done)
+            lacks = done.kept and (done.retain is None) == (RETAIN in found.before)
+            if lacks or done.retained.keys() - found.before.keys():
+                raise TypeError(f"round {done.number} has losses of other texts than there were before")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): {otherwise}") from None
     return found

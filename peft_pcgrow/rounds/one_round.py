@@ -75,7 +75,7 @@ def losses_of(
     model: nn.Module, texts: Texts, batch_size: int, names: tuple[str, ...] = (HELDOUT, RETAIN)
 ) -> dict[str, float]:
     """Losses of the held-out text and of the retain text that no gate was fitted on, or of the one that is named, nats
-    per token. Where there are several retain texts, of each (see `key_of`), and of `RETAIN` the mean of these."""
+    per token. Where retain texts have names, of each (see `key_of`), and of `RETAIN` the mean of these."""
     spared = texts.watch if RETAIN in names else {}
     held = {HELDOUT: texts.heldout} if HELDOUT in names else {}
     read = [list(read_batches(model, in_batches(text, batch_size))) for text in (*held.values(), *spared.values())]
@@ -84,7 +84,7 @@ def losses_of(
     if spared:
         each = found[len(held) :]
         after[RETAIN] = statistics.fmean(each)
-        after |= dict(zip(map(key_of, spared), each, strict=True)) if len(spared) > 1 else {}
+        after |= dict(zip(map(key_of, spared), each, strict=True)) if [*spared] != [RETAIN] else {}
     return after
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from peft_pcgrow.maps import draw_html
 from peft_pcgrow.rounds.decision import RoundDecision
 from peft_pcgrow.rounds.energy import RANK
-from peft_pcgrow.rounds.journal import Round
+from peft_pcgrow.rounds.journal import Round, risen
 from peft_pcgrow.rounds.pictures import nodes, texts_of
+from peft_pcgrow.rounds.texts import RETAIN
 
 STYLE = """
 .story { max-width: 62rem; margin: 0 0 2rem; }
@@ -177,12 +178,14 @@ def _path(result: Any) -> str:
     spared = result.forgetting is not None
     points = [(0.0, 0.0, "base", True)]
     for done in result.rounds:
-        lost = done.retain - result.before["retain"] if spared and done.retain is not None else float(done.number)
+        rises = risen(result.before, done.retained or {RETAIN: done.retain}) if done.retain is not None else {}
+        lost = max(rises.values(), default=float(done.number))
         points.append((lost, result.before["heldout"] - done.heldout, f"round {done.number}", done.kept))
     limit = result.journal.asked.get("max_forgetting") if spared else None
     limit = limit if isinstance(limit, (int, float)) and limit >= 0 else None
     across = [x for x, *_ in points] + ([] if limit is None else [float(limit)])
     label = "forgetting: rise of other text's loss" if spared else "round"
+    label += ", the largest" * (len(result.forgetting_by_text) > 1)
     said = "Up is better, and left is better. " if spared else "Up is better. "
     said += "Filled: kept; hollow: taken back" + ("; dashed: as much as was allowed." if limit is not None else ".")
     return _section("The way there", f"<p>{said}</p>", _chart(points, across, limit, label))

@@ -29,7 +29,7 @@ class GrowthResult:
         model: with the adapters that were kept, active; the base itself if none was; None of a result that was read.
         rounds: all of them, those that were taken back too.
         ended: why the run did.
-        before: losses by text ("heldout", "retain", and "retain[NAME]" of several retain texts), nats per token.
+        before: losses by text ("heldout", "retain", and "retain[NAME]" of retain texts by name), nats per token.
         after: the same with what was kept.
         adapter: folder of the grown adapters; None: nothing was kept.
         size: bytes of these.

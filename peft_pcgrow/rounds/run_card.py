@@ -88,4 +88,4 @@ def _text(journal: Journal) -> str:
 
 def _cell(text: str) -> str:
     """Text as a Markdown table holds it."""
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -43,7 +43,7 @@ class Texts:
 
 
 def by_name(retain: Any) -> dict[str, Any]:
-    """Retain text by its name: a mapping of names to texts as it is, other text under the name `RETAIN`, None as none.
+    """Retain text by its name, in the order of the names: a mapping, or other text as `RETAIN`; of None there is none.
 
     Raises:
         ValueError: a mapping of nothing, or with a name that is none.
@@ -53,7 +53,9 @@ def by_name(retain: Any) -> dict[str, Any]:
         return {} if retain is None else {RETAIN: retain}
     if not retain or not all(isinstance(name, str) and name for name in retain):
         raise ValueError(f"retain is a mapping of {[*retain]}: give each text a name, or None where nothing is spared")
-    return dict(retain)
+    if wrong := [name for name in retain if not name.isprintable()]:
+        raise ValueError(f"retain text is called {wrong[0]!r}, which cannot be written: give it another name")
+    return dict(sorted(retain.items()))
 
 
 def read_texts(
@@ -63,7 +65,7 @@ def read_texts(
 
     Args:
         heldout: None: one window in `APART` of `train` is kept apart. retain: None, text, or texts by name (see
-            `by_name`); windows count once, for the first text that has them.
+            `by_name`); windows count once, for the first of these that has them.
         length: tokens of a window; longer texts are cut.
 
     Raises:
@@ -91,7 +93,13 @@ def read_texts(
     for name, text in by_name(retain).items():
         what = called(name)
         # the same window in both halves would make forgetting look smaller than it is
-        found = {_key(window): window for window in windows(text, what, tokenizer, length, batch_size)}
+        try:
+            read = windows(text, what, tokenizer, length, batch_size)
+        except (TypeError, ValueError) as error:
+            if name == RETAIN or what in str(error):
+                raise
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{what}: {error}") from error
+        found = {_key(window): window for window in read}
         kept[name] = drawn([window for key, window in found.items() if key not in spared])
         check_enough(kept[name], what, 2 * LEAST, "give more text (repeated windows count once)")
         if (again := len(found.keys() & trained)) > SHARED * len(found):
@@ -162,9 +170,9 @@ def drawn(texts: Sequence[Text], count: int | None = None) -> list[Text]:
 
 
 def drawn_alike(texts: Mapping[str, Sequence[Text]], count: int) -> list[Text]:
-    """At most `count` windows of texts whose order is drawn, as many of each (of one that has fewer, all)."""
+    """Some `count` windows of texts whose order is drawn, as many of each (of one that has fewer, all)."""
     share = -(-count // len(texts))
-    return drawn([window for text in texts.values() for window in text[:share]], count)
+    return drawn([window for text in texts.values() for window in text[:share]])
 
 
 def _key(text: Text) -> tuple[int, ...]:

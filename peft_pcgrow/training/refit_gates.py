@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_pcgrow.architectures.engines import inside
+from peft_pcgrow.say import say
 from peft_pcgrow.training.callback import undisturbed
 
 # of all steps, those before gates are fitted anew: on scripture, a model of 6.6 million parameters and 240 steps, once
@@ -54,6 +55,10 @@ class RefitGatesCallback(TrainerCallback):
             raise ValueError(f"steps={steps!r} must be whole numbers from 1, after which gates are fitted anew")
         self.steps = None if steps is None else tuple(steps)
         self.texts, self.adapter_name, self.batch_size = (batches, retain), adapter_name, batch_size
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.steps and min(self.steps) > state.max_steps:
+            say(f"pcgrow: gates will not be fitted anew: after steps {self.steps}, and training has {state.max_steps}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         steps = (usual_step(state.max_steps),) if self.steps is None else self.steps

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_pcgrow import PCGrowConfig, RefitGatesCallback, find_experts, measure_errors
 from peft_pcgrow.adapter.given import GATE_TENSORS
+from peft_pcgrow.gates.gate import RATES, Rows
 from peft_pcgrow.maps import fit_gates
 from tiny import assert_same, build, domain, grown, logits, mixed, retain, snapshot, spawned, spawning, train
 
@@ -57,6 +58,44 @@ def test_what_newborns_take_themselves_is_not_spared(trained):
             assert (held <= mapped).all()
             stricter |= (held < mapped).any()
     assert stricter
+
+
+@pytest.mark.slow
+def test_what_newborns_take_from_earlier_ones_is_spared(trained):
+    """Of the tokens that are an earlier adapter's, which its newborns' newborns compute until they are fitted anew,
+    these then take no more than the rate: by the evidence on the very inputs that they are fitted on."""
+    mixed_in = torch.cat([retain(96, seed=1), domain(96, seed=41)])
+    spare = mixed_in[torch.randperm(len(mixed_in), generator=torch.Generator().manual_seed(1))]
+    emap = measure_errors(trained, [domain(128, seed=1)], retain=[spare], window=8, progress=False)
+    trained.add_adapter("second", PCGrowConfig(error_map=emap, grow="spawn", budget=0.5, gate_fpr=0.4))
+    trained.base_model.set_adapter(["second", "default"])
+    trained.set_requires_grad("default", False)
+    train(trained, steps=6, lr=0.1, texts=domain)
+    held = torch.stack([text for number, text in enumerate(spare) if fit_gates.is_held_out(number)])
+    seen = []
+
+    def look(layer, args):
+        claims = layer.margin("default", args[0], remember=False) > 0
+        mine = claims & torch.isin(args[1], torch.tensor(layer.births["default"].spawned)).any(1)
+        computed = torch.zeros_like(mine)
+        for n, (name, _) in enumerate(layer.newborns):
+            computed |= (layer.nodes_of(*args[:2]) == layer.total + n).any(1) & (name == "default")
+        seen.append((layer, args[0].view(*held.shape, -1), mine.view(held.shape), computed.view(held.shape)))
+
+    both = [layer for layer in trained.base_model.tuner_layers() if {"default", "second"} <= layer.births.keys()]
+    handles = [layer.register_forward_pre_hook(look) for layer in both if layer.births["second"].parents]
+    logits(trained, held)
+    for handle in handles:
+        handle.remove()
+    trained.refit_gates([domain(128, seed=1)], [spare])
+    assert any(computed.sum() < 0.5 * mine.sum() for _, _, mine, computed in seen)
+    for layer, x, mine, _ in seen:
+        gate = layer.gate("second")
+        evidence = gate.evidence(gate.scores(x), Rows(torch.ones(held.shape, dtype=torch.bool)))[0]
+        assert mine.float().mean() > fit_gates.LEARNED
+        for rate, limit in zip(RATES, layer.pcgrow_gate_threshold["second"], strict=True):
+            taken = (evidence > limit)[mine].float().mean()
+            assert taken <= max(rate, 1 / mine.sum()), (layer.layer_index, rate, taken)
 
 
 def test_forwards_ask_them(trained):
@@ -127,6 +166,11 @@ def test_refusals(trained):
         grown().refit_gates(**TEXTS)
     with pytest.raises(ValueError, match="hold 2 texts"):
         trained.refit_gates(TEXTS["batches"], [retain(2)])
+    padding = {"input_ids": retain(8), "attention_mask": torch.zeros(8, 24, dtype=torch.long)}
+    with pytest.raises(ValueError, match="the retain batches are padding alone"):
+        trained.refit_gates(TEXTS["batches"], [padding])
+    with trained.disable_adapter(), pytest.raises(ValueError, match="adapters are switched off"):
+        trained.refit_gates(**TEXTS)
     trained.add_adapter("other", PCGrowConfig(locus={0: [7]}))
     with pytest.raises(ValueError, match="no newborns"):
         trained.refit_gates(**TEXTS, adapter_name="other")

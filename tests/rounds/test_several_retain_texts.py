@@ -63,6 +63,47 @@ def test_gates_see_as_many_windows_of_each():
     assert some != sorted(some)
 
 
+def test_of_more_texts_than_windows_each_has_one():
+    windows = {str(n): [{"input_ids": torch.tensor([10 * n + k])} for k in range(9)] for n in range(10)}
+    assert sorted(int(window["input_ids"]) // 10 for window in drawn_alike(windows, 4)) == [*range(10)]
+
+
+def test_the_order_of_the_names_says_nothing():
+    """Who goes on need not remember it, and a window of two texts is the same one's."""
+    domain = corpora()["train_on"], corpora()["heldout"]
+    one, other = {"b": FAR, "a": torch.cat([NEAR, FAR[:20]])}, {"a": torch.cat([NEAR, FAR[:20]]), "b": FAR}
+    found, again = (read_texts(*domain, named, None, 24, 8) for named in (one, other))
+    assert [*found.digest().items()] == [*again.digest().items()]
+    drawn = [[window["input_ids"].tolist() for window in drawn_alike(texts.fit, 40)] for texts in (found, again)]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("name", ["", "two\nlines", "caf\udce9", 3])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match="give"):
+        by_name({"far": FAR, name: NEAR})
+
+
+def test_an_error_in_one_text_says_in_which(tmp_path):
+    for wrong, error in ((None, TypeError), (["a string"] * 40, ValueError)):
+        with pytest.raises(error, match="the retain text 'b': "):
+            run(tmp_path, retain={"a": FAR, "b": wrong})
+    with pytest.raises(ValueError, match="'self' of 'a' and 'c', which would be one text"):
+        run(tmp_path, retain={"a": "self", "b": FAR, "c": "self"})
+
+
+@pytest.mark.slow
+def test_one_text_keeps_its_name(tmp_path):
+    result = run(tmp_path, retain={"far": FAR}, max_steps=4, max_forgetting=10.0, lr=0.1)
+    assert result.forgetting_by_text == {"far": result.forgetting}
+    path = tmp_path / "journal.json"
+    written = json.loads(path.read_text())
+    for change in ({"retained": {"retain[near]": 1.0}}, {"retain": None}):
+        path.write_text(json.dumps({**written, "rounds": [{**written["rounds"][0], **change}]}))
+        with pytest.raises(ValueError, match=r"cannot be read .*round 1 has losses of other texts"):
+            GrowthResult.read(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_limit_holds_for_each_text(tmp_path):
     """Gates end stricter than the mean of the texts asks for, at the most open rate at which every text is spared."""
