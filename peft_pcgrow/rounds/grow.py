@@ -30,7 +30,7 @@ from peft_pcgrow.rounds.texts import RETAIN, by_name, drawn, read_texts
 # nats per token that the retain text's loss may rise by, unless said otherwise
 FORGETTING = 0.02
 # texts that the model writes itself for retain="self"
-COUNT = 128
+TEXTS_WRITTEN = 128
 # arguments that rounds are given as they are
 SETTINGS = (
     "budget", "batch_size", "epochs", "max_steps", "lr", "gate_fpr", "map_windows", "curriculum", "progress",
@@ -204,6 +204,6 @@ def _written(model: nn.Module, folder: Path, length: int, seed: int, progress: b
     """Retain text by the model itself, written once for a run, `[N, length]`."""
     path = folder / WRITTEN
     if not path.exists():
-        texts = torch.cat(sample_text(model, COUNT, length, seed=seed, progress=progress))
+        texts = torch.cat(sample_text(model, TEXTS_WRITTEN, length, seed=seed, progress=progress))
         write_whole(path, save({"input_ids": texts}))
     return load_file(path)["input_ids"]
