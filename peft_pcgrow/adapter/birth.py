@@ -100,7 +100,11 @@ def asked(births: Mapping[str, Birth], total: int) -> list[tuple[str, Tensor, bo
             if parent is None:
                 deepened.append((name, slot, False, ()))
                 continue
-            of = [place for place, (other, *_) in enumerate(newborns) if parent and births[other].identity == parent]
+            mine = {*parents_of(name, births).values()} if parent else set()
+            of = [
+                place for place, (other, *_) in enumerate(newborns)
+                if other in mine and births[other].identity == parent
+            ]  # fmt: skip
             if parent and not of:
                 raise RuntimeError(f"the newborns that those of adapter {name!r} take their rows from are not active")
             newborns.append((name, slot, True, tuple(of)))
@@ -132,9 +136,8 @@ def check_disjoint(births: Mapping[str, Birth], layer: int) -> None:
 
 def check_deletable(name: str, births: Mapping[str, Birth], layer: int) -> None:
     """Raise ValueError if newborns of another adapter take their rows from those of this one."""
-    identity = births[name].identity if name in births else ""
-    for other, birth in births.items():
-        if other != name and identity and identity in birth.parents.values():
+    for other in births:
+        if other != name and name in parents_of(other, births).values():
             raise ValueError(
                 f"adapter {other!r} has newborns of newborns of {name!r} (layer {layer}) and cannot be without them: "
                 f"delete {other!r} first"

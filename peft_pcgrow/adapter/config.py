@@ -215,6 +215,8 @@ class PCGrowConfig(PeftConfig):
         self.peft_type = PeftType.PCGROW  # type: ignore[attr-defined]
         # not saved: the map that was used, for adapters made of this config later; what became of each node, and why
         self._measured: Optional[ErrorMap] = None
+        # beside its gates, what tells the adapter from others: its name, and of which run it is
+        self._told_by: str = ""
         self.run: Optional[Measured] = None  # what a card says of it
         self.decisions: list[Decision] = []
         self.check()

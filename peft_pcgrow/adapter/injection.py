@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from peft_pcgrow.adapter import lineage
 from peft_pcgrow.adapter.birth import Birth, check_donors
 from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.layer import PCGrowExperts
@@ -91,6 +92,9 @@ def prepare(config: PCGrowConfig, model: nn.Module, grown: Sequence[PCGrowExpert
             check_flat(model, tree, newborns, uniform=True)
     else:
         resolved = Resolved.of(config)
+        if config._measured is not None and resolved.spawned:
+            # used before, in this process: another adapter
+            resolved = replace(resolved, fingerprint=lineage.identity(resolved.fingerprint or "", config._told_by))
     if experts.was_cast_up(tree.sites[0].base) and config.base_quantization is None:
         warnings.warn(
             "the base was loaded quantized but its experts are in fp32: prepare_model_for_kbit_training casts them "

@@ -307,7 +307,7 @@ class PCGrowExperts(Prepared, Given, SealedLayer, SharedOut, experts.GrownExpert
         super().delete_adapter(adapter_name)
         self.births.pop(adapter_name, None)
         self._asked.clear()
-        self._working.held.pop(adapter_name, None)
+        self._working.held.clear()
         self._placed = {key: placed for key, placed in self._placed.items() if key[0] != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -19,12 +19,11 @@ def follows_newborns(config: PCGrowConfig) -> bool:
     return config.grow != "deepen" and config.resolution == "expert" and config.router == "branch"
 
 
-def identity(digest: str, lineage: Mapping[str, Any] | None) -> str:
-    """What tells an adapter from others: a digest of its gates and directions and, if it grows on others, these. In the
-    lowest layer nothing else may set apart a newborn and one that is grown from it: both read the same."""
-    if not lineage or not lineage["elders"]:
-        return digest
-    return hashlib.sha256(f"{digest} {json.dumps(lineage, sort_keys=True)}".encode()).hexdigest()
+def identity(digest: str, told_by: str, lineage: Mapping[str, Any] | None = None) -> str:
+    """What tells an adapter with newborns from others: a digest of its gates and directions, what else is known of it,
+    and those that it grows on. Gates alone are the same of siblings from one map, and in the lowest layer of a newborn
+    and one that is grown from it, for both read the same."""
+    return hashlib.sha256(f"{digest} {told_by} {json.dumps(lineage, sort_keys=True)}".encode()).hexdigest()
 
 
 def check(lineage: Mapping[str, Any] | None, spawned: Mapping[str, Sequence[int]]) -> None:

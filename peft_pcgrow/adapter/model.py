@@ -136,7 +136,10 @@ class PCGrowModel(Gated, WholeSteps):
         # told, or by PEFT's way of making all parameters empty
         if is_shared_out(model) and (low_cpu_mem_usage or nn.LayerNorm(1, device="cpu").weight.is_meta):
             raise ValueError(LEAVE_OUT.format("low_cpu_mem_usage=True"))
-        config = self.peft_config[adapter_name]
+        given = self.peft_config[adapter_name]
+        # not the caller's, who may use it again: what is set of one adapter is no other's
+        config = self.peft_config[adapter_name] = copy.copy(given)
+        config._told_by = f"{given._told_by} {adapter_name}"
         with self.or_not_at_all(model, adapter_name):
             if config.base_quantization is not None:
                 check_quantizable(find_experts(model).sites, config.base_quantization)
@@ -155,7 +158,8 @@ class PCGrowModel(Gated, WholeSteps):
                 # not before: the banks are copies of the experts as they were
                 quantize_sites(model, adopt(find_experts(model)).sites, quantization)
             self._watch(model, layers)
-            injection.note(config, lora, model)
+            for noted in (config, given):
+                injection.note(noted, lora, model)
 
     def _watch(self, model: nn.Module, layers: tuple[nn.Module, ...]) -> None:
         self._grown = tuple(layer for layer in model.modules() if isinstance(layer, PCGrowExperts))
@@ -195,10 +199,14 @@ class PCGrowModel(Gated, WholeSteps):
     def delete_adapter(self, adapter_name: str) -> None:
         for layer in self.tuner_layers():
             check_deletable(adapter_name, layer.births, layer.layer_index)
-        left = [name for name in self.active_adapters if name != adapter_name]
+        active = list(self.active_adapters)
+        left = [name for name in active if name != adapter_name]
+        trains = [(p, p.requires_grad) for p in self.parameters()]
         super().delete_adapter(adapter_name)
-        if left := left or list(self.peft_config)[:1]:
-            self.set_adapter(left)  # the same in all layers, which each take the next that they have themselves
+        if adapter_name in active and (others := left or list(self.peft_config)[:1]):
+            self.set_adapter(others)  # the same in all layers, which each take the next that they have themselves
+        for p, flag in trains if left else ():
+            p.requires_grad_(flag)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

@@ -135,8 +135,10 @@ def resolve(config: PCGrowConfig, sites: list[ExpertsSite], emap: ErrorMap | Non
                 ranks[str(site.layer)] = {stack: directions.shape[2] for stack, directions in found.items()}
                 given |= {f"{site.layer}.{stack}": directions for stack, directions in found.items()}
         now = replace(now, protected=ranks)
-    grown_on = now.lineage if config.grow != "deepen" else None
-    return replace(now, fingerprint=lineage.identity(digest_all(given), grown_on)) if given else now
+    if not given:
+        return now
+    digest = digest_all(given)
+    return replace(now, fingerprint=lineage.identity(digest, config._told_by, now.lineage) if now.spawned else digest)
 
 
 def check_resolved(config: PCGrowConfig, resolved: Resolved, sites: Sequence[ExpertsSite]) -> None:

@@ -33,7 +33,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     hooked = _hooked(model)
-    earlier, active = adapters_of(model), list(getattr(model, "active_adapters", ())) if adapters_of(model) else []
+    earlier = adapters_of(model)
 
     def put_back() -> None:
         torch.set_rng_state(state)
@@ -54,12 +54,23 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             model.disable_input_require_grads()  # type: ignore[operator]
 
     try:
+        with or_none(model):
+            yield
+    finally:
+        completed(put_back)
+
+
+@contextmanager
+def or_none(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters are added to a model; after an exception, wherever it came, these are gone, and earlier ones
+    active as they were."""
+    earlier = adapters_of(model)
+    active = list(getattr(model, "active_adapters", ())) if earlier else []
+    try:
         yield
     except BaseException:
         completed(lambda: take_back(model, earlier, active) if earlier else _unload(model))
         raise
-    finally:
-        completed(put_back)
 
 
 def adapters_of(model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from peft_pcgrow.adapter.model import PCGrowModel
 from peft_pcgrow.adapter.model_card import adapters_in, folder_of
 from peft_pcgrow.hub_access import fetched, is_on_hub
-from peft_pcgrow.rounds.as_it_was import adapters_of
+from peft_pcgrow.rounds.as_it_was import adapters_of, or_none
 
 # names of the adapters of a run
 ROUNDS = re.compile(r"default|round-\d+")
@@ -62,15 +62,16 @@ def load_grown(
             raise FileNotFoundError(f"{place} has no {CONFIG}, so there is no adapter {name!r}: give those of the run")
     if again := [name for name in places if name in adapters_of(model)]:
         raise ValueError(f"the model has an adapter {again[0]!r} already: give the base that these were grown on")
-    for name, place in places.items():
-        if not isinstance(model, PeftModel):
-            model = PeftModel.from_pretrained(model, str(place), adapter_name=name)  # type: ignore[arg-type]
-        else:
-            model.load_adapter(str(place), adapter_name=name)  # type: ignore[operator]
-        # one after the other: each is asked for the rows of those before it
-        active = [name, *active]
-    if len(active) > 1:
-        model.base_model.set_adapter(active)  # type: ignore[operator,union-attr]
+    with or_none(model):
+        for name, place in places.items():
+            if not isinstance(model, PeftModel):
+                model = PeftModel.from_pretrained(model, str(place), adapter_name=name)  # type: ignore[arg-type]
+            else:
+                model.load_adapter(str(place), adapter_name=name)  # type: ignore[operator]
+            # one after the other: each is asked for the rows of those before it
+            active = [name, *active]
+        if len(active) > 1:
+            model.base_model.set_adapter(active)  # type: ignore[operator,union-attr]
     return model.requires_grad_(False)
 
 

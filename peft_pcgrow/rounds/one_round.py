@@ -1,10 +1,11 @@
 """One round: measure, decide, grow, train, look; then keep what it grew, or take it back."""
 
+import hashlib
 import json
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ def run_round(model: nn.Module, texts: Texts, settings: Settings, journal: Journ
     name = f"round-{settings.rounds_before + turn}" if earlier else "default"
     before = journal.kept[-1].heldout if journal.kept else journal.before[HELDOUT]
     config = _config(emap, decision, settings)
+    # rounds of two runs that differ in nothing but their training are not each other's
+    config._told_by = hashlib.sha256(json.dumps([journal.asked, asdict(decision)]).encode()).hexdigest()
     grown = model
     # what LoRA beside the experts starts from
     torch.manual_seed(settings.trainer["seed"] + turn)

@@ -213,3 +213,56 @@ def test_rows_without_an_error_are_no_reason():
     for seed in range(5):
         (0 * model(input_ids=domain(seed=seed)).logits.sum()).backward()
         optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+def test_siblings_of_one_map_are_told_apart(order, tmp_path):
+    """Their gates are the same: a grandchild takes rows from the one that it was cloned from, and only that one stays
+    for it."""
+    config = {"error_map": contrast(), "grow": "spawn", "locus": {0: [1, 2, 3]}}
+    model = get_peft_model(build(), PCGrowConfig(**config, gate_fpr=0.02), adapter_name="a")
+    model.add_adapter("b", PCGrowConfig(**config, gate_fpr=0.4))
+    for name, seed in (("a", 1), ("b", 30)):
+        model.set_adapter(name)
+        train(model, 5, lr=0.1, seed=seed, texts=domain)
+    model.base_model.set_adapter(order)
+    want = logits(model, mixed())
+    model.add_adapter("c", PCGrowConfig(**{**config, "error_map": measured(model), "gate_fpr": 0.3}))
+    model.base_model.set_adapter([*order, "c"])
+    assert torch.equal(logits(model, mixed()), want)
+    (layer,) = [layer for layer in model.base_model.tuner_layers() if "c" in layer.births]
+    parents = {layer.parent_of("c", donor) for donor in (1, 2, 3)} - {None}
+    assert len(parents) == 1
+    with pytest.raises(ValueError, match="'c' has newborns of newborns"):
+        model.delete_adapter(*parents)
+    model.delete_adapter(*({"a", "b"} - parents))
+
+
+def test_a_config_that_is_used_twice_is_two_adapters(tmp_path):
+    """What is set of one is not said of the other, nor by the file that it is saved to."""
+    config = spawning()
+    one, other = get_peft_model(build(), config), get_peft_model(build(), config)
+    train(one, 3, lr=0.05, texts=domain)
+    want = logits(one, mixed())
+    other.base_model.set_gate_fpr(0.3)
+    one.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(logits(loaded, mixed()), want)
+    assert loaded.peft_config["default"].gate_fpr == 0.05
+    one.add_adapter("second", config)
+    assert one.peft_config["second"].fingerprint != one.peft_config["default"].fingerprint
+    assert config.locus == one.peft_config["second"].locus
+
+
+def test_deleting_an_adapter_that_is_not_active_changes_nothing_else():
+    model = get_peft_model(build(), PCGrowConfig(locus={1: [1]}), adapter_name="a")
+    model.add_adapter("b", PCGrowConfig(locus={2: [0]}))
+    model.set_adapter("a")
+    model.requires_grad_(False)
+    model.delete_adapter("b")
+    assert not any(p.requires_grad for p in model.parameters())
+    model.add_adapter("b", PCGrowConfig(locus={2: [0]}))
+    model.merge_adapter(["a"])
+    model.delete_adapter("b")
+    assert any(layer.merged for layer in model.base_model.tuner_layers())

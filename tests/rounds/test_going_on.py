@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from short_runs import Interrupt, banks, run, text
 
 from peft_pcgrow import load_grown
@@ -84,3 +85,31 @@ def test_refuses_adapters_of_others(tmp_path):
         with pytest.raises(TypeError, match="adapters 'default' that no run of grow made"):
             call()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_rounds_of_another_run_are_no_parents(tmp_path):
+    """Though nothing tells their first rounds apart but how long they were trained."""
+    for name, steps in (("a", 4), ("b", 8)):
+        run(tmp_path / name, max_steps=steps, rounds=2, lr=0.05)
+    first = load_grown(build(), tmp_path / "a/adapter", ["default"])
+    with pytest.raises(ValueError, match="not active here: load that one first"):
+        load_grown(first, tmp_path / "b/adapter", ["round-2"])
+    assert list(first.active_adapters) == ["default"]
+
+
+@pytest.mark.slow
+def test_loading_is_of_all_rounds_or_none(tmp_path):
+    run(tmp_path, max_steps=6, rounds=2)
+    file = tmp_path / "adapter/round-2/adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-50])
+    base = build()
+    before, want = snapshot(base), logits(base, mixed())
+    for _ in range(2):
+        with pytest.raises(SafetensorError):
+            load_grown(base, tmp_path / "adapter")
+        assert_same(before, snapshot(base))
+    assert torch.equal(logits(base, mixed()), want)
+    file.write_bytes(whole)
+    assert len(load_grown(base, tmp_path / "adapter").peft_config) == 2
