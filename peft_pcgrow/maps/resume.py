@@ -57,8 +57,9 @@ def _left_behind(model: nn.Module) -> tuple[set[str], set[str]]:
     """Names of layers that no adapter is left in, and of these and the empty places in layers of adapters."""
     wrappers, places = set(), set()
     for name, module in model.named_modules():
-        if "base_layer" in module._modules and hasattr(module, "_get_available_adapters"):
-            if not module._get_available_adapters():  # type: ignore[operator]
+        if "base_layer" in module._modules and hasattr(module, "adapter_layer_names"):
+            held_in = [getattr(module, place, ()) for place in module.adapter_layer_names]  # type: ignore[union-attr]
+            if not any(len(held) for held in held_in if isinstance(held, Sized)):
                 wrappers.add(name)
             inside = module.named_children()
             places |= {f"{name}.{key}" for key, held in inside if isinstance(held, Sized) and not len(held)}
