@@ -79,6 +79,10 @@ def risen(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, 
     return {name: after[key] - before[key] for key, name in named.items()}
 
 
+def listed(rises: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rise:+.3f}" for name, rise in rises.items())
+
+
 @dataclass
 class Journal:
     """The state of a run.

@@ -13,7 +13,7 @@ from typing import Any
 from peft_pcgrow.maps import draw_html
 from peft_pcgrow.rounds.decision import RoundDecision
 from peft_pcgrow.rounds.energy import RANK
-from peft_pcgrow.rounds.journal import Round, risen
+from peft_pcgrow.rounds.journal import Round, listed, risen
 from peft_pcgrow.rounds.pictures import nodes, texts_of
 from peft_pcgrow.rounds.texts import RETAIN
 
@@ -114,7 +114,7 @@ def _short(result: Any) -> str:
         f"Loss on the domain's unseen text: {before:.3f} before, {after:.3f} after (nats per token; lower is better)."
     )
     if len(each := result.forgetting_by_text) > 1:
-        loss += f" Forgetting by text: {', '.join(f'{name} {rise:+.3f}' for name, rise in each.items())}."
+        loss += f" Forgetting by text: {listed(each)}."
     return f'<div class="tiles">{drawn}</div><p>{escape(loss)} The run ended: {escape(result.ended or "not yet")}.</p>'
 
 

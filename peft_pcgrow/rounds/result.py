@@ -12,7 +12,7 @@ from peft_pcgrow.files import write_whole
 from peft_pcgrow.maps import draw
 from peft_pcgrow.rounds import page, pictures
 from peft_pcgrow.rounds.energy import Energy, energy_of, seconds_of
-from peft_pcgrow.rounds.journal import ADAPTER, HELDOUT, Journal, Round, read_journal, risen
+from peft_pcgrow.rounds.journal import ADAPTER, HELDOUT, Journal, Round, listed, read_journal, risen
 from peft_pcgrow.rounds.texts import RETAIN
 
 PICTURES = draw.SUFFIXES[1:]
@@ -161,7 +161,7 @@ class GrowthResult:
             )
         forgetting = "" if self.forgetting is None else f", forgetting {self.forgetting:+.3f}"
         if len(each := self.forgetting_by_text) > 1:
-            forgetting += f" ({', '.join(f'{name} {rise:+.3f}' for name, rise in each.items())})"
+            forgetting += f" ({listed(each)})"
         lines.append(
             f"held-out loss {self.before[HELDOUT]:.3f} -> {self.after[HELDOUT]:.3f} nats/token: "
             f"gain {self.gain:.3f}{forgetting}; {self.size:,} bytes; {sum(self.seconds.values()):.0f} s ("
