@@ -165,7 +165,8 @@ def unsealed(where: str) -> str:
 def _located(facts: Mapping[str, Any]) -> str:
     """`layer 1: 1 4 | layer 2: 0 (newborns: 0)`."""
     found = []
-    for layer, grown in facts["locus"].items():
+    # JSON that was sorted has layer 10 before layer 2
+    for layer, grown in sorted(facts["locus"].items(), key=lambda item: int(item[0])):
         newborns = facts["spawned"].get(layer)
         told = f" (newborns: {' '.join(map(str, newborns))})" if newborns else ""
         found.append(f"layer {layer}: {' '.join(map(str, grown))}{told}")

@@ -43,6 +43,14 @@ def test_loaders_agree(base, loader, tmp_path):
     assert not loaded.training
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_layers_of_two_digits(loader, tmp_path):
+    """Files hold layers sorted as text, 10 before 2; models of more than ten layers load all the same."""
+    build(num_hidden_layers=12).save_pretrained(tmp_path / "base")
+    expected = logits(trained(tmp_path / "base", tmp_path, locus={2: [1, 4], 10: [0], 11: [3]}))
+    assert torch.equal(logits(LOADERS[loader](tmp_path / "base", tmp_path / "adapter")), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_bf16_base(loader, tmp_path):
