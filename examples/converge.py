@@ -37,6 +37,8 @@ from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, find_experts, mea
 ARMS = ("lora", "full", "deepen", "spawn")
 # settings that a row is grouped by in the table
 SHOWN = ("arm", "setting", "gate_fpr")
+# tokens of a window that gates are fitted anew on: what tells texts apart early needs many texts, not long ones
+BEGINNING = 128
 # beside a kept adapter: what is known of its training
 ROW = "converge.json"
 
@@ -93,22 +95,23 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
 
 def measured(args: argparse.Namespace, task: corpora.Task) -> Any:
     """A map of the domain, with gates if they are needed."""
-    domain, retain = gate_texts(args, task)
+    domain, retain = gate_texts(args, task, args.map_windows)
     texts = retain if args.arm == "spawn" or args.protect else None
     # who grows everything asks a map for its gates alone
     cheap = {"settle": "direct", "gradients": False} if args.budget == 1 and not args.layers else {}
     return measure_errors(corpora.new_model(task), domain, retain=texts, progress=False, **cheap)
 
 
-def gate_texts(args: argparse.Namespace, task: corpora.Task) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Batches of the domain, and of all retain texts together, in an order drawn by the seed."""
-    domain = corpora.spread(task.domain_train, args.map_windows)
-    each = max(1, args.map_windows // len(task.retain))
+def gate_texts(
+    args: argparse.Namespace, task: corpora.Task, count: int, length: int | None = None
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Batches of `count` windows of the domain, and of all retain texts together, in an order drawn by the seed; of
+    each its first `length` tokens."""
+    domain = corpora.spread(task.domain_train, count)
+    each = max(1, count // len(task.retain))
     mixed = torch.cat([corpora.spread(train, each) for train, _ in task.retain.values()])
-    return tuple(
-        text[torch.randperm(len(text), generator=torch.Generator().manual_seed(args.seed))].split(args.batch)
-        for text in (domain, mixed)
-    )  # type: ignore[return-value]
+    drawn = [torch.randperm(len(text), generator=torch.Generator().manual_seed(args.seed)) for text in (domain, mixed)]
+    return domain[drawn[0], :length].split(args.batch), mixed[drawn[1], :length].split(args.batch)
 
 
 def descend(
@@ -131,7 +134,7 @@ def descend(
         schedule.step()
         if step == args.refit and args.arm == "spawn":
             with autocast(args):
-                model.refit_gates(*gate_texts(args, task))  # type: ignore[operator]
+                model.refit_gates(*gate_texts(args, task, args.refit_windows, BEGINNING))  # type: ignore[operator]
         if step % passes == 0:
             yield step // passes, statistics.median(seconds)
             model.train()
@@ -327,6 +330,7 @@ def main() -> None:
     add("--train-fpr", type=float, default=0.1, help="gate_fpr of the training (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=[0.1, 0.02, 0.005], help="gate_fpr in evaluation")
     add("--refit", type=int, default=0, help="step after which newborns' gates are fitted anew (default: none)")
+    add("--refit-windows", type=int, default=768, help="windows of each side whose beginnings they are fitted on")
     add("--map-windows", type=int, default=192, help="windows of each side for map and gates (default: %(default)s)")
     add("--bit-windows", type=int, default=16, help="windows of each retain text compared bit by bit")
     add("--abilities", action="store_true", help="measure facts, instructions, accuracy and bits a byte too")

@@ -10,7 +10,7 @@ loss right after its own stage minus that at the end (negative: forgotten), in n
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,25 @@ def train(
                 model.refit_gates(*gates)
 
 
+def gate_texts(
+    task: corpora.Task,
+    windows: torch.Tensor,
+    earlier: list[torch.Tensor],
+    count: int,
+    args,
+    seed: int,
+    length: int | None = None,
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Batches of `count` windows of a domain, and of the retain texts and earlier domains; of each its first tokens."""
+
+    def some(text: torch.Tensor, most: int) -> torch.Tensor:
+        return next(corpora.batches(text, min(most, len(text)), 1, seed))[:, :length]
+
+    retain = [some(held, count // len(task.retain)) for held, _ in task.retain.values()]
+    mixed = torch.cat(retain + [some(text, int(EARLIER * count)) for text in earlier])
+    return some(windows, count).split(args.batch), mixed[torch.randperm(len(mixed))].split(args.batch)
+
+
 def evaluate(model: nn.Module, task: corpora.Task, domains: list[Domain], args) -> dict[str, float]:
     texts = {name: held_out for name, _, held_out in domains}
     texts |= {name: held_out for name, held_out in task.held_out.items() if name != "domain"}
@@ -71,15 +90,10 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
     """Each domain gets an adapter of its own; the earlier ones stay active and frozen."""
     torch.manual_seed(seed)
     model: Any = corpora.new_model(task)
-    seen: list[torch.Tensor] = []
     for stage, (name, windows, _) in enumerate(domains):
-        each = args.map_windows // len(task.retain)
-        retain = [next(corpora.batches(held, each, 1, seed)) for held, _ in task.retain.values()]
-        retain += [earlier[: int(EARLIER * args.map_windows)] for earlier in seen]
-        mixed = torch.cat(retain)[torch.randperm(sum(map(len, retain)))]
-        mine = next(corpora.batches(windows, args.map_windows, 1, seed))
-        gates = mine.split(args.batch), mixed.split(args.batch)
-        emap = measure_errors(model, gates[0], retain=gates[1])
+        earlier = [held for _, held, _ in domains[:stage]]
+        domain, retain = gate_texts(task, windows, earlier, args.map_windows, args, seed)
+        emap = measure_errors(model, domain, retain=retain)
         options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
         options |= {"settle": args.settle}
         if args.beside:
@@ -90,23 +104,21 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
             model = get_peft_model(model, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
-            earlier = [other for other, _, _ in domains[:stage]]
-            model.base_model.set_adapter([*earlier, name])
-            model.set_requires_grad(earlier, False)
+            before = [other for other, _, _ in domains[:stage]]
+            model.base_model.set_adapter([*before, name])
+            model.set_requires_grad(before, False)
         optimizer = create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.beside_lr)
-        train(model, optimizer, windows, args, seed, gates)
-        model.set_gate_fpr(args.gate_fpr)
-        seen.append(mine)
+        again = gate_texts(task, windows, earlier, args.refit_windows, args, seed, converge.BEGINNING)
+        train(model, optimizer, windows, args, seed, again)
         names = [other for other, _, _ in domains[: stage + 1]]
-        found = evaluate(model, task, domains, args)
-        yield "spawn, oldest first", found
-        if stage:
+        for rate in args.gate_fpr:
+            model.set_gate_fpr(rate)
+            found = evaluate(model, task, domains, args)
+            yield f"spawn, gate_fpr {rate:g}, oldest first", found
             # whose gate is asked first: the same newborns in the other order
             model.base_model.set_adapter(names[::-1])
-            yield "spawn, newest first", evaluate(model, task, domains, args)
+            yield f"spawn, gate_fpr {rate:g}, newest first", evaluate(model, task, domains, args) if stage else found
             model.base_model.set_adapter(names)
-        else:
-            yield "spawn, newest first", found
         model.set_gate_fpr(args.train_fpr)
 
 
@@ -144,13 +156,14 @@ def main() -> None:
     add("--budget", type=float, default=0.5, help="share of the experts that each domain grows")
     add("--lr", type=float, default=0.02, help="of Muon on newborns (default: %(default)s)")
     add("--train-fpr", type=float, default=0.1, help="gate_fpr of the training (default: %(default)s)")
-    add("--gate-fpr", type=float, default=0.02, help="gate_fpr of the evaluation (default: %(default)s)")
+    add("--gate-fpr", type=float, nargs="+", default=[0.02], help="gate_fpr of the evaluation (default: %(default)s)")
     add("--protect", type=float, default=0.8)
     add("--settle", default="sweep", help="as in PCGrowConfig (default: %(default)s)")
     add("--beside", type=int, default=0, help="rank of LoRA on the attention beside newborns, behind gates; 0: none")
     add("--beside-lr", type=float, default=3e-3, help="its rate (default: %(default)s)")
     add("--autocast", action="store_true", help="compute in bf16 where torch.autocast does (weights stay in fp32)")
     add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
+    add("--refit-windows", type=int, default=768, help="windows of each side whose beginnings they are fitted on anew")
     add("--refit", type=int, default=0, help="step of a stage after which its gates are fitted anew (default: none)")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     args = parser.parse_args()
