@@ -15,7 +15,7 @@ from peft_pcgrow.compress.allocate import allocate
 from peft_pcgrow.compress.calibrate import Calibration, calibrate
 from peft_pcgrow.compress.candidates import DAMAGES, candidates, check_whole, forms_of
 from peft_pcgrow.compress.compression_plan import CompressionPlan, NodePlan
-from peft_pcgrow.compress.skip import can_skip, skip_damage
+from peft_pcgrow.compress.skip import layers_to_skip, skip_damage
 from peft_pcgrow.maps.distributed import from_first
 from peft_pcgrow.maps.error_map import ErrorMap
 from peft_pcgrow.packed.forms import Form
@@ -36,7 +36,8 @@ class Survey:
         damage: by statistic, per label token, `[L, E, F, S]` (units: see `candidates.Candidates`).
         by_map: predicted from the error map in place of the domain's text, `[L, E, F]`; None: there was a text, or no
             map.
-        skips: predicted damage of leaving out each layer, `[L]`; None: not asked for, or not possible.
+        skips: predicted damage of leaving out each layer, `[L]`, infinite for those that the config could not do
+            without; None: not asked for, or not possible.
         calibration: what the texts looked like.
         methods: that were asked for.
         base: what tells the model from another.
@@ -86,8 +87,9 @@ class Survey:
             choice, gone = self._with_skips(choice, damage, sizes, target * total)
         if choice is None:
             smallest = sizes.min(-1).values.sum(-1)
+            fixed = ~torch.isfinite(self.skips) if skipping else torch.ones_like(gone)  # type: ignore
             # one layer must stay
-            least = float(smallest.max() if skipping else smallest.sum()) / total
+            least = float(smallest[fixed].sum() if bool(fixed.any()) else smallest.max()) / total
             raise ValueError(
                 f"target={target} is out of reach of {', '.join(self.methods)} by {select!r}: the least that they "
                 f"leave is {math.ceil(least * 1e4) / 1e4:.4f} of the experts' bytes in 16 bit; ask for that, or add "
@@ -123,7 +125,7 @@ class Survey:
             return float(rest[~gone].sum() + skips[gone].sum())
 
         gone = torch.zeros(len(self.layers), dtype=torch.bool, device="cpu")
-        for row in skips.argsort().tolist()[:-1]:
+        for row in skips.argsort().tolist()[: min(int(torch.isfinite(skips).sum()), len(skips) - 1)]:
             tried = gone.clone()
             tried[row] = True
             left = ~tried[:, None, None]
@@ -195,13 +197,16 @@ def survey(
         by_map = torch.stack([each.spread for each in found]) * reach.unsqueeze(-1)
     layers = tuple(site.layer for site in tree.sites)
     skips = None
-    if "skip" in methods and not can_skip(model):
+    if "skip" in methods:
+        free = layers_to_skip(model)
+        never = torch.tensor(float("inf"), dtype=torch.float64, device="cpu")
+        skips = torch.stack([skip_damage(calibration, n).mean() if n in free else never for n in layers])
+    if skips is not None and not bool(torch.isfinite(skips).any()):
         warnings.warn(
             f"the config of {type(model).__name__} cannot describe it with a layer less: 'skip' is left out",
             stacklevel=2,
         )
-    elif "skip" in methods:
-        skips = torch.stack([skip_damage(calibration, layer).mean() for layer in layers])
+        skips = None
     sizes = torch.stack([each.bytes for each in found])
     # on accelerators sums are rounded in an order of their own
     damage, by_map, skips = from_first((damage, by_map, skips))

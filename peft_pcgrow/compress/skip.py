@@ -1,15 +1,22 @@
 """Skip: take out decoder layers that have become the identity on some text."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.atomic import all_or_nothing, completed
 from peft_pcgrow.compress.calibrate import Calibration
+
+# how fields of a config end that list tokens, not layers
+TOKENS = ("token_id", "token_ids")
+# tokens of a text that a model and one made of its config are compared on
+TRIED = 32
 
 
 def skip_damage(calibration: Calibration, layer: int) -> Tensor:
@@ -26,14 +33,14 @@ def layers_in_use(model: Any) -> Callable[[], None]:
     layers = _layer_list(model)
     config = experts.text_config(model.config)
     before = list(layers)
-    values = {name: getattr(config, name) for name in vars(config) if name in ("num_hidden_layers", "layer_types")}
+    lists = _by_layer(config, len(before))
+    count = config.num_hidden_layers
     modules: list[Any] = [module for layer in before for module in layer.modules() if hasattr(module, "layer_idx")]
     places = [(module, module.layer_idx) for module in modules]
 
     def undo() -> None:
         _fill(layers, before)
-        for name, value in values.items():
-            setattr(config, name, value)
+        _describe(config, lists, count)
         for module, index in places:
             module.layer_idx = index
 
@@ -44,31 +51,41 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> None:
     """Take decoder layers out of a model and its config, in place (see `layers_in_use`); or leave all as it is.
 
     Raises:
-        ValueError: all layers are to go, or the config of this architecture has no room for what would be left.
+        ValueError: all layers are to go, or the config of this architecture cannot describe what would be left: a model
+            made of it would have other weights or, where all weights lie on one device, compute something else.
     """
+    _drop(model, dropped, _is_as_told(model))
+
+
+def _drop(model: Any, dropped: Sequence[int], told: bool) -> None:
+    """As `drop_layers`; `told`: whether the model computes what one made of its config does."""
     layers = _layer_list(model)
     config = experts.text_config(model.config)
     before = list(layers)
     left = [i for i in range(len(before)) if i not in set(dropped)]
     if not left:
         raise ValueError(f"skipping all {len(before)} layers leaves no model")
-    types = vars(config).get("layer_types")
+    lists = {name: type(each)(each[i] for i in left) for name, each in _by_layer(config, len(before)).items()}
     new = {old: place for place, old in enumerate(left)}
     try:
         with all_or_nothing() as undo:
             undo.append(layers_in_use(model))
+            if config.num_hidden_layers != len(before):
+                raise ValueError(f"it counts {config.num_hidden_layers} layers where there are {len(before)}")
             for module in (module for layer in before for module in layer.modules() if hasattr(module, "layer_idx")):
                 module.layer_idx = new.get(module.layer_idx, module.layer_idx)  # type: ignore
             _fill(layers, [before[i] for i in left])
-            # the types first: configs check that there are as many as layers
-            if types is not None:
-                config.layer_types = [types[i] for i in left]
-            config.num_hidden_layers = len(left)
+            _describe(config, lists, len(left))
+            validate = getattr(model.config, "validate", None)
+            if validate is not None:  # as saving does
+                validate()
             with torch.device("meta"):
                 like = type(model)(model.config)
             shapes = {name: p.shape for name, p in model.state_dict().items()}
             if shapes != {name: p.shape for name, p in like.state_dict().items()}:
                 raise ValueError("its layers differ by their place")
+            if told and not _is_as_told(model):
+                raise ValueError("its layers compute by their place")
     except Exception as error:
         raise ValueError(
             f"layers of {type(model).__name__} cannot be skipped: its config does not describe what would be left "
@@ -76,17 +93,66 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> None:
         ) from error
 
 
-def can_skip(model: nn.Module) -> bool:
-    """Whether `drop_layers` works on this architecture; tried on the layer in the middle, which is put back."""
-    layers = len(find_experts(model).layers)
-    back = layers_in_use(model)
+def layers_to_skip(model: nn.Module) -> list[int]:
+    """The decoder layers that `drop_layers` can take out of this model, each alone; it is left as it was."""
+    told, found = _is_as_told(model), []
+    for layer in range(len(find_experts(model).layers)):
+        back = layers_in_use(model)
+        try:
+            _drop(model, [layer], told)
+            found.append(layer)
+        except ValueError:
+            pass
+        finally:
+            completed(back)
+    return found
+
+
+def _by_layer(config: Any, count: int) -> dict[str, Any]:
+    """What a config says of each of `count` decoder layers: lists as long, unless they name layers or tokens."""
+    lists = {
+        name: each for name, each in vars(config).items() if isinstance(each, (list, tuple)) and len(each) == count
+    }
+    rising = {name for name, each in lists.items() if all(type(x) is int for x in each) and _rises(each)}
+    return {name: each for name, each in lists.items() if name not in rising and not name.endswith(TOKENS)}
+
+
+def _rises(each: Sequence[int]) -> bool:
+    return all(first < second for first, second in pairwise(each))
+
+
+def _describe(config: Any, lists: dict[str, Any], count: int) -> None:
+    # not by attribute: configs check that there are as many types as layers, each time one of them is set
+    vars(config).update(lists)
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if name in vars(config):
+        vars(config)[name] = count
+
+
+@torch.no_grad()
+def _is_as_told(model: Any) -> bool:
+    """Whether a model made of the config, with these weights, computes the same bits; False where that cannot be tried:
+    weights on several devices, or a text model that wants more than tokens."""
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or "meta" in {device.type for device in devices}:
+        return False
+    modes = {module: module.training for module in model.modules()}
     try:
-        drop_layers(model, [layers // 2])
-    except ValueError:
+        with init_empty_weights(include_buffers=False):
+            like = type(model)(model.config)
+        like.load_state_dict(model.state_dict(), assign=True)
+        device = devices.pop()
+        for module in like.modules():
+            module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
+        ids = (torch.arange(1, TRIED, device=device) % model.config.get_text_config().vocab_size).unsqueeze(0)
+        # without the model's hooks: this is no run of the user's
+        logits = [each.eval().forward(input_ids=ids, use_cache=False).logits for each in (model, like)]
+        return torch.equal(*logits)
+    except Exception:
         return False
     finally:
-        completed(back)
-    return layers > 1
+        for module, training in modes.items():
+            module.training = training
 
 
 def _layer_list(model: nn.Module) -> nn.ModuleList:

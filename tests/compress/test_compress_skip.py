@@ -3,11 +3,20 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2MoeConfig,
+    Cohere2MoeForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
+import foreign
 from peft_pcgrow import compress, find_experts
-from peft_pcgrow.compress.skip import can_skip, drop_layers, layers_in_use
-from tiny import ARCHITECTURES, assert_same, build, logits, snapshot, tokens
+from peft_pcgrow.compress.skip import drop_layers, layers_in_use, layers_to_skip
+from tiny import ARCHITECTURES, COMMON, assert_same, build, logits, snapshot, tokens
 
 # deepseek's first layer is dense, and its config counts those
 DROPPED = [("qwen3_moe", [0]), ("olmoe", [1]), ("mixtral", [0, 2]), ("qwen2_moe", [1]), ("deepseek_v3", [1, 3])]
@@ -71,7 +80,8 @@ def test_generates_with_a_cache(name, dropped):
 def test_trying_leaves_no_trace(name):
     model = build(name)
     before, config, order = snapshot(model), model.config.to_dict(), find_experts(model).layers
-    assert can_skip(model)
+    # deepseek's first layer is dense by its number
+    assert layers_to_skip(model) == list(range(name == "deepseek_v3", len(order)))
     assert_same(before, snapshot(model))
     assert model.config.to_dict() == config
     assert find_experts(model).layers == order
@@ -81,7 +91,7 @@ def test_what_configs_cannot_say():
     """Layer 1 is dense by its number: without layer 0, another one would be."""
     model = build("qwen3_moe", mlp_only_layers=[1])
     before, config, order = snapshot(model), model.config.to_dict(), find_experts(model).layers
-    assert not can_skip(model)
+    assert layers_to_skip(model) == [2]
     with pytest.raises(ValueError, match=r"layers of Qwen3MoeForCausalLM cannot be skipped: .*differ by their place"):
         drop_layers(model, [0])
     with pytest.raises(ValueError, match="skipping all 3 layers leaves no model"):
@@ -90,6 +100,69 @@ def test_what_configs_cannot_say():
     assert model.config.to_dict() == config
     assert find_experts(model).layers == order
     assert [layer.self_attn.layer_idx for layer in order] == [0, 1, 2]
+
+
+def smollm3(**changes) -> nn.Module:
+    """Every fourth layer has no rotary embedding, by a list."""
+    return SmolLM3ForCausalLM(SmolLM3Config(**{**COMMON, "num_hidden_layers": 5, "intermediate_size": 32, **changes}))
+
+
+def cohere2_moe(**changes) -> nn.Module:
+    """The kind of each layer's MLP is in a list that is checked when the config is saved."""
+    settings = {"intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 5}
+    return Cohere2MoeForCausalLM(Cohere2MoeConfig(**{**COMMON, **settings, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("make", "dropped"), [(smollm3, [1]), (smollm3, [0, 3]), (cohere2_moe, [2]), (foreign.dbrx, [1])]
+)
+def test_configs_of_many_kinds(make, dropped, tmp_path):
+    """What is left is saved and read again as the same function."""
+    model = build(make)
+    # notes its class and dtype in the config
+    model.save_pretrained(tmp_path / "whole")
+    before, whole = model.config.to_dict(), logits(model)
+    undo = layers_in_use(model)
+    drop_layers(model, dropped)
+    model.save_pretrained(tmp_path / "less")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "less")
+    assert torch.equal(logits(again), logits(model))
+    undo()
+    assert model.config.to_dict() == before
+    assert torch.equal(logits(model), whole)
+
+
+@pytest.mark.parametrize("make", [foreign.dbrx, foreign.longcat_flash])
+def test_trying_leaves_other_counts(make):
+    """dbrx counts its layers in a field of another name, LongCat attends twice in each and counts that."""
+    model = build(make)
+    config, whole = model.config.to_dict(), logits(model)
+    layers_to_skip(model)
+    assert model.config.to_dict() == config
+    assert torch.equal(logits(model), whole)
+
+
+def test_layers_that_compute_by_their_place():
+    """DiffLlama's attention has a constant for each place, with which only the last layer can go."""
+    model = build(lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**COMMON, intermediate_size=64)))
+    whole = logits(model)
+    assert layers_to_skip(model) == [2]
+    with pytest.raises(ValueError, match="its layers compute by their place"):
+        drop_layers(model, [0])
+    assert torch.equal(logits(model), whole)
+
+
+def test_plans_skip_what_can_be_skipped():
+    """Layer 3 is dense by its number, so that those below it stay."""
+    model = build("qwen3_moe", num_hidden_layers=6, mlp_only_layers=[3])
+    found = compress.survey(model, methods=("skip",), retain=[tokens()], progress=False)
+    assert torch.isfinite(found.skips).tolist() == [False, False, False, True, True]
+    plan = found.plan(0.65)
+    assert set(plan.skipped) == {4, 5}
+    compress.apply(model, plan, max_loss_rise=99.0, progress=False)
+    assert len(find_experts(model).layers) == 4
+    with pytest.raises(ValueError, match=r"target=0.3 is out of reach of skip by 'fisher': .* 0.6000 "):
+        found.plan(0.3)
 
 
 def test_skips_come_within_reach():
