@@ -4,6 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -58,6 +60,11 @@ def gpt2(**changes):
 def neox():
     """No gate, biases; attention and MLP read the same residual stream."""
     return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(intermediate_size=64, max_position_embeddings=128, **GPT))
+
+
+def apertus():
+    """No gate; the activation has parameters."""
+    return seeded(ApertusForCausalLM, ApertusConfig(**COMMON, intermediate_size=64))
 
 
 CASES = {

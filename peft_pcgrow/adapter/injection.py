@@ -32,6 +32,18 @@ LEAVE_OUT = (
 Targets = Callable[[Any, str], Any]
 
 
+def check_name(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError if modules are called as an adapter is to be. PEFT tells by its name what of a state dict is an
+    adapter's, and would leave the tensors of layer 1 out of the files of all others beside one that is called "1"."""
+    # the keys of a ModuleDict are adapters' names
+    named = (name for m in model.modules() if not isinstance(m, nn.ModuleDict) for name, _ in m.named_children())
+    if adapter_name in named:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is what a module of this model is called, which PEFT cannot tell from an "
+            f"adapter of that name: call it {f'grown_{adapter_name}'!r}, for example"
+        )
+
+
 @dataclass(frozen=True)
 class Injection:
     """What the steps of one `inject_adapter` need of each other. PEFT hands nothing from `_prepare_model` to

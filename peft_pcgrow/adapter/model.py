@@ -17,7 +17,7 @@ from peft_pcgrow.adapter.config import PCGrowConfig
 from peft_pcgrow.adapter.gated import Gated
 from peft_pcgrow.adapter.gated_lora import put_behind_gates
 from peft_pcgrow.adapter.host import LoraLayer
-from peft_pcgrow.adapter.injection import LEAVE_OUT, Injection, prepare
+from peft_pcgrow.adapter.injection import LEAVE_OUT, Injection, check_name, prepare
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.lora_beside import check_alone, injected, key_in_file, without_others
 from peft_pcgrow.adapter.merged import check_mergeable
@@ -141,6 +141,7 @@ class PCGrowModel(Gated, WholeSteps):
         config = self.peft_config[adapter_name] = copy.copy(given)
         config._told_by = f"{given._told_by} {adapter_name}"
         with self.or_not_at_all(model, adapter_name):
+            check_name(model, adapter_name)
             if config.base_quantization is not None:
                 check_quantizable(find_experts(model).sites, config.base_quantization)
             with unmerged(model), self._lora_beside(model, config, adapter_name, low_cpu_mem_usage) as lora:

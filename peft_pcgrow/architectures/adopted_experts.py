@@ -34,14 +34,18 @@ class AdoptedExperts(ViewedExperts, nn.Module):
     def __init__(self, block: nn.Module, num_experts: int, act_fn: Any, config: Any, kind: str = "routed"):
         super().__init__()
         setattr(self, EXPERTS_MARK, False)
-        # not registered as a child, which it is not
-        self._held = (block,)
-        self.num_experts, self.act_fn, self.config, self.kind = num_experts, act_fn, config, kind
+        # not registered as children, which they are not: activations may have parameters, the block's (Apertus)
+        self._held = (block, act_fn)
+        self.num_experts, self.config, self.kind = num_experts, config, kind
         self.has_gate, self.has_bias, self.is_transposed = True, False, False
 
     @property
     def block(self) -> Any:
         return self._held[0]
+
+    @property
+    def act_fn(self) -> Any:
+        return self._held[1]
 
     @abstractmethod
     def shape(self, stack: str) -> tuple[int, ...]:

@@ -77,3 +77,14 @@ def test_nothing_is_left_of_an_injection_that_fails(name, where, monkeypatch):
     assert model.base_model._injection is None
     want: Any = get_peft_model(build(), CONFIGS[name](), adapter_name="other")
     assert vars(Resolved.of(config)) == vars(Resolved.of(want.peft_config["other"]))
+
+
+@pytest.mark.parametrize("name", ["1", "experts"])
+def test_names_of_modules_are_no_names_of_adapters(name):
+    """PEFT would leave that layer's tensors out of the other adapter's file."""
+    model: Any = get_peft_model(build(), PCGrowConfig(locus={1: [1]}))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"adapter_name='{name}' is what a module of this model is called"):
+        model.add_adapter(name, PCGrowConfig(locus={2: [1]}))
+    assert_same(before, snapshot(model))
+    assert list(model.peft_config) == ["default"]

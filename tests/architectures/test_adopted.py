@@ -15,7 +15,7 @@ from transformers import (
 
 from close import assert_all_close, assert_close
 from loaders import LOADERS
-from mlp_models import every_case, gpt2, grown, linears, made
+from mlp_models import apertus, every_case, gpt2, grown, linears, made
 from peft_pcgrow import ErrorMapCallback, Locus, PCGrowConfig, export_flat, find_experts, measure_errors
 from peft_pcgrow.architectures.find import adopt
 from tiny import assert_same, backward, build, dense, domain, logits, retain, snapshot, tokens, train, trainable
@@ -155,6 +155,17 @@ def test_save_and_load(name, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     for load in LOADERS.values():
         assert torch.equal(logits(load(tmp_path / "base", tmp_path / "adapter")), logits(model))
+
+
+def test_activations_with_parameters(tmp_path):
+    """They are the block's, once: a merged model has the names of the base, and can be saved."""
+    names = apertus().state_dict().keys()
+    model = grown(apertus(), "dense")
+    train(model)
+    after, merged = logits(model), model.merge_and_unload()
+    assert merged.state_dict().keys() == names
+    merged.save_pretrained(tmp_path)
+    assert_close("logits", logits(AutoModelForCausalLM.from_pretrained(tmp_path)), after, "fp32")
 
 
 @pytest.mark.slow
