@@ -30,7 +30,7 @@ ROOMS = (
 OUTSIDE = {
     "peft": {"adapter", "training", "export", "compress", "rounds", "hub"},
     "transformers": {"settling.host", "architectures", "packed", "training", "export", "rounds", "command"},
-    "accelerate": set(),
+    "accelerate": {"compress.skip"},
     "bitsandbytes": set(),
     "datasets": set(),
     "huggingface_hub": {"hub_access", "adapter.model_card", "hub"},

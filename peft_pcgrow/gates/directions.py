@@ -16,13 +16,16 @@ class MomentSketch:
 
     def __init__(self, dim: int, seed: int = 0):
         self.dim, self.seed = dim, seed
+        self._made: dict[int, Tensor] = {}
 
     def matrix(self, width: int) -> Tensor | None:
         """Omega, `[I, D]` with orthonormal columns; None stands for the identity."""
         if width <= self.dim:
             return None
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + width)
-        return torch.linalg.qr(torch.randn(width, self.dim, generator=generator, device="cpu")).Q
+        if width not in self._made:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + width)
+            self._made[width] = torch.linalg.qr(torch.randn(width, self.dim, generator=generator, device="cpu")).Q
+        return self._made[width]
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[R, I]` -> `[I, D]` fp32."""

@@ -104,26 +104,26 @@ def at_rate(table: Tensor, rate: float) -> Tensor:
 
 
 class Moments:
-    """Count, sum and outer products of feature vectors: what the direction is solved from. They add up."""
+    """Count, sum and outer products of feature vectors: what the direction is solved from. They add up, on `device`."""
 
-    def __init__(self, size: int):
-        self.count, self.sum = 0, torch.zeros(size, dtype=torch.float64, device="cpu")
-        self.outer = torch.zeros(size, size, dtype=torch.float32, device="cpu")
+    def __init__(self, size: int, device: torch.device | str = "cpu"):
+        self.count, self.sum = 0, torch.zeros(size, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(size, size, dtype=torch.float32, device=device)
 
     def add(self, features: Tensor) -> None:
         """Count in features `[N, H]`."""
         self.count += len(features)
-        self.sum += features.sum(0, dtype=torch.float64).cpu()
+        self.sum += features.sum(0, dtype=torch.float64).to(self.sum.device)
         features = features.float()
-        self.outer += (features.mT @ features).cpu()
+        self.outer += (features.mT @ features).to(self.outer.device)
 
 
 def discriminant(domain: Moments, retain: Moments) -> Tensor:
     """v of the module's docstring, `[H]` fp32."""
-    means = [moments.sum / moments.count for moments in (domain, retain)]
-    covariance = torch.zeros_like(domain.outer, dtype=torch.float64)
+    means = [moments.sum.cpu() / moments.count for moments in (domain, retain)]
+    covariance = torch.zeros(domain.outer.shape, dtype=torch.float64, device="cpu")
     for moments, mean in zip((domain, retain), means, strict=True):
-        covariance += moments.outer.double() - moments.count * torch.outer(mean, mean)
+        covariance += moments.outer.cpu().double() - moments.count * torch.outer(mean, mean)
     covariance /= domain.count + retain.count
     covariance += GATE_RIDGE * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance), device="cpu")
     return torch.linalg.solve(covariance, means[0] - means[1]).float()

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pcgrow_kernels.window_mean import totals, window_means
-from peft_pcgrow.architectures import experts
 from peft_pcgrow.architectures.engines import is_shared_out
 from peft_pcgrow.architectures.find import Tree
 from peft_pcgrow.gates.directions import MomentSketch
-from peft_pcgrow.gates.gate import ENOUGH, RATES, Gate, Moments, Rows, discriminant, fit_law, unknown_gate
+from peft_pcgrow.gates.gate import RATES, Gate, Rows, discriminant, fit_law, unknown_gate
 from peft_pcgrow.gates.separation import Separation
 from peft_pcgrow.gates.text_borders import spread, texts_apart
 from peft_pcgrow.gates.text_position import entering, modules_inside
 from peft_pcgrow.maps.batches import Batch, moved
 from peft_pcgrow.maps.distributed import summed
+from peft_pcgrow.maps.gate_moments import FeatureMoments, InputMoments, Key
 from peft_pcgrow.maps.newborns import nodes_of
 
 # of so many texts that follow each other one is held out to set thresholds on
@@ -30,9 +29,6 @@ MARGIN = 5e-6
 # of the retain tokens, the share that another adapter's newborns compute from which on it is what these learned, which
 # is to be kept as it is: by mistake they take less
 LEARNED = 0.05
-# a gate: its kind, of `given.GATES` ("gate" reads what enters the experts, "entry" what enters the attention), and the
-# row of its layer
-Key = tuple[str, int]
 # called for every gate of every batch, texts in rows of their own: input [B, S, H], the nodes that compute its rows
 # [B, S, K] (an expert, or E + n: see `GrownExperts.nodes_of`) if it enters experts, rows, texts held out [B]
 See = Callable[[Key, Tensor, Tensor | None, Rows, Tensor], None]
@@ -69,8 +65,8 @@ def compare(
             raise ValueError(
                 f"the {name} batches are padding alone: their attention_mask leaves no token to fit gates on"
             )
-    moments = {name: _FeatureMoments(window) for name in ("domain", "retain")}
-    inputs = None if sketch_dim is None else _InputMoments(tree, MomentSketch(sketch_dim))
+    moments = {name: FeatureMoments(window, 2 * len(tree.sites)) for name in ("domain", "retain")}
+    inputs = None if sketch_dim is None else InputMoments(tree, MomentSketch(sketch_dim))
     scored: dict[str, _Scores] = {}
     bar = tqdm(total=2 * (len(domain) + len(retain)), unit="batch", desc="fitting gates", disable=not progress)
     with bar:
@@ -116,8 +112,8 @@ def compare(
         },
         **{n: torch.stack([t[:e] for t, e in zip(ts, experts_at, strict=True)]) for n, ts in tables.items()},
         newborns=newborn if len(newborn["domain_rows"]) else {},
-        moment=moment,
-        trace=trace,
+        moment={name: each.cpu() for name, each in moment.items()},
+        trace={name: each.cpu() for name, each in trace.items()},
         facts={
             "window": window,
             "sketch": sketch_dim,
@@ -236,53 +232,6 @@ def _watched(tree: Tree, see: See, held: Tensor, rows: Rows) -> Iterator[None]:
             for key in [key for key, held in module._forward_pre_hooks.items() if held is hook]:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-class _FeatureMoments:
-    """Moments of the running means of the texts that gates are fitted on."""
-
-    def __init__(self, window: int):
-        self.window = window
-        self.held: dict[Key, Moments] = {}
-
-    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
-        moments = self.held.setdefault(key, Moments(x.shape[-1]))
-        if bool(held.all()):
-            return
-        mean, n = window_means(totals(x, rows.real), x.shape[1], self.window)
-        use = rows.real & (n >= n.amax(dim=1, keepdim=True).clamp_max(ENOUGH)) & ~held.to(x.device).unsqueeze(1)
-        moments.add(mean[use])
-
-
-class _InputMoments:
-    """Second moments of what enters each stack of each expert."""
-
-    def __init__(self, tree: Tree, sketch: MomentSketch):
-        self.tree, self.sketch = tree, sketch
-        self.moment: dict[str, Tensor] = {}
-        self.trace: dict[str, Tensor] = {}
-
-    def __call__(self, key: Key, x: Tensor, index: Tensor | None, rows: Rows, held: Tensor) -> None:
-        if index is None:
-            return
-        row = key[1]
-        site = self.tree.sites[row]
-        tokens, chosen = x[rows.real], index[rows.real]
-        for n, (_, donor) in enumerate(site.newborns):
-            chosen = chosen.masked_fill(chosen == site.experts + n, donor)
-        base, here = experts.part(site.base), experts.nodes_here(site.base) or range(site.experts)
-        for place, expert in enumerate(here):
-            mine = tokens[(chosen == expert).any(dim=1)]
-            if not len(mine):
-                continue
-            for name, rows_in in experts.stack_inputs(base, mine, place).items():
-                if name not in self.moment:
-                    width = rows_in.shape[1]
-                    shape = len(self.tree.sites), site.experts
-                    self.moment[name] = torch.zeros(*shape, width, min(width, self.sketch.dim), device="cpu")
-                    self.trace[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-                self.moment[name][row, expert] += self.sketch(rows_in).cpu()
-                self.trace[name][row, expert] += float(rows_in.double().square().sum())
 
 
 class _Scores:
