@@ -13,6 +13,9 @@ from peft_pcgrow.maps.corpus import IGNORED, PADDING, Text, pad, read_corpus
 LEAST = 8
 # without held-out text, one window in so many is kept apart
 APART = 10
+# windows that gates are fitted anew on, for each that maps are measured on: how few tokens tell a text from others is
+# known from many texts, however short
+MORE = 4
 # share of the retain windows that may also be the domain's; more is the same text under two names
 SHARED = 0.5
 # what retain text is called that was given without a name
@@ -173,6 +176,16 @@ def drawn_alike(texts: Mapping[str, Sequence[Text]], count: int) -> list[Text]:
     """Some `count` windows of texts whose order is drawn, as many of each (of one that has fewer, all)."""
     share = -(-count // len(texts))
     return drawn([window for text in texts.values() for window in text[:share]])
+
+
+def beginnings(texts: Texts, count: int, window: int, size: int) -> tuple[list[dict], list[dict]]:
+    """Batches of `size` that gates are fitted anew on, of the domain and of the retain texts: of `MORE` windows for
+    each of `count` the first tokens, twice as many as a gate looks at (0: at all there are)."""
+    drawings = drawn(texts.train, MORE * count), drawn_alike(texts.fit, MORE * count)
+    domain, retain = (
+        [{name: values[: 2 * window or None] for name, values in text.items()} for text in each] for each in drawings
+    )
+    return in_batches(domain, size), in_batches(retain, size)
 
 
 def _key(text: Text) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_pcgrow.maps.fit_gates import is_held_out
-from peft_pcgrow.rounds.texts import drawn, drawn_alike, read_texts
+from peft_pcgrow.rounds.texts import Texts, beginnings, drawn, drawn_alike, read_texts
 
 
 @pytest.mark.parametrize("sources", [2, 3, 4, 5])
@@ -33,3 +33,17 @@ def test_drawing_is_without_repetition_and_always_the_same():
     assert len(set(some)) == 12
     assert some == [int(text["input_ids"]) for text in drawn(texts, 12)]
     assert sorted(int(text["input_ids"]) for text in drawn(texts)) == list(range(20))
+
+
+@pytest.mark.parametrize(("window", "length"), [(3, 6), (0, 10), (64, 10)])
+def test_gates_are_fitted_anew_on_many_beginnings(window, length):
+    """Four windows for each that a map is measured on, or all that there are, of each text as many."""
+    rows = [{"input_ids": torch.arange(10) + 10 * index} for index in range(40)]
+    texts = Texts(rows[:20], [], {"few": rows[20:22], "many": rows[22:]}, {})
+    domain, retain = beginnings(texts, 4, window, 8)
+    assert [len(batch["input_ids"]) for batch in (*domain, *retain)] == [8, 8, 8, 2]
+    found = [ids for batch in (*domain, *retain) for ids in batch["input_ids"].tolist()]
+    assert all(ids == list(range(ids[0], ids[0] + length)) and ids[0] % 10 == 0 for ids in found)
+    starts = [ids[0] // 10 for ids in found]
+    assert len(set(starts)) == 26
+    assert set(starts[16:]) == {*range(20, 30)}
