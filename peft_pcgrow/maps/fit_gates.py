@@ -52,7 +52,7 @@ def compare(
         sketch_dim: longest side of a second moment that is kept whole; None: there are none, for gates alone.
 
     Raises:
-        ValueError: fewer than `HELD_OUT` texts in either corpus.
+        ValueError: fewer than `HELD_OUT` texts in either corpus, or layers that did not run on it.
     """
     for name, batches in (("domain", domain), ("retain", retain)):
         texts = sum(map(_texts, batches))
@@ -74,6 +74,12 @@ def compare(
         theirs = [moments["retain"], *([] if inputs is None else [inputs])]
         _run(model, tree, retain, lambda *seen: [each(*seen) for each in theirs], bar)
         spared = moments["retain"].held
+        for name, seen in moments.items():
+            if still := [site.layer for row, site in enumerate(tree.sites) if ("gate", row) not in seen.held]:
+                raise ValueError(
+                    f"layers {still} did not run on the {name} text, so that their gates cannot be fitted (layers that "
+                    "attend to images want some): measure without retain=, and deepen"
+                )
         directions = {key: discriminant(ours, spared[key]) for key, ours in moments["domain"].held.items()}
         for name, batches in (("domain", domain), ("retain", retain)):
             scored[name] = _Scores(tree, directions, window, fitted)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from close import assert_close
 from peft_pcgrow import ErrorMap, find_experts, measure_errors
 from peft_pcgrow.maps.error_map import FOLDS, OPTIONAL, SUMS
-from tiny import ARCHITECTURES, PAD, build, retain, tokens
+from tiny import ARCHITECTURES, COMMON, PAD, build, domain, retain, tokens
 
 
 def measured(model, batches, **options):
@@ -174,3 +175,14 @@ def test_unknown_ways():
         measured(build(), [tokens()], settle="backprop")
     with pytest.raises(ValueError, match="holds no weight gradients"):
         measured(build(), [tokens()], settle="direct").removable()
+
+
+def test_layers_that_do_not_run_have_no_gates():
+    """Mllama's second layer here attends to images, and there are none: a map has no rows for it, a gate no text."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    settings = {"cross_attention_layers": [1], "intermediate_size": 64, "rope_parameters": rope}
+    model = build(lambda: MllamaForCausalLM(MllamaTextConfig(**COMMON, **settings)))
+    emap = measure_errors(model, [domain()], gradients=False, progress=False)
+    assert emap.count[:, 0].tolist() == [domain().numel(), 0, domain().numel()]
+    with pytest.raises(ValueError, match=r"layers \[1\] did not run on the domain text"):
+        measure_errors(model, [domain()], retain=[retain()], gradients=False, progress=False)
