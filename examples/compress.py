@@ -36,6 +36,7 @@ import corpora
 import frontier
 from locate import correlation
 from peft_pcgrow import ErrorMap, PCGrowConfig, compress, create_pcgrow_optimizer, find_experts, measure_errors
+from peft_pcgrow.architectures.experts import intermediate_size
 from peft_pcgrow.compress.form_survey import FORM_SELECTIONS
 from peft_pcgrow.packed.forms import WHOLE, Form, form_bytes
 from peft_pcgrow.packed.quantize import storage_bytes
@@ -75,7 +76,7 @@ def by_hand(
 
 def fitting(base: Any, width: int, target: float) -> Form | None:
     """At one width, the form with the most neurons that fits."""
-    most, neurons = target * form_bytes(base, WHOLE), base.config.moe_intermediate_size
+    most, neurons = target * form_bytes(base, WHOLE), intermediate_size(base)
     counts = [None, *range(neurons - 8, 0, -8)]
     return next((Form(width, count) for count in counts if form_bytes(base, Form(width, count)) <= most), None)
 
@@ -127,6 +128,8 @@ def budgets(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
                     "forms": forms if len(forms) < 3 else "mixed",
                 }
                 yield row | rises(packed, task, before)
+            if find_experts(model).nodes != "routed":
+                continue  # MLPs are one expert a layer
             smaller = pruned(corpora.new_model(task), survey, target)
             kept = find_experts(smaller).sites[0].experts
             row = {"study": "budgets", "seed": seed, "target": target, "arm": "experts pruned by REAP's criterion"}

@@ -113,7 +113,7 @@ def test_spawn_program_of_the_readme(tmp_path, monkeypatch):
         "args": TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-3),
     }
     exec(imports + block("python", "<!-- spawn program -->"), filled)
-    assert filled["model"].peft_config["default"].gate_fpr == 0.02
+    assert filled["model"].peft_config["default"].gate_fpr == 0.05
     assert (tmp_path / "spawned" / "adapter_model.safetensors").is_file()
 
 
