@@ -217,11 +217,14 @@ def lifecycle(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str
         emap = mapped(task, args, seed)
         model, optimizer = grown(corpora.new_model(task), emap, args)
         locus = {int(layer): list(nodes) for layer, nodes in model.peft_config["default"].locus.items()}
-        # as many nodes of each layer again, the next ones by error
+        # as many nodes of each layer again, the next ones by error; where MLPs are nodes, of other layers
         others = {}
         for layer, nodes in locus.items():
             order = emap.mass[emap.layers.index(layer)].argsort(descending=True).tolist()
             others[layer] = [expert for expert in order if expert not in nodes][: len(nodes)]
+        if not any(others.values()):
+            order = [emap.layers[row] for row in emap.mass.sum(1).argsort(descending=True).tolist()]
+            others = {layer: [0] for layer in [layer for layer in order if layer not in locus][: len(locus)]}
         drawn = texts(task, args, seed)
         batches = list(corpora.batches(task.domain_train, args.batch, args.steps, seed))
         half = len(batches) // 2

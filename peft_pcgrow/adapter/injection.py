@@ -12,6 +12,7 @@ from torch import nn
 from peft_pcgrow.adapter import lineage
 from peft_pcgrow.adapter.birth import Birth, check_donors
 from peft_pcgrow.adapter.config import PCGrowConfig
+from peft_pcgrow.adapter.host import BufferDict
 from peft_pcgrow.adapter.layer import PCGrowExperts
 from peft_pcgrow.adapter.resolve import Resolved, birth, check_base, check_resolved, check_tokens, resolve
 from peft_pcgrow.architectures import experts, fingerprint
@@ -33,14 +34,16 @@ Targets = Callable[[Any, str], Any]
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
-    """Raise ValueError if modules are called as an adapter is to be. PEFT tells by its name what of a state dict is an
-    adapter's, and would leave the tensors of layer 1 out of the files of all others beside one that is called "1"."""
-    # the keys of a ModuleDict are adapters' names
-    named = (name for m in model.modules() if not isinstance(m, nn.ModuleDict) for name, _ in m.named_children())
-    if adapter_name in named:
+    """Raise ValueError if a module or tensor is called as an adapter is to be, or will be once one is there. PEFT tells
+    by its name what of a state dict is an adapter's, and would leave the tensors of layer 1 out of the files of all
+    others beside one that is called "1"."""
+    # what is in these is called by adapters' names
+    named = (m for m in model.modules() if not isinstance(m, (nn.ModuleDict, nn.ParameterDict, BufferDict)))
+    taken = {name for m in named for name in (*m._modules, *m._parameters, *m._buffers)}
+    if adapter_name in taken | {"weight", "bias", "base_layer"} or adapter_name.startswith(("pcgrow_", "lora_")):
         raise ValueError(
-            f"adapter_name={adapter_name!r} is what a module of this model is called, which PEFT cannot tell from an "
-            f"adapter of that name: call it {f'grown_{adapter_name}'!r}, for example"
+            f"adapter_name={adapter_name!r} is what a module or tensor of this model is called, which PEFT cannot tell "
+            f"from an adapter of that name: call it {f'grown_{adapter_name}'!r}, for example"
         )
 
 

@@ -1,5 +1,6 @@
 """Skip: take out decoder layers that have become the identity on some text."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,10 @@ from peft_pcgrow.architectures.find import find_experts
 from peft_pcgrow.atomic import all_or_nothing, completed
 from peft_pcgrow.compress.calibrate import Calibration
 
+# attributes that number a module's layer
+PLACES = ("layer_idx", "layer_id")
+# of a config, not written into its file
+UNWRITTEN = ("_attn_implementation", "_experts_implementation")
 # how fields of a config end that list tokens, not layers
 TOKENS = ("token_id", "token_ids")
 # tokens of a text that a model and one made of its config are compared on
@@ -35,16 +40,21 @@ def layers_in_use(model: Any) -> Callable[[], None]:
     before = list(layers)
     lists = _by_layer(config, len(before))
     count = config.num_hidden_layers
-    modules: list[Any] = [module for layer in before for module in layer.modules() if hasattr(module, "layer_idx")]
-    places = [(module, module.layer_idx) for module in modules]
+    places = _places(before)
 
     def undo() -> None:
         _fill(layers, before)
         _describe(config, lists, count)
-        for module, index in places:
-            module.layer_idx = index
+        for module, name, index in places:
+            setattr(module, name, index)
 
     return undo
+
+
+def _places(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, str, int]]:
+    """What modules of these layers say of their place: module, attribute, number."""
+    every = ((module, name) for layer in layers for module in layer.modules() for name in PLACES)
+    return [(module, name, getattr(module, name)) for module, name in every if hasattr(module, name)]
 
 
 def drop_layers(model: Any, dropped: Sequence[int]) -> None:
@@ -72,15 +82,12 @@ def _drop(model: Any, dropped: Sequence[int], told: bool) -> None:
             undo.append(layers_in_use(model))
             if config.num_hidden_layers != len(before):
                 raise ValueError(f"it counts {config.num_hidden_layers} layers where there are {len(before)}")
-            for module in (module for layer in before for module in layer.modules() if hasattr(module, "layer_idx")):
-                module.layer_idx = new.get(module.layer_idx, module.layer_idx)  # type: ignore
+            for module, name, index in _places(before):
+                setattr(module, name, new.get(index, index))
             _fill(layers, [before[i] for i in left])
             _describe(config, lists, len(left))
-            validate = getattr(model.config, "validate", None)
-            if validate is not None:  # as saving does
-                validate()
-            with torch.device("meta"):
-                like = type(model)(model.config)
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                like = type(model)(_reread(model.config))
             shapes = {name: p.shape for name, p in model.state_dict().items()}
             if shapes != {name: p.shape for name, p in like.state_dict().items()}:
                 raise ValueError("its layers differ by their place")
@@ -95,7 +102,7 @@ def _drop(model: Any, dropped: Sequence[int], told: bool) -> None:
 
 def layers_to_skip(model: nn.Module) -> list[int]:
     """The decoder layers that `drop_layers` can take out of this model, each alone; it is left as it was."""
-    told, found = _is_as_told(model), []
+    told, found = _is_as_told(model), list[int]()
     for layer in range(len(find_experts(model).layers)):
         back = layers_in_use(model)
         try:
@@ -105,6 +112,12 @@ def layers_to_skip(model: nn.Module) -> list[int]:
             pass
         finally:
             completed(back)
+    if found and not told:
+        warnings.warn(
+            f"whether {type(model).__name__} with layers skipped will compute the same once it is loaded again cannot "
+            "be tried: it lies on several devices, or is not what its config says. Compare it after loading",
+            stacklevel=2,
+        )
     return found
 
 
@@ -129,6 +142,15 @@ def _describe(config: Any, lists: dict[str, Any], count: int) -> None:
         vars(config)[name] = count
 
 
+def _reread(config: Any) -> Any:
+    """A config as it is read from its file; what is not written there, how attention and experts run, is taken over."""
+    again = type(config).from_dict(config.to_dict())
+    for name in UNWRITTEN:
+        if getattr(config, name, None) is not None:
+            setattr(again, name, getattr(config, name))
+    return again
+
+
 @torch.no_grad()
 def _is_as_told(model: Any) -> bool:
     """Whether a model made of the config, with these weights, computes the same bits; False where that cannot be tried:
@@ -138,15 +160,19 @@ def _is_as_told(model: Any) -> bool:
         return False
     modes = {module: module.training for module in model.modules()}
     try:
-        with init_empty_weights(include_buffers=False):
-            like = type(model)(model.config)
+        # constructors draw, and may be told another device
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
+            like = type(model)(_reread(model.config))
         like.load_state_dict(model.state_dict(), assign=True)
         device = devices.pop()
-        for module in like.modules():
-            module._buffers.update({name: None if b is None else b.to(device) for name, b in module._buffers.items()})
+        buffers = dict(model.named_buffers())
+        for path, buffer in list(like.named_buffers()):
+            module, _, name = path.rpartition(".")
+            # in the dtype that the model was cast to, by from_pretrained or by hand
+            like.get_submodule(module)._buffers[name] = buffer.to(device, buffers[path].dtype)
         ids = (torch.arange(1, TRIED, device=device) % model.config.get_text_config().vocab_size).unsqueeze(0)
-        # without the model's hooks: this is no run of the user's
-        logits = [each.eval().forward(input_ids=ids, use_cache=False).logits for each in (model, like)]
+        # without the hooks of the whole model: this is no run of the user's; with a cache, which goes by places
+        logits = [each.eval().forward(input_ids=ids, use_cache=True).logits for each in (model, like)]
         return torch.equal(*logits)
     except Exception:
         return False

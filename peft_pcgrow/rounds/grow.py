@@ -99,7 +99,8 @@ def grow(
         lr: of Muon; None: `find_lr` finds one for each round.
         gate_fpr: of the training (see `PCGrowConfig`); afterwards gates are at most as open. Trained as strict as they
             are used later, newborns gain more at equal forgetting (see RESULTS.md).
-        map_windows: windows that maps, and gates, are measured on; 4 at least.
+        map_windows: windows that maps, and gates, are measured on; 4 at least. Gates are fitted anew on the beginnings
+            of three times as many besides.
         map_after: measure a map after the last round, too, for the pictures of the result; it changes nothing else.
         curriculum: train in the order of surprisal, least surprising first, instead of shuffled.
         config: further fields of `PCGrowConfig`, such as `lora`.

@@ -28,7 +28,7 @@ from peft_pcgrow.rounds.as_it_was import adapters_of, take_back
 from peft_pcgrow.rounds.decision import PROTECT, RoundDecision, decide_round, note_decision
 from peft_pcgrow.rounds.energy import LOOKING, MEASURING, RATE, TRAINING, Meter, measured, trained
 from peft_pcgrow.rounds.journal import ADAPTER, HELDOUT, Journal, Round, key_of, risen
-from peft_pcgrow.rounds.texts import RETAIN, Texts, beginnings, called, drawn, drawn_alike, in_batches
+from peft_pcgrow.rounds.texts import RETAIN, Texts, called, drawn, drawn_alike, in_batches, to_fit_anew
 from peft_pcgrow.rounds.train import best_of, steps_of, train
 from peft_pcgrow.say import say
 from peft_pcgrow.settings import number
@@ -303,7 +303,7 @@ def _trained(
     note_decision(decision, folder)
     callbacks = settings.callbacks
     if decision.refit and any(layer.spawned(name) for layer in model.base_model.tuner_layers()):  # type: ignore[operator]
-        read = beginnings(texts, settings.map_windows, model.peft_config[name].gate_window, settings.batch_size)  # type: ignore[union-attr]
+        read = to_fit_anew(texts, settings.map_windows, model.peft_config[name].gate_window, settings.batch_size)  # type: ignore[union-attr]
         callbacks = (_Refit(meter, *read, steps=decision.refit, adapter_name=name), *callbacks)
     return train(
         model, decision, lr, (ordered, texts.heldout), folder / "training", settings.batch_size, options,

@@ -13,9 +13,9 @@ from peft_pcgrow.maps.corpus import IGNORED, PADDING, Text, pad, read_corpus
 LEAST = 8
 # without held-out text, one window in so many is kept apart
 APART = 10
-# windows that gates are fitted anew on, for each that maps are measured on: how few tokens tell a text from others is
-# known from many texts, however short
-MORE = 4
+# beginnings that gates are fitted anew on, for each window: how few tokens tell a text from others is known from many
+# texts, however short
+MORE = 3
 # share of the retain windows that may also be the domain's; more is the same text under two names
 SHARED = 0.5
 # what retain text is called that was given without a name
@@ -178,14 +178,21 @@ def drawn_alike(texts: Mapping[str, Sequence[Text]], count: int) -> list[Text]:
     return drawn([window for text in texts.values() for window in text[:share]])
 
 
-def beginnings(texts: Texts, count: int, window: int, size: int) -> tuple[list[dict], list[dict]]:
-    """Batches of `size` that gates are fitted anew on, of the domain and of the retain texts: of `MORE` windows for
-    each of `count` the first tokens, twice as many as a gate looks at (0: at all there are)."""
-    drawings = drawn(texts.train, MORE * count), drawn_alike(texts.fit, MORE * count)
-    domain, retain = (
-        [{name: values[: 2 * window or None] for name, values in text.items()} for text in each] for each in drawings
-    )
-    return in_batches(domain, size), in_batches(retain, size)
+def to_fit_anew(texts: Texts, count: int, window: int, size: int) -> tuple[list[dict], list[dict]]:
+    """Batches of `size` that gates are fitted anew on, of the domain and of the retain texts: `count` windows, and of
+    `MORE` times as many the beginnings alone, a prompt that all may have in common and twice the tokens that a gate
+    looks at (`window`; 0: all there are)."""
+
+    def begun(text: Text) -> Text:
+        learned = (text.get("labels", text["input_ids"]) != IGNORED).long()
+        end = int(learned.argmax()) + 2 * window if window else None
+        return {name: values[:end] for name, values in text.items()}
+
+    def cut(drawing: list[Text]) -> list[Text]:
+        return drawing[:count] + [begun(text) for text in drawing[count:]]
+
+    many = (1 + MORE) * count
+    return in_batches(cut(drawn(texts.train, many)), size), in_batches(cut(drawn_alike(texts.fit, many)), size)
 
 
 def _key(text: Text) -> tuple[int, ...]:

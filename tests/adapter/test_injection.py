@@ -79,12 +79,15 @@ def test_nothing_is_left_of_an_injection_that_fails(name, where, monkeypatch):
     assert vars(Resolved.of(config)) == vars(Resolved.of(want.peft_config["other"]))
 
 
-@pytest.mark.parametrize("name", ["1", "experts"])
+@pytest.mark.parametrize("name", ["1", "experts", "weight", "lora_A", "pcgrow_gate_up_proj"])
 def test_names_of_modules_are_no_names_of_adapters(name):
-    """PEFT would leave that layer's tensors out of the other adapter's file."""
+    """PEFT would leave that layer's tensors out of the other adapter's file, whichever is made first."""
     model: Any = get_peft_model(build(), PCGrowConfig(locus={1: [1]}))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"adapter_name='{name}' is what a module of this model is called"):
+    before, plain = snapshot(model), build()
+    with pytest.raises(ValueError, match=f"adapter_name='{name}' is what a module or tensor of this model is called"):
         model.add_adapter(name, PCGrowConfig(locus={2: [1]}))
     assert_same(before, snapshot(model))
     assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="call it 'grown_"):
+        get_peft_model(plain, PCGrowConfig(locus={1: [1]}), adapter_name=name)
+    assert_same(snapshot(build()), snapshot(plain))

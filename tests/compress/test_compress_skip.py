@@ -9,6 +9,8 @@ from transformers import (
     Cohere2MoeForCausalLM,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -142,14 +144,36 @@ def test_trying_leaves_other_counts(make):
     assert torch.equal(logits(model), whole)
 
 
-def test_layers_that_compute_by_their_place():
-    """DiffLlama's attention has a constant for each place, with which only the last layer can go."""
-    model = build(lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**COMMON, intermediate_size=64)))
-    whole = logits(model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_compute_by_their_place(dtype):
+    """DiffLlama's attention has a constant for each place, with which only the last layer can go; random numbers go on
+    as they would have, and a cast by hand makes no difference."""
+    model = build(lambda: DiffLlamaForCausalLM(DiffLlamaConfig(**COMMON, intermediate_size=64))).to(dtype)
+    whole, state = logits(model), torch.get_rng_state()
     assert layers_to_skip(model) == [2]
+    assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="its layers compute by their place"):
         drop_layers(model, [0])
     assert torch.equal(logits(model), whole)
+
+
+def test_places_by_another_name():
+    """GPT-Neo's attention calls its place `layer_id`, and finds its cache by it."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 128}
+    words = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, **words, attention_types=[[["global"], 4]])).eval()
+    drop_layers(model, [0, 1])
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached, slow = (model.generate(tokens(2, 6), use_cache=cache, **settings) for cache in (True, False))
+    assert torch.equal(cached, slow)
+
+
+def test_what_cannot_be_tried_is_said():
+    """A model that is not what its config says: no reader of that can be compared with it."""
+    model = build("mixtral")
+    model.model.layers[0].self_attn.scaling *= 2
+    with pytest.warns(UserWarning, match="or is not what its config says"):
+        assert layers_to_skip(model) == [0, 1, 2]
 
 
 def test_plans_skip_what_can_be_skipped():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_pcgrow.maps.fit_gates import is_held_out
-from peft_pcgrow.rounds.texts import Texts, beginnings, drawn, drawn_alike, read_texts
+from peft_pcgrow.rounds.texts import Texts, drawn, drawn_alike, read_texts, to_fit_anew
 
 
 @pytest.mark.parametrize("sources", [2, 3, 4, 5])
@@ -37,13 +37,26 @@ def test_drawing_is_without_repetition_and_always_the_same():
 
 @pytest.mark.parametrize(("window", "length"), [(3, 6), (0, 10), (64, 10)])
 def test_gates_are_fitted_anew_on_many_beginnings(window, length):
-    """Four windows for each that a map is measured on, or all that there are, of each text as many."""
+    """Three for each whole window, or all that there are, of each text as many."""
     rows = [{"input_ids": torch.arange(10) + 10 * index} for index in range(40)]
     texts = Texts(rows[:20], [], {"few": rows[20:22], "many": rows[22:]}, {})
-    domain, retain = beginnings(texts, 4, window, 8)
-    assert [len(batch["input_ids"]) for batch in (*domain, *retain)] == [8, 8, 8, 2]
-    found = [ids for batch in (*domain, *retain) for ids in batch["input_ids"].tolist()]
-    assert all(ids == list(range(ids[0], ids[0] + length)) and ids[0] % 10 == 0 for ids in found)
-    starts = [ids[0] // 10 for ids in found]
-    assert len(set(starts)) == 26
-    assert set(starts[16:]) == {*range(20, 30)}
+    for batches, given, count in zip(
+        to_fit_anew(texts, 4, window, 4), (range(20), range(20, 30)), (16, 10), strict=True
+    ):
+        # batches of four are of one length each
+        found = [ids for batch in batches for ids in batch["input_ids"]]
+        starts = [int(ids[0]) // 10 for ids in found]
+        assert len(set(starts)) == len(starts) == count
+        assert set(starts) <= set(given)
+        for place, (ids, start) in enumerate(zip(found, starts, strict=True)):
+            assert torch.equal(ids, rows[start]["input_ids"][: 10 if place < 4 else length])
+
+
+def test_beginnings_of_chats_hold_what_is_learned():
+    """After a prompt that is no label, as many tokens as without one."""
+    labels = torch.tensor([-100] * 6 + [7] * 6)
+    texts = Texts(
+        [{"input_ids": torch.arange(12), "labels": labels}] * 2, [], {"chat": [{"input_ids": torch.arange(12)}] * 2}, {}
+    )
+    domain, retain = to_fit_anew(texts, 1, 2, 1)
+    assert [batch["input_ids"].shape[1] for batch in (*domain, *retain)] == [12, 10, 12, 4]
