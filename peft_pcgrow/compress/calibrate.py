@@ -109,7 +109,8 @@ class _NodeProbe(Probe):
             raise RuntimeError(f"layer {index} ran without calling its experts: its MoE block was replaced")
         x, chosen, weight, step = self._seen
         wide = torch.promote_types(step.dtype, torch.float32)
-        change = (step.to(wide) * errors[1].to(wide)).sum(-1).reshape(-1)
+        # of all streams, where the hidden state has several (hyper-connections)
+        change = (step.to(wide) * errors[1].to(wide)).reshape(len(self.keep), -1).sum(-1)
         pieces = x.reshape(-1, x.shape[-1]), chosen, weight, errors[0].reshape(-1, x.shape[-1]), self.rows, change
         self.found[index].append(tuple(piece[self.keep.to(piece.device)].cpu() for piece in pieces))
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import architectures
 from close import assert_close
 from pcgrow_kernels import lowbit
 from peft_pcgrow import compress, find_experts, measure_errors
@@ -113,9 +115,10 @@ def test_max_tokens_ends_with_a_batch():
     assert len(found.layers[0].x) == 32
 
 
-def test_skipping_is_the_derivative_by_how_much_is_left_out():
-    """First order: of the loss by t where a layer adds (1 - t) of its update. Second: from each token's share."""
-    model = build("qwen3_moe", torch.float64)
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4"])
+def test_skipping_is_the_derivative_by_how_much_is_left_out(name):
+    """First order: of the loss by t where a layer adds (1 - t) of its update, in all streams. Second: by token."""
+    model = build(partial(architectures.build, name) if name == "deepseek_v4" else name, torch.float64)
     found = calibrate(model, {"retain": [tokens()]}, progress=False)
     for site in find_experts(model).sites:
         share = torch.zeros((), dtype=torch.float64, requires_grad=True)
