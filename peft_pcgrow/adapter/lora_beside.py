@@ -58,11 +58,10 @@ def read_lora(given: Any) -> LoraConfig | None:
     if type(given) is not LoraConfig:
         raise TypeError(f"lora must be a peft.LoraConfig or its settings as a dict, got {type(given).__name__}")
     default = LoraConfig()
-    other = [
-        name
-        for name in LoraConfig.__dataclass_fields__
-        if name not in (*SUPPORTED, *_IGNORED) and getattr(given, name) != getattr(default, name)
-    ]
+    others = [name for name in LoraConfig.__dataclass_fields__ if name not in (*SUPPORTED, *_IGNORED)]
+    # PEFT puts empty sets where nothing was asked for
+    asked = {name: (getattr(given, name) or None, getattr(default, name) or None) for name in others}
+    other = [name for name, (mine, theirs) in asked.items() if mine != theirs]
     if other:
         raise ValueError(
             f"lora=LoraConfig({other[0]}={getattr(given, other[0])!r}) does not hold beside grown experts, which can "
@@ -73,7 +72,8 @@ def read_lora(given: Any) -> LoraConfig | None:
             f"lora=LoraConfig(init_lora_weights={given.init_lora_weights!r}) writes to the base's weights, which stay "
             f"as they are here: choose from {', '.join(map(repr, STARTS))}"
         )
-    return given
+    # not the caller's own, who may use it again: PEFT writes into it
+    return copy.copy(given)
 
 
 def settings_of(lora: LoraConfig) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """LoRA beside the grown experts is part of their adapter: it trains, saves, loads, switches and merges with it."""
 
+import copy
 import json
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +173,17 @@ def test_newborns_beside_it(tmp_path):
 def test_settings_that_do_not_hold(changes, text):
     with pytest.raises(ValueError, match=text):
         PCGrowConfig(locus=LOCUS, lora=lora(**changes))
+
+
+def test_one_lora_config_for_two_adapters():
+    """And for plain LoRA before: PEFT writes into what it is given, and nothing of that is asked for."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(build(), lora)
+    before = copy.deepcopy(vars(lora))
+    model: Any = get_peft_model(build(), PCGrowConfig(locus={1: [1]}, lora=lora), adapter_name="a")
+    model.add_adapter("b", PCGrowConfig(locus={2: [1]}, lora=lora))
+    assert vars(lora) == before
+    assert all(model.peft_config[name].lora.r == 2 for name in "ab")
 
 
 def test_no_lora():
