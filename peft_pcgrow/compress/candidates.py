@@ -4,7 +4,7 @@ Every form is made for real (rounded, thinned, with its errors made up for) and 
 predicted from that is the change of the loss. Shapes: E experts, F forms, S texts, R rows, H hidden, I neurons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,11 +113,13 @@ def candidates(
     if sample is not None:
         hidden, every = sample.x.shape[1], range(base.num_experts)
         widest = max(hidden, experts.intermediate_size(base))
-        moments = _moments(base, [_rows(base, sample, expert, ROWS * widest) for expert in every])
+        # one expert's at a time: there may be many
+        moments = _moments(base, (_rows(base, sample, expert, ROWS * widest) for expert in every))
         rows = [_rows(base, sample, expert, max(TRIED, 2 * hidden)) for expert in every]
     half = lowbit.half_of(stacks["down_proj"].dtype)
     first, count = experts.first_matrix(base), base.num_experts
     order = _order(plain["down_proj"], moments)
+    befores = [_run(base, x, {n: w[e] for n, w in plain.items()}, e, None, first) for e, (x, *_) in enumerate(rows)]
     damage = {name: torch.zeros(count, len(forms), texts, dtype=torch.float64, device="cpu") for name in DAMAGES}
     spread = torch.zeros(count, len(forms), dtype=torch.float64, device="cpu")
     data: dict[Form, dict[str, list[Tensor]]] = {}
@@ -149,7 +151,8 @@ def candidates(
             damage["weights"][expert, place] = 1 - left
             if sample is None or form == WHOLE or not len(rows[expert][0]):
                 continue
-            x, p, error, text, before, scale = rows[expert]
+            x, p, error, text, scale = rows[expert]
+            before = befores[expert]
             after = torch.zeros_like(before)
             if form.neurons != 0:
                 bias = kept[expert] if kept is not None else None
@@ -171,7 +174,7 @@ def candidates(
 
 
 def _rows(base: experts.ExpertsModule, sample: LayerSample, expert: int, most: int) -> tuple:
-    """Inputs, routing weights, errors, texts and outputs of at most so many rows, and how many each stands for."""
+    """Inputs, routing weights, errors and texts of at most so many rows, and how many each stands for."""
     token, choice = torch.where(sample.index == expert)
     total = len(token)
     if total > most:
@@ -180,10 +183,7 @@ def _rows(base: experts.ExpertsModule, sample: LayerSample, expert: int, most: i
     device = experts.expert_stacks(base)["down_proj"].device
     x, error = sample.x[token].to(device).float(), sample.error[token].to(device).float()
     p = sample.weight[token, choice].to(device).float()
-    plain = {n: experts.expert_stacks(base)[n][expert].float() for n in experts.matrices(base)}
-    matrices = {n: w.mT if base.is_transposed else w for n, w in plain.items()}
-    before = _run(base, x, matrices, expert, None, experts.first_matrix(base))
-    return x, p, error, sample.text[token], before, total / max(len(token), 1)
+    return x, p, error, sample.text[token], total / max(len(token), 1)
 
 
 def _run(
@@ -213,12 +213,13 @@ def neurons_at(base: experts.ExpertsModule, stack: str, neurons: Tensor) -> Tens
     return lying[1]
 
 
-def _moments(base: experts.ExpertsModule, rows: list[tuple]) -> dict[str, Tensor]:
+def _moments(base: experts.ExpertsModule, rows: Iterable[tuple]) -> dict[str, Tensor]:
     """Second moments `[E, I, I]` of what enters each matrix, rows weighted by p^2 |delta|^2: by what an error of the
     output costs there. Those of experts with few rows are drawn towards all experts' mean."""
     found: dict[str, list[Tensor]] = {}
-    first = experts.first_matrix(base)
+    first, counts = experts.first_matrix(base), []
     for expert, (x, p, error, *_) in enumerate(rows):
+        counts.append(len(x))
         cost = error.square().sum(-1)
         cost = (p.square() * cost / cost.mean().clamp_min(1e-30)).sqrt()
         inputs = experts.stack_inputs(base, x, expert)
@@ -227,8 +228,8 @@ def _moments(base: experts.ExpertsModule, rows: list[tuple]) -> dict[str, Tensor
             found.setdefault(name, []).append((weighted.mT @ weighted).double())
     stacked = {name: torch.stack(each) for name, each in found.items()}
     for moment in stacked.values():
-        mean = moment.sum(0) / max(sum(len(row[0]) for row in rows), 1)
-        count = torch.tensor([max(len(row[0]), 1) for row in rows], dtype=moment.dtype, device=moment.device)
+        mean = moment.sum(0) / max(sum(counts), 1)
+        count = torch.tensor(counts, dtype=moment.dtype, device=moment.device).clamp_min(1)
         moment += SHRINKAGE * mean * count[:, None, None]
     assert first in stacked
     return stacked
