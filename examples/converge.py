@@ -95,22 +95,34 @@ def build(args: argparse.Namespace, task: corpora.Task) -> tuple[nn.Module, torc
 
 def measured(args: argparse.Namespace, task: corpora.Task) -> Any:
     """A map of the domain, with gates if they are needed."""
-    domain, retain = gate_texts(args, task, args.map_windows)
+    domain, retain = gate_texts(args, task, task.domain_train, args.map_windows, args.seed)
     texts = retain if args.arm == "spawn" or args.protect else None
-    # who grows everything asks a map for its gates alone
-    cheap = {"settle": "direct", "gradients": False} if args.budget == 1 and not args.layers else {}
-    return measure_errors(corpora.new_model(task), domain, retain=texts, progress=False, **cheap)
+    return measure_errors(
+        corpora.new_model(task), domain, retain=texts, progress=False, **map_options(args.budget, bool(args.layers))
+    )
+
+
+def map_options(budget: float, some_layers: bool = False) -> dict[str, Any]:
+    """For `measure_errors`: who grows everything asks a map for its gates alone."""
+    return {"settle": "direct", "gradients": False} if budget == 1 and not some_layers else {}
 
 
 def gate_texts(
-    args: argparse.Namespace, task: corpora.Task, count: int, length: int | None = None
+    args: argparse.Namespace,
+    task: corpora.Task,
+    domain: Tensor,
+    count: int,
+    seed: int,
+    length: int | None = None,
+    earlier: Sequence[Tensor] = (),
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Batches of `count` windows of the domain, and of all retain texts together, in an order drawn by the seed; of
-    each its first `length` tokens."""
-    domain = corpora.spread(task.domain_train, count)
+    """Batches of `count` windows of a domain, and of all retain texts together besides half as many of each earlier
+    domain, in an order drawn by the seed; of each its first `length` tokens."""
     each = max(1, count // len(task.retain))
-    mixed = torch.cat([corpora.spread(train, each) for train, _ in task.retain.values()])
-    drawn = [torch.randperm(len(text), generator=torch.Generator().manual_seed(args.seed)) for text in (domain, mixed)]
+    others = [corpora.spread(train, each) for train, _ in task.retain.values()]
+    others += [corpora.spread(text, max(1, count // 2)) for text in earlier]
+    mixed, domain = torch.cat(others), corpora.spread(domain, count)
+    drawn = [torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)) for text in (domain, mixed)]
     return domain[drawn[0], :length].split(args.batch), mixed[drawn[1], :length].split(args.batch)
 
 
@@ -134,7 +146,8 @@ def descend(
         schedule.step()
         if step == args.refit and args.arm == "spawn":
             with autocast(args):
-                model.refit_gates(*gate_texts(args, task, args.refit_windows, BEGINNING))  # type: ignore[operator]
+                texts = gate_texts(args, task, task.domain_train, args.refit_windows, args.seed, BEGINNING)
+                model.refit_gates(*texts)  # type: ignore[operator]
         if step % passes == 0:
             yield step // passes, statistics.median(seconds)
             model.train()

@@ -10,7 +10,7 @@ loss right after its own stage minus that at the end (negative: forgotten), in n
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ import corpora
 from peft_pcgrow import PCGrowConfig, create_pcgrow_optimizer, measure_errors
 
 Domain = tuple[str, torch.Tensor, torch.Tensor]  # name, windows to train on, windows held out
-# examples of earlier domains among the retain text of a later one: this share of its windows
-EARLIER = 0.5
 
 
 def load_domains(task: corpora.Task, args: argparse.Namespace) -> list[Domain]:
@@ -52,25 +50,6 @@ def train(
                 model.refit_gates(*gates)
 
 
-def gate_texts(
-    task: corpora.Task,
-    windows: torch.Tensor,
-    earlier: list[torch.Tensor],
-    count: int,
-    args,
-    seed: int,
-    length: int | None = None,
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Batches of `count` windows of a domain, and of the retain texts and earlier domains; of each its first tokens."""
-
-    def some(text: torch.Tensor, most: int) -> torch.Tensor:
-        return next(corpora.batches(text, min(most, len(text)), 1, seed))[:, :length]
-
-    retain = [some(held, count // len(task.retain)) for held, _ in task.retain.values()]
-    mixed = torch.cat(retain + [some(text, int(EARLIER * count)) for text in earlier])
-    return some(windows, count).split(args.batch), mixed[torch.randperm(len(mixed))].split(args.batch)
-
-
 def evaluate(model: nn.Module, task: corpora.Task, domains: list[Domain], args) -> dict[str, float]:
     texts = {name: held_out for name, _, held_out in domains}
     texts |= {name: held_out for name, held_out in task.held_out.items() if name != "domain"}
@@ -92,10 +71,10 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
     model: Any = corpora.new_model(task)
     for stage, (name, windows, _) in enumerate(domains):
         earlier = [held for _, held, _ in domains[:stage]]
-        domain, retain = gate_texts(task, windows, earlier, args.map_windows, args, seed)
-        emap = measure_errors(model, domain, retain=retain)
+        domain, retain = converge.gate_texts(args, task, windows, args.map_windows, seed, None, earlier)
+        emap = measure_errors(model, domain, retain=retain, **converge.map_options(args.budget))
         options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
-        options |= {"settle": args.settle}
+        options |= {"settle": args.settle, "select": "error" if args.budget == 1 else None}
         if args.beside:
             rank = args.beside
             options["lora"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=compare.ATTENTION)
@@ -108,7 +87,8 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
             model.base_model.set_adapter([*before, name])
             model.set_requires_grad(before, False)
         optimizer = create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.beside_lr)
-        again = gate_texts(task, windows, earlier, args.refit_windows, args, seed, converge.BEGINNING)
+        count, length = args.refit_windows, converge.BEGINNING
+        again = converge.gate_texts(args, task, windows, count, seed, length, earlier) if args.refit else None
         train(model, optimizer, windows, args, seed, again)
         names = [other for other, _, _ in domains[: stage + 1]]
         for rate in args.gate_fpr:
