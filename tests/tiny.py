@@ -34,7 +34,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_pcgrow import ErrorMap, PCGrowConfig, find_experts, measure_errors
 from peft_pcgrow.architectures.experts import expert_stacks
-from peft_pcgrow.gates.gate import at_rate
+from peft_pcgrow.gates.gate import CERTAIN, LATELY, at_rate
 
 # transformers 5.24 came out before the PEFT that its own integration asks for
 needs_native = pytest.mark.skipif(
@@ -262,10 +262,13 @@ def gate_margin(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor, ki
     scores = (hidden.float() * direction).sum(-1).double()
     margin = torch.full(real.shape, float("-inf"), dtype=torch.float64)
     for row, place in real.nonzero().tolist():
-        span = slice(max(place + 1 - window, 0) if window else 0, place + 1)
-        inside = scores[row, span][real[row, span]]
-        evidence = (float(inside.mean()) - middle) * distance / (between + within / len(inside))
-        margin[row, place] = evidence - threshold
+        said = []
+        for size in (window, LATELY) if not window or window > LATELY else (window,):
+            span = slice(max(place + 1 - size, 0) if size else 0, place + 1)
+            inside = scores[row, span][real[row, span]]
+            said.append((float(inside.mean()) - middle) * distance / (between + within / len(inside)))
+        contrary = said[0] * said[-1] < 0 and abs(said[-1]) > CERTAIN
+        margin[row, place] = said[-1 if contrary else 0] - threshold
     return margin
 
 

@@ -210,10 +210,10 @@ class PCGrowModel(Gated, WholeSteps):
             p.requires_grad_(flag)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         for layer in self.tuner_layers():
             layer.check_disjoint(names)  # before any layer has changed
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        super().set_adapter(names, inference_mode=inference_mode)
         if self._guard is not None:
             self._guard.rearm()
 

@@ -11,7 +11,9 @@ retain is
 
     evidence_t = (m_t - middle) (mu_1 - mu_0) / (tau^2 + sigma^2 / n_t)
 
-little for the first tokens of a text, and comparable from then on. W = 1 is a gate that looks at single tokens.
+little for the first tokens of a text, and comparable from then on. W = 1 is a gate that looks at single tokens. A text
+may change its topic, which W tokens tell late: where the last `LATELY` of them say the contrary, and are certain of it,
+they have the word.
 Shapes: B texts of S tokens, P tokens of them seen in earlier calls, H hidden.
 """
 
@@ -35,6 +37,10 @@ GATE_RIDGE = 1e-3
 ENOUGH = 8
 # share of the scatter between windows that is put down to the texts, at least
 LEAST_BETWEEN = 0.05
+# tokens that decide by themselves where they contradict a longer window that they end, and how certain they have to be,
+# in nats. Of the tokens 9 to 16 after German begins in a text 79, 75 and 64 % pass at 3, 5 and 10, and 1 % without this
+# (SmolLM2); where domains are hard to tell 3 costs 1 % of their tokens, 5 nothing
+LATELY, CERTAIN = 16, 5.0
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,17 @@ class Gate:
         """The log-likelihood ratio of domain to retain at each token, `[B, S]` fp32 in nats, and the running totals up
         to it, `[B, P + S, 2]`, that the next call needs as `rows.past`."""
         running = totals(scores.unsqueeze(-1), None if rows.whole else rows.real, rows.past)
-        mean, n = window_means(running, rows.real.shape[1], self.window, rows.start)
+        found = self._evidence(running, rows, self.window)
+        if self.window == 0 or self.window > LATELY:
+            lately = self._evidence(running, rows, LATELY)
+            found = torch.where((found * lately < 0) & (lately.abs() > CERTAIN), lately, found)
+        return found.float(), running
+
+    def _evidence(self, running: Tensor, rows: Rows, window: int) -> Tensor:
+        mean, n = window_means(running, rows.real.shape[1], window, rows.start)
         middle, distance, between, within = self.numbers
         scatter = (between + within / n.clamp_min(1)).clamp_min(torch.finfo(torch.float64).tiny)
-        return ((mean.squeeze(-1) - middle) * distance / scatter).float(), running
+        return (mean.squeeze(-1) - middle) * distance / scatter
 
 
 def unknown_gate(size: int, window: int) -> tuple[Gate, Tensor]:

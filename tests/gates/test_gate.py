@@ -1,6 +1,7 @@
 """The branch gate's arithmetic, against loops over tokens, textbook formulas and simulated texts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch.nn.functional import cosine_similarity, pad
 
 from close import assert_close
 from peft_pcgrow.gates.gate import (
+    CERTAIN,
     GATE_RIDGE,
+    LATELY,
     LEAST_BETWEEN,
     RATES,
     Gate,
@@ -87,6 +90,36 @@ def test_evidence_continues(window):
     evidence, running = gate.evidence(scores[:, 7:], Rows(rows.real[:, 7:], None, seen))
     assert running.shape == (TEXTS, TOKENS, 2)
     assert_close("evidence", evidence, likelihood_ratio(gate, rows, x)[:, 7:], "fp32")
+
+
+@pytest.mark.parametrize("window", [0, 32, 48])
+@pytest.mark.parametrize("packing", ["one text a row", "packed", "left padding"])
+def test_the_last_tokens_decide_where_they_contradict_the_window_with_certainty(window, packing):
+    """Texts of 80 tokens that turn: against both windows' definitions, and sooner than the window alone."""
+    scores = torch.cat([torch.full((2, 40), -1.0), torch.full((2, 40), 1.0)], dim=1) + 0.3 * torch.randn(2, 80)
+    scores[1] *= -1
+    rows = {
+        "one text a row": Rows(torch.ones(2, 80, dtype=torch.bool)),
+        "packed": Rows(torch.ones(2, 80, dtype=torch.bool), torch.tensor([0] * 10 + [10] * 70).repeat(2, 1)),
+        "left padding": Rows((torch.arange(80) >= 10).repeat(2, 1)),
+    }[packing]
+    gate = Gate(torch.ones(1), torch.tensor([0.0, 2.0, 0.05, 1.0]), window)
+    x = scores.unsqueeze(-1)
+    long, short = (likelihood_ratio(replace(gate, window=size), rows, x) for size in (window, LATELY))
+    want = torch.where((long.sign() != short.sign()) & (short.abs() > CERTAIN), short, long)
+    evidence, _ = gate.evidence(scores, rows)
+    assert_close("evidence", evidence[rows.real], want[rows.real], "fp32")
+    turned = slice(40 + 11, 40 + 14)
+    assert bool((evidence[0, turned] > CERTAIN).all())
+    assert bool((evidence[1, turned] < -CERTAIN).all())
+    assert bool((long[0, turned] < 0).all())
+    # in two calls
+    first, seen = gate.evidence(
+        scores[:, :50], Rows(rows.real[:, :50], None if rows.start is None else rows.start[:, :50])
+    )
+    start = None if rows.start is None else rows.start[:, 50:]
+    second, _ = gate.evidence(scores[:, 50:], Rows(rows.real[:, 50:], start, seen))
+    assert_close("in two calls", torch.cat([first, second], 1)[rows.real], evidence[rows.real], "fp32")
 
 
 def test_a_law_without_scatter_or_distance_is_finite():

@@ -205,3 +205,11 @@ def test_a_rate_bounds_what_passes_of_what_newborns_compute():
             assert (rows_above(learned, limits[: len(rates)], slack) <= rates * len(learned)).all()
             told += len(rates)
     assert told > 100
+
+
+def test_an_adapter_named_twice_is_active_once():
+    model = spawned()
+    model.base_model.set_adapter(["default", "default"])
+    assert model.active_adapters == ["default"]
+    found = {layer.layer_index: layer.newborns for layer in model.base_model.tuner_layers()}
+    assert found == {layer: [("default", donor) for donor in donors] for layer, donors in LOCUS.items()}

@@ -10,7 +10,7 @@ from torch.nn.functional import sigmoid, silu
 from close import TOLERANCE, assert_all_close, assert_close
 from peft_pcgrow import ErrorMap, find_experts, measure_errors
 from peft_pcgrow.gates.directions import MomentSketch
-from peft_pcgrow.gates.gate import ENOUGH, GATE_RIDGE, RATES
+from peft_pcgrow.gates.gate import CERTAIN, ENOUGH, GATE_RIDGE, LATELY, RATES
 from peft_pcgrow.maps.error_map import SUMS
 from peft_pcgrow.maps.fit_gates import is_held_out
 from peft_pcgrow.maps.newborns import nodes_of
@@ -95,11 +95,15 @@ def log_ratios(separation, row, x):
     """log p(domain) - log p(retain) of a text so far, at each of its tokens, from the definition."""
     middle, distance, between, within = separation.law[row].double().tolist()
     scores, found = (x.double() @ separation.direction[row].double()).tolist(), []
+    window = separation.facts["window"] or len(scores)
     for token in range(len(scores)):
-        inside = scores[max(0, token + 1 - separation.facts["window"]) if separation.facts["window"] else 0 : token + 1]
-        mean, variance = sum(inside) / len(inside), between + within / len(inside)
-        off = [(mean - middle + side * distance / 2) ** 2 for side in (1, -1)]
-        found.append((off[0] - off[1]) / (2 * variance))
+        said = []
+        for size in (window, min(window, LATELY)):
+            inside = scores[max(0, token + 1 - size) : token + 1]
+            mean, variance = sum(inside) / len(inside), between + within / len(inside)
+            off = [(mean - middle + side * distance / 2) ** 2 for side in (1, -1)]
+            said.append((off[0] - off[1]) / (2 * variance))
+        found.append(said[1] if said[0] * said[1] < 0 and abs(said[1]) > CERTAIN else said[0])
     return torch.tensor(found, dtype=torch.float64)
 
 
