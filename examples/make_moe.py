@@ -270,7 +270,7 @@ class Distilling(Trainer):
         self.teacher = teacher
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             expected = log_softmax(self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits.float(), -1)
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         found = log_softmax(outputs.logits.float(), -1)
@@ -308,7 +308,7 @@ def distill(
             report_to=[],
             seed=args.seed,
             use_cpu=args.device == "cpu",
-            bf16=args.device != "cpu",
+            bf16=args.autocast,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in windows],
         optimizers=(optimizer, schedule),
@@ -334,7 +334,13 @@ def main() -> None:
     add("--save-steps", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--autocast",
+        action=argparse.BooleanOptionalAction,
+        help="distill in bf16 where torch.autocast does (default: not on CPUs, of which few compute faster in it)",
+    )
     args = parser.parse_args()
+    args.autocast = args.device != "cpu" if args.autocast is None else args.autocast
     dense, tokenizer = read_dense(args.dense)
     dense.to(args.device)
     if args.shared is None:

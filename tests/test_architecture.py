@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "peft_pcgrow", ROOT / "kernels" / "pcgrow_kernels"
 # of a file of the library, of a test or script, of the library altogether
 # in all: 860 of it are expert parallelism, maps of sharded models and the plan of each process
-LINES, OTHERS, TOTAL = 350, 404, 26560
+LINES, OTHERS, TOTAL = 350, 404, 26570
 # a breach of each kind: file, text to find there (None: a new file), and what stands there instead
 BREACHES = {
     "peft in maps": ("maps/measure.py", "import torch\n", "import peft\nimport torch\n"),
