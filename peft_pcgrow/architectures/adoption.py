@@ -127,7 +127,7 @@ def _tried(block: nn.Module, width: int, like: Tensor) -> Any:
     with _evaluating(block):
         try:
             return block(x)
-        except TypeError:  # it takes more than tokens
+        except (TypeError, LookupError, AttributeError):  # it takes more than tokens
             return ()
 
 

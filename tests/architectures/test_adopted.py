@@ -291,6 +291,21 @@ def test_what_cannot_be_adopted():
     assert not hasattr(mlp, "experts")
 
 
+@pytest.mark.parametrize(
+    "needed", [lambda layer: {0: 2.0}[layer], lambda layer: [2.0][layer], lambda layer: layer.scale]
+)
+def test_what_needs_to_be_told_its_layer_cannot_be_adopted(needed):
+    """As blocks that several layers share do (Zamba 2)."""
+    model = dense()
+    mlp = model.model.layers[1].mlp
+    kind = type(mlp)
+    forward = {"forward": lambda self, x, layer=None: needed(layer) * kind.forward(self, x)}
+    mlp.__class__ = type("Told", (kind,), forward)
+    with pytest.raises(ValueError, match=r"mlp of layer 1 \(Told\) computes something else than its linear layers"):
+        find_experts(model)
+    assert not hasattr(mlp, "experts")
+
+
 def test_no_router_to_export(tmp_path):
     model = dense()
     emap = measure_errors(model, [domain(64)], retain=[retain(64)], window=8, gradients=False, progress=False)
