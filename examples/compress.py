@@ -128,8 +128,12 @@ def budgets(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
                     "forms": forms if len(forms) < 3 else "mixed",
                 }
                 yield row | rises(packed, task, before)
-            if find_experts(model).nodes != "routed":
+            tree = find_experts(model)
+            if tree.nodes != "routed":
                 continue  # MLPs are one expert a layer
+            if round(target * base.num_experts) < tree.sites[0].router.top_k:
+                corpora.note(f"{target:g} of the experts are fewer than a token has: none are pruned")
+                continue
             smaller = pruned(corpora.new_model(task), survey, target)
             kept = find_experts(smaller).sites[0].experts
             row = {"study": "budgets", "seed": seed, "target": target, "arm": "experts pruned by REAP's criterion"}

@@ -267,8 +267,9 @@ def gate_margin(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor, ki
             span = slice(max(place + 1 - size, 0) if size else 0, place + 1)
             inside = scores[row, span][real[row, span]]
             said.append((float(inside.mean()) - middle) * distance / (between + within / len(inside)))
-        contrary = said[0] * said[-1] < 0 and abs(said[-1]) > CERTAIN
-        margin[row, place] = said[-1 if contrary else 0] - threshold
+        if abs(said[-1]) > CERTAIN:
+            said[0] = (max if said[-1] > 0 else min)(said)
+        margin[row, place] = said[0] - threshold
     return margin
 
 

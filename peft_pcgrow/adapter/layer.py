@@ -289,9 +289,9 @@ class PCGrowExperts(Prepared, Given, SealedLayer, SharedOut, experts.GrownExpert
         return for_their_samples(self, branches, hidden)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = [adapter_names] if isinstance(adapter_names, str) else [*dict.fromkeys(adapter_names)]
         self.check_disjoint(names)
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def check_disjoint(self, adapter_names: Sequence[str]) -> None:
         """Raise ValueError if these adapters cannot be active together here (see `birth.check_disjoint`)."""

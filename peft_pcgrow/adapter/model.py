@@ -213,7 +213,7 @@ class PCGrowModel(Gated, WholeSteps):
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         for layer in self.tuner_layers():
             layer.check_disjoint(names)  # before any layer has changed
-        super().set_adapter(names, inference_mode=inference_mode)
+        super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode=inference_mode)
         if self._guard is not None:
             self._guard.rearm()
 

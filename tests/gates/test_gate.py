@@ -94,7 +94,7 @@ def test_evidence_continues(window):
 
 @pytest.mark.parametrize("window", [0, 32, 48])
 @pytest.mark.parametrize("packing", ["one text a row", "packed", "left padding"])
-def test_the_last_tokens_decide_where_they_contradict_the_window_with_certainty(window, packing):
+def test_the_last_tokens_decide_where_they_are_certain(window, packing):
     """Texts of 80 tokens that turn: against both windows' definitions, and sooner than the window alone."""
     scores = torch.cat([torch.full((2, 40), -1.0), torch.full((2, 40), 1.0)], dim=1) + 0.3 * torch.randn(2, 80)
     scores[1] *= -1
@@ -106,13 +106,14 @@ def test_the_last_tokens_decide_where_they_contradict_the_window_with_certainty(
     gate = Gate(torch.ones(1), torch.tensor([0.0, 2.0, 0.05, 1.0]), window)
     x = scores.unsqueeze(-1)
     long, short = (likelihood_ratio(replace(gate, window=size), rows, x) for size in (window, LATELY))
-    want = torch.where((long.sign() != short.sign()) & (short.abs() > CERTAIN), short, long)
+    both = torch.stack([long, short])
+    want = torch.where(short > CERTAIN, both.amax(0), torch.where(short < -CERTAIN, both.amin(0), long))
     evidence, _ = gate.evidence(scores, rows)
     assert_close("evidence", evidence[rows.real], want[rows.real], "fp32")
-    turned = slice(40 + 11, 40 + 14)
-    assert bool((evidence[0, turned] > CERTAIN).all())
-    assert bool((evidence[1, turned] < -CERTAIN).all())
-    assert bool((long[0, turned] < 0).all())
+    assert bool((long[0, 51:54] < 0).all())
+    # and not only until the window crosses zero
+    assert bool((evidence[0, 51:] > CERTAIN).all())
+    assert bool((evidence[1, 51:] < -CERTAIN).all())
     # in two calls
     first, seen = gate.evidence(
         scores[:, :50], Rows(rows.real[:, :50], None if rows.start is None else rows.start[:, :50])

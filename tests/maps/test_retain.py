@@ -103,7 +103,8 @@ def log_ratios(separation, row, x):
             mean, variance = sum(inside) / len(inside), between + within / len(inside)
             off = [(mean - middle + side * distance / 2) ** 2 for side in (1, -1)]
             said.append((off[0] - off[1]) / (2 * variance))
-        found.append(said[1] if said[0] * said[1] < 0 and abs(said[1]) > CERTAIN else said[0])
+        certain = abs(said[1]) > CERTAIN
+        found.append((max if said[1] > 0 else min)(said) if certain else said[0])
     return torch.tensor(found, dtype=torch.float64)
 
 
