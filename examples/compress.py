@@ -105,7 +105,8 @@ def budgets(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
     before = compare.losses(corpora.new_model(task), task)
     for seed in args.seeds:
         model = corpora.new_model(task)
-        base = find_experts(model).sites[0].base
+        tree = find_experts(model)
+        base = tree.sites[0].base
         survey = compress.survey(model, methods=(*METHODS, *args.methods), progress=False, **texts(task, args, seed))
         for target in args.targets:
             plans = {f"plan by {select}": survey.plan(target, select, seed) for select in args.selects}
@@ -128,7 +129,6 @@ def budgets(task: corpora.Task, args: argparse.Namespace) -> Iterator[dict[str, 
                     "forms": forms if len(forms) < 3 else "mixed",
                 }
                 yield row | rises(packed, task, before)
-            tree = find_experts(model)
             if tree.nodes != "routed":
                 continue  # MLPs are one expert a layer
             if round(target * base.num_experts) < tree.sites[0].router.top_k:

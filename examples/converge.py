@@ -102,9 +102,9 @@ def measured(args: argparse.Namespace, task: corpora.Task) -> Any:
     )
 
 
-def map_options(budget: float, some_layers: bool = False) -> dict[str, Any]:
-    """For `measure_errors`: who grows everything asks a map for its gates alone."""
-    return {"settle": "direct", "gradients": False} if budget == 1 and not some_layers else {}
+def map_options(budget: float, exact: bool) -> dict[str, Any]:
+    """For `measure_errors`: who grows everything asks a map for its gates alone, unless its errors have to be exact."""
+    return {"settle": "direct", "gradients": False} if budget == 1 and not exact else {}
 
 
 def gate_texts(

@@ -73,7 +73,7 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
         earlier = [held for _, held, _ in domains[:stage]]
         domain, retain = converge.gate_texts(args, task, windows, args.map_windows, seed, None, earlier)
         # whose newborns take rows from which earlier ones is told by errors
-        emap = measure_errors(model, domain, retain=retain, **({} if stage else converge.map_options(args.budget)))
+        emap = measure_errors(model, domain, retain=retain, **converge.map_options(args.budget, stage > 0))
         options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
         options |= {"settle": args.settle, "select": "error" if args.budget == 1 else None}
         if args.beside:

@@ -258,18 +258,17 @@ def gate_margin(layer: nn.Module, adapter: str, hidden: Tensor, real: Tensor, ki
     )
     middle, distance, between, within = law.double().tolist()
     birth = layer.births[adapter]
-    threshold, window = float(at_rate(threshold, birth.gate_fpr)), birth.window
+    threshold, window = float(at_rate(threshold, birth.gate_fpr)), birth.window or real.shape[1]
     scores = (hidden.float() * direction).sum(-1).double()
     margin = torch.full(real.shape, float("-inf"), dtype=torch.float64)
     for row, place in real.nonzero().tolist():
         said = []
-        for size in (window, LATELY) if not window or window > LATELY else (window,):
-            span = slice(max(place + 1 - size, 0) if size else 0, place + 1)
+        for size in (window, min(window, LATELY)):
+            span = slice(max(place + 1 - size, 0), place + 1)
             inside = scores[row, span][real[row, span]]
             said.append((float(inside.mean()) - middle) * distance / (between + within / len(inside)))
-        if abs(said[-1]) > CERTAIN:
-            said[0] = (max if said[-1] > 0 else min)(said)
-        margin[row, place] = said[0] - threshold
+        certain = abs(said[1]) > CERTAIN
+        margin[row, place] = ((max if said[1] > 0 else min)(said) if certain else said[0]) - threshold
     return margin
 
 
