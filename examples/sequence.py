@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 import compare
@@ -69,38 +70,61 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
     """Each domain gets an adapter of its own; the earlier ones stay active and frozen."""
     torch.manual_seed(seed)
     model: Any = corpora.new_model(task)
-    for stage, (name, windows, _) in enumerate(domains):
-        earlier = [held for _, held, _ in domains[:stage]]
-        domain, retain = converge.gate_texts(args, task, windows, args.map_windows, seed, None, earlier)
-        # whose newborns take rows from which earlier ones is told by errors
-        emap = measure_errors(model, domain, retain=retain, **converge.map_options(args.budget, stage > 0))
-        options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
-        options |= {"settle": args.settle, "select": "error" if args.budget == 1 else None}
-        if args.beside:
-            rank = args.beside
-            options["lora"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=compare.ATTENTION)
-        config = PCGrowConfig(error_map=emap, grow="spawn", **options)
-        if stage == 0:
-            model = get_peft_model(model, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-            before = [other for other, _, _ in domains[:stage]]
-            model.base_model.set_adapter([*before, name])
-            model.set_requires_grad(before, False)
-        optimizer = create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.beside_lr)
-        count, length = args.refit_windows, converge.BEGINNING
-        again = converge.gate_texts(args, task, windows, count, seed, length, earlier) if args.refit else None
-        train(model, optimizer, windows, args, seed, again)
+    for stage, (name, _, _) in enumerate(domains):
         names = [other for other, _, _ in domains[: stage + 1]]
+        folder = args.keep / f"seed-{seed}" if args.keep else None
+        if folder is not None and (folder / name / CONFIG_NAME).exists():
+            model = kept(model, folder, names)
+        else:
+            model = grown(model, task, domains[: stage + 1], args, seed)
+            if folder is not None:
+                model.save_pretrained(folder, selected_adapters=[name])
         for rate in args.gate_fpr:
             model.set_gate_fpr(rate)
-            found = evaluate(model, task, domains, args)
-            yield f"spawn, gate_fpr {rate:g}, oldest first", found
+            losses = evaluate(model, task, domains, args)
+            yield f"spawn, gate_fpr {rate:g}, oldest first", losses
             # whose gate is asked first: the same newborns in the other order
             model.base_model.set_adapter(names[::-1])
-            yield f"spawn, gate_fpr {rate:g}, newest first", evaluate(model, task, domains, args) if stage else found
+            yield f"spawn, gate_fpr {rate:g}, newest first", evaluate(model, task, domains, args) if stage else losses
             model.base_model.set_adapter(names)
         model.set_gate_fpr(args.train_fpr)
+
+
+def kept(model: Any, folder: Path, names: list[str]) -> Any:
+    """The model with the adapter of the last name, from where an earlier run put it, beside the others."""
+    if len(names) == 1:
+        model = PeftModel.from_pretrained(model, folder / names[0], adapter_name=names[0])
+    else:
+        model.load_adapter(folder / names[-1], adapter_name=names[-1])
+    model.base_model.set_adapter(names, inference_mode=True)
+    return model
+
+
+def grown(model: Any, task: corpora.Task, domains: list[Domain], args, seed: int) -> Any:
+    """The model with newborns that have learned the last domain, beside those of the domains before."""
+    *before, (name, windows, _) = domains
+    earlier = [held for _, held, _ in before]
+    domain, retain = converge.gate_texts(args, task, windows, args.map_windows, seed, None, earlier)
+    # whose newborns take rows from which earlier ones is told by errors
+    emap = measure_errors(model, domain, retain=retain, **converge.map_options(args.budget, bool(before)))
+    options: dict[str, Any] = {"budget": args.budget, "gate_fpr": args.train_fpr, "protect": args.protect}
+    options |= {"settle": args.settle, "select": "error" if args.budget == 1 else None}
+    if args.beside:
+        rank = args.beside
+        options["lora"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=compare.ATTENTION)
+    config = PCGrowConfig(error_map=emap, grow="spawn", **options)
+    if not before:
+        model = get_peft_model(model, config, adapter_name=name)
+    else:
+        model.add_adapter(name, config)
+        names = [other for other, _, _ in before]
+        model.base_model.set_adapter([*names, name])
+        model.set_requires_grad(names, False)
+    optimizer = create_pcgrow_optimizer(model, lr=args.lr, lora_lr=args.beside_lr)
+    count, length = args.refit_windows, converge.BEGINNING
+    again = converge.gate_texts(args, task, windows, count, seed, length, earlier) if args.refit else None
+    train(model, optimizer, windows, args, seed, again)
+    return model
 
 
 def transfer(stages: list[dict[str, float]], domains: list[str]) -> float:
@@ -146,6 +170,7 @@ def main() -> None:
     add("--map-windows", type=int, default=192, help="windows of each side that gates are fitted on")
     add("--refit-windows", type=int, default=768, help="windows of each side whose beginnings they are fitted on anew")
     add("--refit", type=int, default=0, help="step of a stage after which its gates are fitted anew (default: none)")
+    add("--keep", type=Path, metavar="DIR", help="save newborns here after each stage; stages found here are loaded")
     add("--table", type=Path, metavar="FILE", help="print rows saved with --json as a table, and stop")
     args = parser.parse_args()
     if args.table:
