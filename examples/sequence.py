@@ -70,9 +70,9 @@ def spawn(task: corpora.Task, domains: list[Domain], args, seed: int) -> Iterato
     """Each domain gets an adapter of its own; the earlier ones stay active and frozen."""
     torch.manual_seed(seed)
     model: Any = corpora.new_model(task)
+    folder = args.keep / f"seed-{seed}" if args.keep else None
     for stage, (name, _, _) in enumerate(domains):
         names = [other for other, _, _ in domains[: stage + 1]]
-        folder = args.keep / f"seed-{seed}" if args.keep else None
         if folder is not None and (folder / name / CONFIG_NAME).exists():
             model = kept(model, folder, names)
         else:
